@@ -1,0 +1,74 @@
+# Two commands are all of the set-up: `make demo` runs the main job, `make test` the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# torch is pinned here and installed first, so that no later step replaces it. On Linux the
+# default package index may answer with a build that brings gigabytes of CUDA libraries; to
+# take a CPU build from another index, or a wheel on disk, pass what PyTorch's own install
+# page says for your machine:
+#   make demo TORCH_PIP_ARGS="--index-url <the CPU index named there>"
+TORCH ?= torch==2.13.0
+TORCH_PIP_ARGS ?=
+# The oldest supported transformers; its tests run from a folder of their own.
+OLDEST_TRANSFORMERS := transformers==4.57.6
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+COMPAT := .compat/oldest
+
+.PHONY: demo test check setup fmt fmt-check lint type arch words bench-smoke compat-test clean
+
+demo: $(VENV)/.installed
+	$(BIN)/kvswap demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed fmt-check lint type arch words test bench-smoke compat-test
+
+setup: $(VENV)/.installed
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) $(TORCH_PIP_ARGS) "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+fmt: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+fmt-check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+type: $(VENV)/.installed
+	$(BIN)/mypy
+
+# PYTHONPATH: the tool must read this tree and not an installed copy.
+arch: $(VENV)/.installed
+	PYTHONPATH=src $(BIN)/lint-imports --no-cache
+
+words: $(VENV)/.installed
+	$(BIN)/codespell src tests benchmarks docs README.md CONTRIBUTING.md CHANGELOG.md
+
+bench-smoke: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/bench -m smoke
+
+# The newest transformers lies in $(VENV), the oldest in a folder in front of it on the path.
+$(COMPAT)/.installed: $(VENV)/.installed
+	$(PIP) --target "$(COMPAT)" --upgrade $(OLDEST_TRANSFORMERS)
+	touch "$@"
+
+compat-test: $(COMPAT)/.installed
+	PYTHONPATH="$(COMPAT)" $(BIN)/python -m pytest tests/hf tests/e2e -m "not newest"
+
+clean:
+	rm -rf $(VENV) .compat .pytest_cache .mypy_cache .ruff_cache build dist

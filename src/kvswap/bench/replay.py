@@ -1,0 +1,121 @@
+"""Selections that follow a trace or a stated reuse rate, for timing models with random weights.
+
+Scoring and top-k run as always; only their result is replaced, so that what is read and what
+is found in memory are those of a trained model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from kvswap.core.errors import ConfigError
+from kvswap.predict import SELECTORS, register_selector
+from kvswap.predict.topk import TopKSelector
+
+
+class ReplaySelector(TopKSelector):
+    """Base: counts calls, one a layer and step, and asks `replay` for the selection."""
+
+    num_layers: int
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def select(self, scores: Tensor, *, budget_groups: int, pinned: np.ndarray) -> np.ndarray:
+        """Select as always, then replace the result; see `Selector.select`."""
+        super().select(scores, budget_groups=budget_groups, pinned=pinned)
+        step, layer_idx = divmod(self._calls, self.num_layers)
+        self._calls += 1
+        return self.replay(layer_idx, step, len(scores), budget_groups, pinned)
+
+    def replay(
+        self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
+    ) -> np.ndarray:
+        """Return the positions to select, ascending."""
+        raise NotImplementedError
+
+
+class StatedReuseSelector(ReplaySelector):
+    """Keeps a stated share of a layer's last selection and draws the rest at random."""
+
+    reuse_rate: float
+    seed: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._random = np.random.default_rng(self.seed)
+        self._last: dict[int, np.ndarray] = {}
+
+    def replay(
+        self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
+    ) -> np.ndarray:
+        """Keep ``reuse_rate`` of the last selection; pinned groups are always in."""
+        last = np.setdiff1d(self._last.get(layer_idx, np.empty(0, np.int64)), pinned)
+        free = budget_groups - len(pinned)
+        kept = self._random.choice(
+            last, min(len(last), round(free * self.reuse_rate)), replace=False
+        )
+        others = np.setdiff1d(np.arange(num_groups), np.concatenate((last, pinned)))
+        new = self._random.choice(others, free - len(kept), replace=False)
+        chosen = np.sort(np.concatenate((pinned, kept, new)))
+        self._last[layer_idx] = chosen
+        return chosen
+
+
+class TraceSelector(ReplaySelector):
+    """Follows selections recorded on a trained model.
+
+    A trace of fewer layers cycles over the layers, each shifted by some steps, so that no two
+    layers read the same groups at once.
+    """
+
+    trace: np.ndarray
+    """Positions [steps, layers, groups], -1 where a step selected fewer."""
+
+    def replay(
+        self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
+    ) -> np.ndarray:
+        """Return the recorded selection, filled up with its neighbours to the budget."""
+        steps, layers, _ = self.trace.shape
+        turn, source = divmod(layer_idx, layers)
+        recorded = self.trace[(step + 7 * turn) % steps, source]
+        recorded = recorded[(recorded >= 0) & (recorded < num_groups)]
+        chosen = np.union1d(pinned, recorded)[: max(budget_groups, len(pinned))]
+        gap = budget_groups - len(chosen)
+        if gap > 0:
+            near = np.setdiff1d(np.clip(chosen + 1, 0, num_groups - 1), chosen)
+            chosen = np.union1d(chosen, near[:gap])
+        return chosen.astype(np.int64)
+
+
+def register_replay(num_layers: int, *, source: str, seed: int = 0) -> str:
+    """Register a selector for one run and return its name.
+
+    Parameters
+    ----------
+    num_layers : int
+        Layers on disk of the model that is timed.
+    source : str
+        A reuse rate such as "0.77", or the path of a trace (.npz with an array "groups").
+    seed : int
+        Of the stated reuse.
+    """
+    name = f"replay-{source}-{num_layers}-{seed}"
+    if name in SELECTORS.names():
+        return name
+    fields: dict[str, object] = {"num_layers": num_layers}
+    kind: type[ReplaySelector]
+    if Path(source).suffix == ".npz":
+        with np.load(source) as arrays:
+            kind, fields["trace"] = TraceSelector, arrays["groups"].astype(np.int64)
+    else:
+        try:
+            rate = float(source)
+        except ValueError as error:
+            raise ConfigError(f"source must be a rate or an .npz file, got {source!r}") from error
+        kind, fields["reuse_rate"], fields["seed"] = StatedReuseSelector, rate, seed
+    register_selector(name)(type("Replay", (kind,), fields))
+    return name

@@ -1,0 +1,126 @@
+"""Models of real shapes with random weights, and contexts of synthetic keys and values.
+
+Random weights keep arithmetic, KV bytes and index bytes real. What they do not keep is which
+tokens attend to which: selections in timed runs follow a trace or a stated reuse rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kvswap.cache.layer import RowInput
+from kvswap.core.errors import ConfigError
+from kvswap.core.geometry import KVGeometry
+from kvswap.hf.cache import KVSwapCache
+from kvswap.kernels.records import DTYPES
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+    "toy": {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 512,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": True,
+    },
+}
+"""Shapes by name; the first from Qwen/Qwen3-0.6B's config."""
+
+
+def random_model(
+    shape: str, *, num_layers: int | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> PreTrainedModel:
+    """Build a model of a known shape with random weights.
+
+    Raises
+    ------
+    ConfigError
+        If the shape is not known.
+    """
+    if shape not in SHAPES:
+        raise ConfigError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    settings = dict(SHAPES[shape])
+    if num_layers is not None:
+        settings["num_hidden_layers"] = num_layers
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # weights are made in place: no float32 copy of them
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(dtype).eval()
+
+
+def synthetic_layer(
+    geometry: KVGeometry, layer_idx: int, num_tokens: int, *, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Make one layer's keys and values, the same for the same seed.
+
+    Keys have the decaying spectrum that trained models' keys show (energy of the i-th
+    direction falls as 1/i) and a part that drifts along the context; values are white.
+
+    Returns
+    -------
+    keys, values : Tensor [num_kv_heads, num_tokens, head_dim], the geometry's dtype
+    """
+    generator = torch.Generator().manual_seed(seed * 1000 + layer_idx)
+    dim, dtype = geometry.key_dim, DTYPES[geometry.dtype]
+    energy = torch.arange(1, dim + 1).float().rsqrt()
+    mixing = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+    mixing = energy[:, None] * mixing * (dim / energy.square().sum()).sqrt()
+    drift = torch.linspace(-1, 1, num_tokens)[:, None] * mixing[0]
+    keys = torch.randn(num_tokens, dim, generator=generator) @ mixing + drift
+    values = torch.randn(num_tokens, dim, generator=generator)
+    shape = (geometry.num_kv_heads, geometry.head_dim)
+    return (
+        keys.unflatten(1, shape).transpose(0, 1).to(dtype).contiguous(),
+        values.unflatten(1, shape).transpose(0, 1).to(dtype).contiguous(),
+    )
+
+
+def synthetic_context(
+    geometry: KVGeometry, num_tokens: int, *, seed: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (layer_idx, keys, values) for every layer."""
+    for layer_idx in range(geometry.num_layers):
+        yield (layer_idx, *synthetic_layer(geometry, layer_idx, num_tokens, seed=seed))
+
+
+def fill(cache: KVSwapCache, num_tokens: int, *, seed: int) -> None:
+    """Store a synthetic context in an empty cache of one sequence, and fit its index.
+
+    The same path as a prefill's: groups are packed, written and encoded by the session.
+    """
+    session = cache.session
+    batch = session.new_batch(1)
+    cache.resume(batch, fingerprint=None, is_prefill=True)
+    session.begin_forward(batch, num_tokens, is_prefill=True)
+    for layer_idx, keys, values in synthetic_context(session.geometry, num_tokens, seed=seed):
+        session.layers[layer_idx].append(batch, [RowInput(keys, keys, values, None)])
+        batch.note_columns(layer_idx, None, num_tokens)
+    session.end_forward(batch, num_tokens)
+    cache.end_prefill()

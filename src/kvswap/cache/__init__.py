@@ -1,0 +1,1 @@
+"""When things move: rolling buffer, reuse buffer, prefetch, session."""

@@ -1,0 +1,94 @@
+"""Fitting the key indexes to the prompt's own keys, layer by layer, once they are stored."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvswap.cache.sequence import SequenceBatch
+from kvswap.core.errors import ConfigError
+from kvswap.predict.projection import Projection
+
+if TYPE_CHECKING:
+    from kvswap.cache.session import CacheSession
+
+_SAMPLE_TOKENS = 8192  # evenly over the whole prompt: enough for a rank of 128
+_REFIT_GROWTH = 2.0
+
+
+class IndexFitter:
+    """Decides when a session's indexes need fitting, and does it.
+
+    Parameters
+    ----------
+    session : CacheSession
+        Whose indexes and records are used.
+
+    Attributes
+    ----------
+    fitted_tokens : int
+        Length of the longest sequence at the last fit.
+    """
+
+    def __init__(self, session: CacheSession) -> None:
+        self._session = session
+        self._is_calibrated = False
+        self.fitted_tokens = 0
+
+    def load_projection(self) -> None:
+        """Use the calibrated projection of the config, if one is named."""
+        path, indexes = self._session.config.projection, self._session.indexes
+        if path is None or not indexes:
+            return
+        bases = Projection.load(path).bases
+        if len(bases) != len(indexes):
+            raise ConfigError(
+                f"projection must have {len(indexes)} layers for this model, got {len(bases)}"
+            )
+        for index, basis in zip(indexes, bases, strict=True):
+            index.set_basis(basis)
+        self._is_calibrated = True
+
+    def fit_if_needed(self, batch: SequenceBatch) -> None:
+        """Fit when a selection is needed, and again when the context has doubled since."""
+        session = self._session
+        longest = int(batch.flushed.max(initial=0))
+        if longest <= session.plan.budget_groups or self._is_calibrated:
+            return
+        tokens = longest * session.layout.group_size
+        if not session.index_ready or tokens >= _REFIT_GROWTH * self.fitted_tokens:
+            self.fit()
+            self.fitted_tokens = tokens
+
+    def fit(self) -> None:
+        """Fit every layer to the keys of all sequences, then encode all of them."""
+        session = self._session
+        begin = time.perf_counter()
+        progress = session.config.on_progress
+        for layer_idx in range(len(session.indexes)):
+            groups = session.sequences.stored_groups(layer_idx)
+            self._fit_layer(layer_idx, groups)
+            if progress is not None:
+                progress("index", layer_idx + 1, len(session.indexes))
+        session.counters.index_fit_s += time.perf_counter() - begin
+
+    def _fit_layer(self, layer_idx: int, groups: np.ndarray) -> None:
+        session = self._session
+        index, size = session.indexes[layer_idx], session.layout.group_size
+        stride = max(1, len(groups) * size // _SAMPLE_TOKENS)
+        for keys, _ in session.records.stream(layer_idx, groups[::stride]):
+            index.observe(_flat(keys))
+        index.fit()
+        place = 0
+        for keys, _ in session.records.stream(layer_idx, groups):
+            count = keys.shape[1] // size
+            index.encode(groups[place : place + count], _flat(keys))
+            place += count
+
+
+def _flat(keys: torch.Tensor) -> torch.Tensor:
+    """[num_kv_heads, num_tokens, head_dim] to [num_tokens, num_kv_heads * head_dim]."""
+    return keys.transpose(0, 1).flatten(1)

@@ -1,0 +1,236 @@
+"""One layer's part of a forward: select, wait, attend, append, flush."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvswap.cache.sequence import SequenceBatch
+from kvswap.kernels.attention import AttentionParams, RunningMerge, partial_attention
+from kvswap.kernels.records import gather_groups, pack_groups
+
+if TYPE_CHECKING:
+    from kvswap.cache.session import CacheSession
+
+
+@dataclass(frozen=True, slots=True)
+class RowInput:
+    """What one forward brings for one row of the batch, padding taken out.
+
+    Attributes
+    ----------
+    query : Tensor [num_heads, q_len, head_dim]
+    keys, values : Tensor [num_kv_heads, q_len, head_dim]
+    places : Tensor or None
+        Columns of the forward that these tokens stand at; None for all.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    places: Tensor | None
+
+
+def split_rows(query: Tensor, keys: Tensor, values: Tensor, real: Tensor | None) -> list[RowInput]:
+    """Split a batch [batch, heads, q_len, head_dim] into rows without their padding."""
+    rows = []
+    for row in range(query.shape[0]):
+        if real is None or bool(real[row].all()):
+            rows.append(RowInput(query[row], keys[row], values[row], None))
+        else:
+            at = real[row].nonzero().squeeze(1)
+            rows.append(RowInput(query[row][:, at], keys[row][:, at], values[row][:, at], at))
+    return rows
+
+
+class LayerCache:
+    """One layer of a session.
+
+    Parameters
+    ----------
+    session : CacheSession
+        Owns everything used here.
+    layer_idx : int
+        Among the layers on disk.
+    """
+
+    def __init__(self, session: CacheSession, layer_idx: int) -> None:
+        self._session = session
+        self.layer_idx = layer_idx
+
+    def attend(
+        self,
+        batch: SequenceBatch,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        real: Tensor | None,
+        params: AttentionParams,
+    ) -> Tensor:
+        """Attend to past and new tokens, then keep the new ones.
+
+        Parameters
+        ----------
+        batch : SequenceBatch
+        query : Tensor [batch, num_heads, q_len, head_dim]
+        keys, values : Tensor [batch, num_kv_heads, q_len, head_dim]
+            Of the forward's own tokens.
+        real : Tensor [batch, q_len], bool, or None
+            Which of them are not padding.
+        params : AttentionParams
+
+        Returns
+        -------
+        Tensor [batch, num_heads, q_len, head_dim], the query's dtype
+            Zero at padding.
+        """
+        rows = split_rows(query, keys, values, real)
+        merges = [RunningMerge() for _ in rows]
+        if self._session.is_selecting:
+            self._attend_selected(batch, rows, merges, params)
+        else:
+            self._attend_all(batch, rows, merges, params)
+        out = torch.zeros_like(query) if real is not None else torch.empty_like(query)
+        for row, (given, merged) in enumerate(zip(rows, merges, strict=True)):
+            if given.query.shape[1] == 0:
+                continue
+            result = merged.result(params).to(out.dtype)
+            if given.places is None:
+                out[row] = result
+            else:
+                out[row, :, given.places] = result
+        self.append(batch, rows)
+        batch.note_columns(self.layer_idx, real, query.shape[2])
+        return out
+
+    def _attend_all(
+        self,
+        batch: SequenceBatch,
+        rows: list[RowInput],
+        merges: list[RunningMerge],
+        params: AttentionParams,
+    ) -> None:
+        """Exact: every group comes back from disk in large reads."""
+        for row, given in enumerate(rows):
+            if given.query.shape[1] == 0:
+                continue
+            groups = batch.flushed_groups(self.layer_idx, row)
+            for keys, values in self._session.records.stream(self.layer_idx, groups):
+                merges[row].add(partial_attention(given.query, keys, values, params))
+            self._attend_new(batch, row, given, merges[row], params)
+
+    def _attend_new(
+        self,
+        batch: SequenceBatch,
+        row: int,
+        given: RowInput,
+        merged: RunningMerge,
+        params: AttentionParams,
+    ) -> None:
+        keys, values = batch.rolling.get(self.layer_idx, row)
+        if keys.shape[1]:
+            merged.add(partial_attention(given.query, keys, values, params))
+        new = partial_attention(given.query, given.keys, given.values, params, is_causal=True)
+        merged.add(new)
+
+    def _attend_selected(
+        self,
+        batch: SequenceBatch,
+        rows: list[RowInput],
+        merges: list[RunningMerge],
+        params: AttentionParams,
+    ) -> None:
+        """Attend to selected groups, rolling buffer and new tokens."""
+        session = self._session
+        pending = session.take_pending(self.layer_idx)
+        if pending is None:
+            groups = session.selection.select(
+                batch,
+                self.layer_idx,
+                [given.query for given in rows],
+                scaling=params.scaling,
+            )
+            pending = session.prefetcher.submit(self.layer_idx, groups)
+        session.remember(self.layer_idx, pending.groups)
+        waiting = [given.query.shape[1] > 0 for given in rows]
+        for part in session.prefetcher.rounds(pending):
+            for row, given in enumerate(rows):
+                mine = pending.groups[row]
+                mine = mine if pending.fits else np.intersect1d(mine, part, assume_unique=True)
+                if not len(mine) or not given.query.shape[1]:
+                    continue
+                keys, values = self._gather(mine)
+                if pending.fits and given.query.shape[1] == 1:
+                    keys, values = self._with_new(batch, row, given, keys, values)
+                    waiting[row] = False
+                merges[row].add(partial_attention(given.query, keys, values, params))
+        for row, given in enumerate(rows):
+            if waiting[row]:
+                self._attend_new(batch, row, given, merges[row], params)
+        session.recall.check(batch, self.layer_idx, rows, merges, params)
+
+    def _gather(self, groups: np.ndarray) -> tuple[Tensor, Tensor]:
+        slots = self._session.reuse.lookup(self.layer_idx, groups)
+        return gather_groups(self._session.slots, torch.from_numpy(slots))
+
+    def _with_new(
+        self, batch: SequenceBatch, row: int, given: RowInput, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Join gathered, rolling and new tokens: one query token sees them all."""
+        newest_keys, newest_values = batch.rolling.get(self.layer_idx, row)
+        return (
+            torch.cat((keys, newest_keys, given.keys), 1),
+            torch.cat((values, newest_values, given.values), 1),
+        )
+
+    def append(self, batch: SequenceBatch, rows: list[RowInput]) -> None:
+        """Keep the new tokens of every row."""
+        for row, given in enumerate(rows):
+            self._append(batch, row, given)
+
+    def _append(self, batch: SequenceBatch, row: int, given: RowInput) -> None:
+        """Keep new tokens: whole groups go to disk, the rest into the rolling buffer.
+
+        While selecting, layers flush at different steps: each keeps back a few tokens more
+        than the one before.
+        """
+        if not given.keys.shape[1]:
+            return
+        size = batch.layout.group_size
+        length = int(batch.rolling.lengths[self.layer_idx, row]) + given.keys.shape[1]
+        kept_back = self.layer_idx % size if self._session.is_selecting else 0
+        count = max(0, (length - kept_back) // size)
+        if not count:
+            batch.rolling.append(self.layer_idx, row, given.keys, given.values)
+            return
+        keys, values = batch.rolling.get(self.layer_idx, row)
+        keys, values = torch.cat((keys, given.keys), 1), torch.cat((values, given.values), 1)
+        self._flush(batch, row, keys[:, : count * size], values[:, : count * size])
+        batch.rolling.put(self.layer_idx, row, keys[:, count * size :], values[:, count * size :])
+        batch.flushed[self.layer_idx, row] += count
+
+    def _flush(self, batch: SequenceBatch, row: int, keys: Tensor, values: Tensor) -> None:
+        session, size = self._session, batch.layout.group_size
+        groups = session.sequences.groups_for(batch, row, self.layer_idx, keys.shape[1] // size)
+        session.records.write(self.layer_idx, groups, keys, values)
+        if session.index_ready:
+            flat = keys.transpose(0, 1).flatten(1)
+            session.indexes[self.layer_idx].encode(groups, flat)
+        if session.is_selecting:
+            self._keep_in_memory(groups, keys, values)
+
+    def _keep_in_memory(self, groups: np.ndarray, keys: Tensor, values: Tensor) -> None:
+        """Put flushed groups, which are recent tokens, into slots: no need to read them."""
+        session, size = self._session, keys.shape[1]
+        newest = min(len(groups), session.reuse.num_slots)
+        groups = groups[-newest:]
+        session.reuse.forget(self.layer_idx, groups)
+        rows = session.reuse.admit(self.layer_idx, groups, step=session.prefetcher.tick())
+        tokens = slice(size - newest * session.layout.group_size, size)
+        packed = torch.empty_like(session.slots[: len(rows)])
+        pack_groups(keys[:, tokens], values[:, tokens], packed)
+        session.slots[torch.from_numpy(rows)] = packed

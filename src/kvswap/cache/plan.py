@@ -1,0 +1,231 @@
+"""From a budget and a geometry to the sizes of everything kept in memory.
+
+The rules, in order:
+
+1. Group size: the smallest power of two, at least 4 tokens, whose record fills a block.
+2. A budget that holds every group keeps every group; nothing is estimated then.
+3. Otherwise the index takes the best of its candidates that fits half of what the fixed
+   parts leave: a quarter, an eighth, ... of the key's length (at most 128), in 4 bits.
+4. Selected tokens: 1/64 of the context, in [448, 2048], halved as far as 128 while slots
+   for them do not fit.
+5. All the rest becomes slots of the reuse buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvswap.core.config import CacheConfig
+from kvswap.core.errors import BudgetError
+from kvswap.core.geometry import KVGeometry, RecordLayout
+from kvswap.core.units import ceil_div, format_bytes
+from kvswap.placement import SequentialPlacement
+from kvswap.predict import INDEXES
+
+_MAX_RANK = 128
+_MIN_RANK = 8
+_STAGING_BYTES = 8 * 2**20
+_MIN_STAGING_ROWS = 4
+_LEAST_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachePlan:
+    """Sizes of everything kept in memory for one cache.
+
+    Attributes
+    ----------
+    layout : RecordLayout
+        Group size and record.
+    batch_size : int
+        Sequences planned for.
+    max_context : int
+        Tokens of a sequence planned for.
+    num_groups : int
+        Group ids planned for, over all sequences.
+    rank, code : int, str
+        Of the key index; rank 0 where every group is kept and none is estimated.
+    budget_groups : int
+        Groups selected a layer and sequence.
+    num_slots : int
+        Slots of a layer.
+    staging_rows : int
+        Records in each of two staging buffers.
+    parts : dict of str to int
+        Bytes by part.
+    """
+
+    layout: RecordLayout
+    batch_size: int
+    max_context: int
+    num_groups: int
+    rank: int
+    code: str
+    budget_groups: int
+    num_slots: int
+    staging_rows: int
+    parts: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of all parts."""
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan, ready for JSON."""
+        named = {name: getattr(self, name) for name in self.__slots__ if name != "layout"}
+        return {"layout": self.layout.to_dict(), "total_bytes": self.total_bytes} | named
+
+
+def default_group_size(geometry: KVGeometry, block_size_bytes: int) -> int:
+    """Return the smallest power of two, at least 4 tokens, whose record fills a block."""
+    size = 4
+    while size < 256 and size * geometry.layer_token_bytes < block_size_bytes:
+        size *= 2
+    return size
+
+
+def plan_cache(
+    geometry: KVGeometry, config: CacheConfig, *, batch_size: int, max_context: int
+) -> CachePlan:
+    """Share the budget out by the rules at the head of this module.
+
+    Parameters
+    ----------
+    geometry : KVGeometry
+        Shape of the model's cache.
+    config : CacheConfig
+        The budget, and whatever the user fixed.
+    batch_size : int
+        Sequences to plan for.
+    max_context : int
+        Longest sequence in tokens.
+
+    Returns
+    -------
+    CachePlan
+
+    Raises
+    ------
+    BudgetError
+        If the budget is too small; it names the smallest that works.
+    """
+    shape = _Shape(geometry, config, batch_size, max_context)
+    budget = config.kv_memory_bytes
+    everything = shape.build(rank=0, budget_groups=shape.context_groups, slots=shape.all_slots)
+    estimates = config.rank is not None or config.budget_tokens is not None
+    if not estimates and config.num_slots is None and everything.total_bytes <= budget:
+        return everything
+    plan = None
+    for rank in shape.ranks():
+        for budget_groups in shape.budgets():
+            plan = shape.build(rank=rank, budget_groups=budget_groups, slots=None)
+            roomy = plan.parts["index"] * 2 <= budget - shape.fixed_bytes(rank)
+            if plan.total_bytes <= budget and (roomy or rank == shape.ranks()[-1]):
+                return plan
+    assert plan is not None
+    raise BudgetError(
+        f"kv_memory must be at least {format_bytes(plan.total_bytes)} ({plan.total_bytes} bytes)"
+        f" for {batch_size} x {max_context} tokens of this model, got {format_bytes(budget)}"
+        " (a smaller max_context needs less)",
+        have_bytes=budget,
+        need_bytes=plan.total_bytes,
+    )
+
+
+class _Shape:
+    """The quantities that all candidates share."""
+
+    def __init__(
+        self, geometry: KVGeometry, config: CacheConfig, batch_size: int, max_context: int
+    ) -> None:
+        block = config.storage.block_size_bytes
+        size = config.group_size or default_group_size(geometry, block)
+        self.geometry, self.config = geometry, config
+        self.batch_size, self.max_context = batch_size, max_context
+        self.layout = RecordLayout(geometry=geometry, group_size=size, block_size_bytes=block)
+        self.context_groups = ceil_div(max_context, size)
+        self.num_groups = self.context_groups * batch_size
+        self.all_slots = self.num_groups
+        self.code = config.code or "rot4"
+        self.index = INDEXES.get(config.index)
+        rows = _STAGING_BYTES // self.layout.record_bytes
+        share = config.kv_memory_bytes // 32 // self.layout.record_bytes
+        self.staging_rows = max(_MIN_STAGING_ROWS, min(rows, share, self.num_groups))
+
+    def ranks(self) -> list[int]:
+        """Candidate ranks, best first."""
+        if self.config.rank is not None:
+            return [self.config.rank]
+        dim = self.geometry.key_dim
+        top = max(min(_MIN_RANK, dim), min(_MAX_RANK, dim // 4))
+        ranks = [top]
+        while ranks[-1] // 2 >= _MIN_RANK:
+            ranks.append(ranks[-1] // 2 // 2 * 2)
+        return ranks
+
+    def budgets(self) -> list[int]:
+        """Candidate numbers of selected groups, largest first."""
+        size = self.layout.group_size
+        if self.config.budget_tokens is not None:
+            return [min(self.context_groups, ceil_div(self.config.budget_tokens, size))]
+        tokens = max(448, min(2048, self.max_context // 64))
+        pinned = self.config.sink_tokens + self.config.recent_tokens + 2 * size
+        candidates: list[int] = []
+        while tokens >= max(_LEAST_TOKENS, 2 * pinned) or not candidates:
+            candidates.append(min(self.context_groups, ceil_div(tokens, size)))
+            tokens //= 2
+        return candidates
+
+    def fixed_bytes(self, rank: int) -> int:
+        """Bytes of all parts but index and slots."""
+        parts = self._parts(rank=rank, slots=0)
+        return sum(parts.values()) - parts["index"]
+
+    def build(self, *, rank: int, budget_groups: int, slots: int | None) -> CachePlan:
+        """Make a plan; slots default to what the budget leaves, and at least one step's."""
+        if slots is None:
+            slots = self.config.num_slots
+        if slots is None:
+            left = self.config.kv_memory_bytes - sum(self._parts(rank=rank, slots=0).values())
+            fit = left // (self.geometry.num_layers * self._slot_bytes())
+            slots = min(self.all_slots, max(fit, budget_groups * self.batch_size))
+        return CachePlan(
+            layout=self.layout,
+            batch_size=self.batch_size,
+            max_context=self.max_context,
+            num_groups=self.num_groups,
+            rank=rank,
+            code=self.code,
+            budget_groups=budget_groups,
+            num_slots=slots,
+            staging_rows=self.staging_rows,
+            parts=self._parts(rank=rank, slots=slots),
+        )
+
+    def _slot_bytes(self) -> int:
+        return self.layout.record_bytes + 16  # the record, the id it holds, its last use
+
+    def _parts(self, *, rank: int, slots: int) -> dict[str, int]:
+        layers, layout = self.geometry.num_layers, self.layout
+        kind = {"group_size": layout.group_size, "num_groups": self.num_groups}
+        index = workspace = 0
+        if rank:
+            index = layers * self.index.plan_bytes(self.geometry, rank=rank, code=self.code, **kind)
+            workspace = self.index.workspace_bytes(self.geometry, **kind)
+        # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
+        # holders and stripe, and its place in a sequence (8).
+        tables = self.num_groups * (8 * layers + 8) + SequentialPlacement.plan_bytes(
+            self.num_groups
+        )
+        rolling = 2 * layout.group_size * self.batch_size * self.geometry.token_bytes
+        staging = 2 * self.staging_rows * layout.record_bytes
+        return {
+            "index": index,
+            "slots": layers * slots * self._slot_bytes(),
+            "rolling": rolling,
+            "tables": tables,
+            "staging": staging,
+            "workspace": workspace + staging,  # what a staging buffer holds, unpacked
+        }

@@ -1,0 +1,77 @@
+"""Sampled recall: the share of true attention that the working set covers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvswap.cache.sequence import SequenceBatch
+from kvswap.kernels.attention import AttentionParams, RunningMerge, partial_attention
+
+if TYPE_CHECKING:
+    from kvswap.cache.layer import RowInput
+    from kvswap.cache.session import CacheSession
+
+
+class RecallSampler:
+    """Every so many steps reads one whole layer back and compares.
+
+    Parameters
+    ----------
+    session : CacheSession
+        Its config says how often, and below what to warn.
+    """
+
+    def __init__(self, session: CacheSession) -> None:
+        self._session = session
+
+    def check(
+        self,
+        batch: SequenceBatch,
+        layer_idx: int,
+        rows: list[RowInput],
+        merges: list[RunningMerge],
+        params: AttentionParams,
+    ) -> None:
+        """Measure, if it is this step's and this layer's turn; layers take turns."""
+        every, stats = self._session.config.recall_every, self._session.counters
+        turn, rest = divmod(stats.decode_steps, every) if every else (0, 1)
+        if rest or turn % self._session.geometry.num_layers != layer_idx:
+            return
+        with self._session.apart_from_decode():
+            shares = [
+                self._share(batch, layer_idx, row, given, merges[row], params)
+                for row, given in enumerate(rows)
+                if given.query.shape[1]
+            ]
+        stats.recall.extend(shares)
+        worst, floor = min(shares, default=1.0), self._session.config.recall_floor
+        if worst < floor:
+            warnings.warn(
+                f"the selection of layer {layer_idx} covers {worst:.2f} of the attention, below"
+                f" recall_floor={floor}: raise kv_memory or budget_tokens",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _share(
+        self,
+        batch: SequenceBatch,
+        layer_idx: int,
+        row: int,
+        given: RowInput,
+        seen: RunningMerge,
+        params: AttentionParams,
+    ) -> float:
+        whole = RunningMerge()
+        keys, values = batch.rolling.get(layer_idx, row)
+        if keys.shape[1]:
+            whole.add(partial_attention(given.query, keys, values, params))
+        new = partial_attention(given.query, given.keys, given.values, params, is_causal=True)
+        whole.add(new)
+        groups = batch.flushed_groups(layer_idx, row)
+        for keys, values in self._session.records.stream(layer_idx, groups):
+            whole.add(partial_attention(given.query, keys, values, params))
+        return float(torch.exp(seen.lse - whole.lse).clamp(max=1).mean())

@@ -1,0 +1,88 @@
+"""Rolling buffer: each layer's newest tokens, not yet a group on disk."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvswap.core.geometry import RecordLayout
+from kvswap.kernels.records import DTYPES
+
+
+class RollingBuffer:
+    """Newest keys and values of every layer and sequence.
+
+    Parameters
+    ----------
+    layout : RecordLayout
+        Shape of a group.
+    batch_size : int
+        Sequences.
+
+    Notes
+    -----
+    It has room for two groups: one that waits for its layer's turn to flush, and one that
+    fills meanwhile.
+    """
+
+    def __init__(self, layout: RecordLayout, batch_size: int) -> None:
+        geometry = layout.geometry
+        self._shape = (2, geometry.num_kv_heads, 2 * layout.group_size, geometry.head_dim)
+        self._tokens = torch.zeros(
+            (geometry.num_layers, batch_size, *self._shape), dtype=DTYPES[geometry.dtype]
+        )
+        self.lengths = np.zeros((geometry.num_layers, batch_size), np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return self._tokens.nbytes + self.lengths.nbytes
+
+    def get(self, layer_idx: int, row: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values [num_kv_heads, length, head_dim] of one sequence, as views."""
+        length = int(self.lengths[layer_idx, row])
+        both = self._tokens[layer_idx, row, :, :, :length]
+        return both[0], both[1]
+
+    def put(self, layer_idx: int, row: int, keys: Tensor, values: Tensor) -> None:
+        """Replace what is held of one sequence; the tokens may be views of this buffer."""
+        length = keys.shape[1]
+        both = self._tokens[layer_idx, row, :, :, :length]
+        # clone: source and target may overlap when the oldest tokens have been flushed
+        both[0].copy_(keys.clone())
+        both[1].copy_(values.clone())
+        self.lengths[layer_idx, row] = length
+
+    def append(self, layer_idx: int, row: int, keys: Tensor, values: Tensor) -> None:
+        """Add tokens behind those held; there must be room."""
+        start = int(self.lengths[layer_idx, row])
+        both = self._tokens[layer_idx, row, :, :, start : start + keys.shape[1]]
+        both[0].copy_(keys)
+        both[1].copy_(values)
+        self.lengths[layer_idx, row] = start + keys.shape[1]
+
+    def truncate(self, layer_idx: int, row: int, length: int) -> None:
+        """Forget the newest tokens beyond ``length``."""
+        self.lengths[layer_idx, row] = length
+
+    def select(self, rows: np.ndarray) -> None:
+        """Make row i a copy of what row ``rows[i]`` was."""
+        self._tokens = self._tokens[:, torch.from_numpy(rows)]
+        self.lengths = self.lengths[:, rows].copy()
+
+    def copy(self) -> RollingBuffer:
+        """Return a buffer of its own with the same tokens."""
+        twin = object.__new__(RollingBuffer)
+        twin._shape = self._shape
+        twin._tokens, twin.lengths = self._tokens.clone(), self.lengths.copy()
+        return twin
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the buffer as plain arrays."""
+        return {"tokens": self._tokens.view(torch.uint8).numpy(), "lengths": self.lengths}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `state` gave."""
+        self._tokens.view(torch.uint8).numpy()[...] = state["tokens"]
+        self.lengths[...] = state["lengths"]

@@ -1,0 +1,144 @@
+"""Sequences of one cache: lists of references to groups, and the tokens not yet grouped."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvswap.cache.rolling import RollingBuffer
+from kvswap.core.geometry import RecordLayout
+from kvswap.placement import Placement
+
+
+class SequenceBatch:
+    """The sequences that one cache sees as the rows of its batch.
+
+    Layers count on their own, because they flush at different steps and because a forward
+    that is interrupted leaves some of them behind.
+
+    Parameters
+    ----------
+    layout : RecordLayout
+        Shape of a group.
+    batch_size : int
+        Rows.
+
+    Attributes
+    ----------
+    groups : list of ndarray, int64
+        Each row's group ids, in the order of its tokens.
+    flushed : ndarray [num_layers, batch_size], int64
+        How many of them each layer has on disk.
+    rolling : RollingBuffer
+        Tokens that follow.
+    columns : ndarray [num_layers], int64
+        Length as transformers counts it, padding included.
+    padding : Tensor [batch_size, columns], bool, or None
+        Which columns are tokens; None while all are. Padding itself is never stored.
+    """
+
+    def __init__(self, layout: RecordLayout, batch_size: int) -> None:
+        num_layers = layout.geometry.num_layers
+        self.layout = layout
+        self.groups: list[np.ndarray] = [np.empty(0, np.int64) for _ in range(batch_size)]
+        self.flushed = np.zeros((num_layers, batch_size), np.int64)
+        self.rolling = RollingBuffer(layout, batch_size)
+        self.columns = np.zeros(num_layers, np.int64)
+        self.padding: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return len(self.groups)
+
+    @property
+    def seq_len(self) -> int:
+        """Columns that every layer has; more in some only within a forward."""
+        return int(self.columns.min())
+
+    def tokens(self, layer_idx: int, row: int) -> int:
+        """Return how many tokens a layer holds of a row."""
+        grouped = int(self.flushed[layer_idx, row]) * self.layout.group_size
+        return grouped + int(self.rolling.lengths[layer_idx, row])
+
+    def tokens_within(self, row: int, columns: int) -> int:
+        """Return how many of a row's first columns are tokens."""
+        if self.padding is None:
+            return columns
+        return int(self.padding[row, :columns].sum())
+
+    def flushed_groups(self, layer_idx: int, row: int) -> np.ndarray:
+        """Return the ids of a row's groups that a layer has on disk."""
+        return self.groups[row][: self.flushed[layer_idx, row]]
+
+    def note_columns(self, layer_idx: int, real: Tensor | None, q_len: int) -> None:
+        """Count the columns of a forward for one layer.
+
+        Parameters
+        ----------
+        layer_idx : int
+        real : Tensor [batch_size, q_len], bool, or None
+            Which of the new columns are tokens.
+        q_len : int
+            New columns.
+        """
+        start = int(self.columns[layer_idx])
+        seen = start if self.padding is None else self.padding.shape[1]
+        if start + q_len > seen and (real is not None or self.padding is not None):
+            if self.padding is None:
+                self.padding = torch.ones(self.batch_size, start, dtype=torch.bool)
+            if real is None:
+                real = torch.ones(self.batch_size, q_len, dtype=torch.bool)
+            self.padding = torch.cat([self.padding, real.cpu()], 1)
+        self.columns[layer_idx] = start + q_len
+
+    def select(self, rows: np.ndarray, placement: Placement) -> np.ndarray:
+        """Make row i a reference to what row ``rows[i]`` was; return groups nobody holds now."""
+        before = self.groups
+        self.groups = [before[row].copy() for row in rows]
+        for ids in self.groups:
+            placement.retain(ids)
+        freed = [placement.release(ids) for ids in before]
+        self.flushed = self.flushed[:, rows].copy()
+        self.rolling.select(rows)
+        if self.padding is not None:
+            self.padding = self.padding[torch.from_numpy(rows)]
+        return np.concatenate(freed) if freed else np.empty(0, np.int64)
+
+    def fork(self, placement: Placement) -> SequenceBatch:
+        """Return a batch of its own that refers to the same groups."""
+        twin = object.__new__(SequenceBatch)
+        twin.layout = self.layout
+        twin.groups = [ids.copy() for ids in self.groups]
+        for ids in twin.groups:
+            placement.retain(ids)
+        twin.flushed, twin.columns = self.flushed.copy(), self.columns.copy()
+        twin.rolling = self.rolling.copy()
+        twin.padding = None if self.padding is None else self.padding.clone()
+        return twin
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return everything as plain arrays."""
+        lengths = np.array([len(ids) for ids in self.groups], np.int64)
+        state = {"groups": np.concatenate(self.groups), "lengths": lengths}
+        state |= {"flushed": self.flushed, "columns": self.columns}
+        state |= {f"rolling.{name}": part for name, part in self.rolling.state().items()}
+        if self.padding is not None:
+            state["padding"] = self.padding.numpy().astype(np.uint8)
+        return state
+
+    @classmethod
+    def from_state(cls, layout: RecordLayout, state: dict[str, np.ndarray]) -> SequenceBatch:
+        """Rebuild a batch from `state`; the placement's counts are restored apart."""
+        batch = cls(layout, len(state["lengths"]))
+        bounds = np.cumsum(state["lengths"])[:-1]
+        batch.groups = [ids.copy() for ids in np.split(state["groups"], bounds)]
+        batch.flushed[...] = state["flushed"]
+        batch.columns[...] = state["columns"]
+        prefix = "rolling."
+        parts = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        batch.rolling.load_state(parts)
+        if "padding" in state:
+            batch.padding = torch.from_numpy(state["padding"].astype(bool))
+        return batch

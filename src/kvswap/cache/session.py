@@ -1,0 +1,356 @@
+"""A session: everything that one or several caches of a model share, and its life."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import numpy as np
+
+from kvswap.cache.fit import IndexFitter
+from kvswap.cache.layer import LayerCache
+from kvswap.cache.plan import CachePlan, plan_cache
+from kvswap.cache.prefetch import Pending, Prefetcher
+from kvswap.cache.recall import RecallSampler
+from kvswap.cache.records import RecordIO
+from kvswap.cache.reuse import ReuseBuffer
+from kvswap.cache.selection import GroupSelection
+from kvswap.cache.sequence import SequenceBatch
+from kvswap.cache.sequences import Sequences
+from kvswap.core.config import CacheConfig
+from kvswap.core.errors import BudgetError, ConfigError, KVSwapError, SessionClosedError
+from kvswap.core.geometry import KVGeometry
+from kvswap.core.stats import CacheStats
+from kvswap.core.units import format_bytes
+from kvswap.kernels.records import record_view
+from kvswap.placement import SequentialPlacement
+from kvswap.predict import INDEXES, SELECTORS, KeyIndex
+from kvswap.storage.store import BlockStore
+
+
+class CacheSession:
+    """Owns store, slots, indexes and plan; says when things move.
+
+    Parameters
+    ----------
+    geometry : KVGeometry
+        Shape of the model's cache.
+    config : CacheConfig
+        Budget, storage and selection.
+    max_context : int
+        Tokens of a sequence to plan for.
+    store : BlockStore, optional
+        An opened store to go on with; a new one is made otherwise.
+
+    Raises
+    ------
+    BudgetError
+        If the budget is too small for one sequence.
+    ConfigError, StoreError
+        If the store cannot be made.
+
+    Notes
+    -----
+    Memory is taken at the first forward, when the batch is known. Not thread-safe: one
+    forward at a time.
+    """
+
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        config: CacheConfig,
+        *,
+        max_context: int,
+        store: BlockStore | None = None,
+    ) -> None:
+        self.geometry, self.config, self.max_context = geometry, config, max_context
+        SELECTORS.get(config.selector)  # an unknown name is said now, not at the first forward
+        rows = config.max_batch or 1
+        self.plan = plan_cache(geometry, config, batch_size=rows, max_context=max_context)
+        self.layout = self.plan.layout
+        self.counters = CacheStats()
+        self.layers = [LayerCache(self, i) for i in range(geometry.num_layers)]
+        self.is_selecting = False
+        self.is_allocated = False
+        self.prefill_total = 0  # tokens that a prefill will have stored; 0 while unknown
+        self._pending: dict[int, Pending] = {}
+        self._speculated: dict[int, Pending] = {}
+        self._previous: dict[int, list[np.ndarray]] = {}
+        self._decode_base = (0, 0)
+        self._is_closed = False
+        self.store = store or BlockStore.create(config.storage, self.layout)
+
+    # -- memory ---------------------------------------------------------------------------
+
+    def allocate(self, batch_size: int) -> None:
+        """Take all memory for a batch, once.
+
+        Raises
+        ------
+        BudgetError
+            If the budget is too small; nothing has been taken then.
+        StoreFullError
+            If the disk cannot hold ``max_context`` tokens that the config asks for.
+        """
+        plan = plan_cache(
+            self.geometry, self.config, batch_size=batch_size, max_context=self.max_context
+        )
+        placement = SequentialPlacement(
+            num_layers=self.geometry.num_layers,
+            num_groups=plan.num_groups,
+            record_bytes=self.layout.record_bytes,
+        )
+        if self.config.max_context is not None:
+            self.store.check_room(0, placement.planned_bytes)
+        self.plan, self.placement = plan, placement
+        self.store.reserve_records(plan.num_groups * self.geometry.num_layers)
+        self.records = RecordIO(self.store, placement, self.layout, plan.staging_rows)
+        self.reuse = ReuseBuffer(
+            num_layers=self.geometry.num_layers,
+            num_slots=plan.num_slots,
+            num_groups=plan.num_groups,
+            record_bytes=self.layout.record_bytes,
+        )
+        self.slots = record_view(self.reuse.pool, self.layout)
+        self.prefetcher = Prefetcher(self.reuse, self.records, self.counters)
+        self.sequences = Sequences(
+            self.layout,
+            placement,
+            self.reuse,
+            self.records,
+            row_groups=plan.num_groups // plan.batch_size,
+        )
+        self._make_indexes(plan)
+        self.is_allocated = True
+
+    def _make_indexes(self, plan: CachePlan) -> None:
+        kind = INDEXES.get(self.config.index)
+        self.indexes: list[KeyIndex] = [
+            kind(
+                self.geometry,
+                group_size=self.layout.group_size,
+                num_groups=plan.num_groups,
+                rank=plan.rank,
+                code=plan.code,
+            )
+            for _ in range(self.geometry.num_layers if plan.rank else 0)
+        ]
+        self.selection = GroupSelection(
+            self.config,
+            self.indexes,
+            group_size=self.layout.group_size,
+            budget_groups=plan.budget_groups,
+        )
+        self.recall = RecallSampler(self)
+        self.fitter = IndexFitter(self)
+        self.fitter.load_projection()
+
+    def memory_report(self) -> dict[str, int]:
+        """Return bytes held for the cache, by part, with their sum and the budget.
+
+        Returns
+        -------
+        dict of str to int
+            ``index, slots, rolling, tables, staging, workspace, total, budget``. Workspace is
+            the most that fitting, scoring and unpacking take for a while; all else is what
+            the arrays take now. Before the first forward and after closing, what is planned.
+        """
+        parts = dict(self.plan.parts)
+        if self.is_allocated and not self._is_closed:
+            batches = list(self.sequences)
+            held = sum(ids.nbytes for batch in batches for ids in batch.groups)
+            tables = self.reuse.table_nbytes + self.placement.nbytes + self.store.table_bytes
+            parts |= {
+                "index": sum(index.nbytes for index in self.indexes),
+                "slots": self.reuse.slots_nbytes,
+                "rolling": sum(batch.rolling.nbytes for batch in batches),
+                "tables": tables + held,
+                "staging": self.records.nbytes,
+            }
+        return parts | {"total": sum(parts.values()), "budget": self.config.kv_memory_bytes}
+
+    # -- sequences ------------------------------------------------------------------------
+
+    def new_batch(self, batch_size: int) -> SequenceBatch:
+        """Return empty sequences, taking the session's memory if they are its first."""
+        if not self.is_allocated:
+            self.allocate(max(batch_size, self.config.max_batch or 0))
+        batch = SequenceBatch(self.layout, batch_size)
+        self.adopt(batch)
+        return batch
+
+    def adopt(self, batch: SequenceBatch) -> None:
+        """Count a batch among the session's own.
+
+        Raises
+        ------
+        BudgetError
+            If its rolling buffers pass the budget; it is let go of then.
+        """
+        self.sequences.add(batch)
+        report = self.memory_report()
+        if report["total"] <= report["budget"]:
+            return
+        rows = sum(other.batch_size for other in self.sequences)
+        self.sequences.drop(batch)
+        raise BudgetError(
+            f"kv_memory must be at least {format_bytes(report['total'])} for {rows} sequences at"
+            f" once, got {format_bytes(report['budget'])} (max_batch plans for them)",
+            have_bytes=report["budget"],
+            need_bytes=report["total"],
+        )
+
+    def select_rows(self, batch: SequenceBatch, rows: np.ndarray) -> None:
+        """Make row i of a batch a reference to what row ``rows[i]`` was."""
+        self.sequences.select_rows(batch, rows)
+        self._previous.clear()
+
+    # -- forwards -------------------------------------------------------------------------
+
+    def check_length(self, columns: int) -> None:
+        """Raise `ConfigError` if a context passes what was planned for."""
+        if columns > self.max_context:
+            raise ConfigError(
+                f"context must be at most {self.max_context} tokens (max_context, or the model's"
+                f" positions), got {columns}"
+            )
+
+    def begin_forward(self, batch: SequenceBatch, q_len: int, *, is_prefill: bool) -> None:
+        """Decide how this forward attends, after putting right what an interrupted one left.
+
+        Parameters
+        ----------
+        batch : SequenceBatch
+        q_len : int
+            New columns.
+        is_prefill : bool
+            Attend exactly to everything.
+
+        Raises
+        ------
+        ConfigError
+            If the context would pass what was planned for.
+        """
+        self.check_open()
+        self._settle()
+        self.sequences.make_whole(batch)
+        self.check_length(batch.seq_len + q_len)
+        self.is_selecting = not is_prefill
+        if self.is_selecting:
+            self.fitter.fit_if_needed(batch)
+            self.counters.decode_steps += 1
+            self.counters.decode_tokens += q_len * batch.batch_size
+        self._decode_base = (self.store.stats.bytes_read, self.store.stats.reads)
+        self._begin_s = time.perf_counter()
+
+    def end_forward(self, batch: SequenceBatch, q_len: int) -> None:
+        """Count what the forward did; called after its last layer on disk."""
+        if self.is_selecting:
+            bytes_read, reads = self._decode_base
+            self.counters.decode_bytes_read += self.store.stats.bytes_read - bytes_read
+            self.counters.decode_reads += self.store.stats.reads - reads
+            return
+        self.counters.prefill_tokens += q_len * batch.batch_size
+        self.counters.prefill_s += time.perf_counter() - self._begin_s
+        if self.config.on_progress is not None:
+            self.config.on_progress("prefill", batch.seq_len, self.prefill_total)
+
+    @contextmanager
+    def apart_from_decode(self) -> Iterator[None]:
+        """Keep the reads inside out of the decode counters; they stay in the engine's own."""
+        before = (self.store.stats.bytes_read, self.store.stats.reads)
+        yield
+        bytes_read = self.store.stats.bytes_read - before[0]
+        reads = self.store.stats.reads - before[1]
+        self._decode_base = (self._decode_base[0] + bytes_read, self._decode_base[1] + reads)
+
+    def _settle(self) -> None:
+        """Finish reads that an interrupted forward left in flight."""
+        for waiting in (self._pending, self._speculated):
+            for pending in waiting.values():
+                with suppress(KVSwapError):  # their slots are given back; nobody waits for them
+                    self.prefetcher.wait(pending)
+            waiting.clear()
+
+    @property
+    def index_ready(self) -> bool:
+        """Whether flushed groups are to be encoded at once."""
+        return bool(self.indexes) and self.indexes[0].is_fitted
+
+    def prefetch(self, layer_idx: int, groups: list[np.ndarray]) -> None:
+        """Submit the reads of a layer's selection before the layer begins."""
+        self._pending[layer_idx] = self.prefetcher.submit(layer_idx, groups)
+
+    def prefetch_previous(self, batch: SequenceBatch, layer_idx: int) -> None:
+        """Submit what the layer selected last time; its real query corrects it."""
+        previous = self._previous.get(layer_idx)
+        if previous is None or len(previous) != batch.batch_size:
+            return
+        held = [batch.flushed_groups(layer_idx, row) for row in range(batch.batch_size)]
+        likely = [np.intersect1d(a, b) for a, b in zip(previous, held, strict=True)]
+        self._speculated[layer_idx] = self.prefetcher.submit(layer_idx, likely)
+
+    def take_pending(self, layer_idx: int) -> Pending | None:
+        """Return the selection predicted for a layer in this forward, if any."""
+        speculated = self._speculated.pop(layer_idx, None)
+        if speculated is not None:
+            self.prefetcher.wait(speculated)
+        return self._pending.pop(layer_idx, None)
+
+    def remember(self, layer_idx: int, groups: list[np.ndarray]) -> None:
+        """Note a selection, for the next step's prefetch."""
+        self._previous[layer_idx] = groups
+
+    # -- life -----------------------------------------------------------------------------
+
+    def stats(self) -> CacheStats:
+        """Return the counters, bytes and requests included."""
+        self.counters.io = self.store.stats
+        return self.counters
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can still be used."""
+        return not self._is_closed
+
+    def check_open(self) -> None:
+        """Raise `SessionClosedError` once closed."""
+        if self._is_closed:
+            raise SessionClosedError("the cache is closed")
+
+    def close(self) -> None:
+        """Finish writes and give everything back; safe to call again."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            if self.is_allocated:
+                self._settle()
+                self.records.drain()
+        finally:
+            self.store.close()
+            for name in ("indexes", "selection", "slots", "reuse", "records", "prefetcher"):
+                self.__dict__.pop(name, None)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return tables and indexes as plain arrays, for a kept store."""
+        state = {f"placement.{k}": v for k, v in self.placement.state().items()}
+        for layer_idx, index in enumerate(self.indexes):
+            state |= {f"index.{layer_idx}.{k}": v for k, v in index.state().items()}
+        return state
+
+    def resume(
+        self, batch: SequenceBatch, tables: dict[str, np.ndarray], *, fitted_tokens: int
+    ) -> None:
+        """Go on from the tables of a kept store."""
+        self.placement.load_state(_part(tables, "placement."))
+        for layer_idx, index in enumerate(self.indexes):
+            index.load_state(_part(tables, f"index.{layer_idx}."))
+        self.fitter.fitted_tokens = fitted_tokens
+        self.sequences.resume(batch)
+
+
+def _part(tables: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Return the tables whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tables.items() if k.startswith(prefix)}

@@ -1,0 +1,202 @@
+"""What a user can set: frozen, validated, and written into every manifest and record."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from kvswap.core.errors import ConfigError
+from kvswap.core.units import parse_bytes
+
+CODES = ("bf16", "int8", "rot4")
+DIRECT_IO = ("auto", "on", "off")
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``on_progress(stage, done, total)``; the total is 0 where it is not known."""
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        known = ", ".join(str(item) for item in allowed)
+        raise ConfigError(f"{name} must be one of {known}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageConfig:
+    """Where records lie and how they are moved.
+
+    Parameters
+    ----------
+    directories : sequence of path
+        Existing, writable directories, one a device. One for now.
+    keep : bool
+        Save the store on close so that `KVSwapCache.open` can resume it. A store that is
+        not kept is unlinked once open: nothing is left, whatever ends the process.
+    disk_limit : int or str, optional
+        Most bytes the store may take ("20GiB"). Default: the free space.
+    direct_io : {"auto", "on", "off"}
+        O_DIRECT where the file system allows it; ``on`` makes its absence an error.
+        Without it pages are dropped from the page cache after each transfer.
+    num_threads : int
+        Threads of the pread/pwrite backend.
+    block_size_bytes : int
+        The device's unit.
+    """
+
+    directories: Sequence[str | os.PathLike[str]]
+    keep: bool = False
+    disk_limit: int | str | None = None
+    direct_io: str = "auto"
+    num_threads: int = 4
+    block_size_bytes: int = 4096
+
+    def __post_init__(self) -> None:
+        if isinstance(self.directories, (str, os.PathLike)):
+            raise ConfigError(
+                f"directories must be a list of directories, got {str(self.directories)!r}"
+            )
+        paths = tuple(str(Path(path)) for path in self.directories)
+        if len(paths) != 1:
+            raise ConfigError(f"directories must name exactly one directory, got {len(paths)}")
+        object.__setattr__(self, "directories", paths)
+        if self.disk_limit is not None:
+            limit = parse_bytes(self.disk_limit, field="disk_limit")
+            object.__setattr__(self, "disk_limit", limit)
+        _one_of("keep", self.keep, (True, False))
+        _one_of("direct_io", self.direct_io, DIRECT_IO)
+        _at_least("num_threads", self.num_threads, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """One cache: its memory, its disk, and how groups are chosen.
+
+    Only ``kv_memory`` and ``storage`` are needed. What is left at None is planned from the
+    budget and the model by the rules in docs/concepts/architecture.md.
+
+    Parameters
+    ----------
+    kv_memory : int or str
+        Budget of all memory kept for the KV cache ("256MiB"): index, slots, rolling
+        buffers, tables, staging and fitting workspace.
+    storage : StorageConfig
+        Where the cache lies.
+    max_context : int, optional
+        Longest context, in tokens, to plan for. Default: the model's positions.
+    max_batch : int, optional
+        Sequences to plan for. Default: those of the first forward.
+    group_size : int, optional
+        Tokens read as a unit; a power of two.
+    budget_tokens : int, optional
+        Tokens selected a layer and step, sink and recent tokens included.
+    num_slots : int, optional
+        Groups each layer can hold in memory.
+    sink_tokens, recent_tokens : int
+        Always in the working set.
+    index, selector : str
+        Names in the registries of key indexes and selectors.
+    rank : int, optional
+        Coefficients kept of a token's key, over all KV heads.
+    code : {"bf16", "int8", "rot4"}, optional
+        How a coefficient is stored.
+    projection : path, optional
+        A calibrated projection (`kvswap calibrate`). Default: fitted to the prompt's keys.
+    prefill_chunk : int
+        Tokens a prefill forward handles at once.
+    exact_append : bool
+        Let forwards of several tokens after the prefill see the whole context.
+    recall_every : int
+        Every so many steps measure, on one layer, the attention mass of the selection;
+        0 never.
+    recall_floor : float
+        Warn when that share falls below.
+    on_progress : callable, optional
+        ``on_progress(stage, done, total)`` in tokens ("prefill") or layers ("index").
+    """
+
+    kv_memory: int | str
+    storage: StorageConfig
+    max_context: int | None = None
+    max_batch: int | None = None
+    group_size: int | None = None
+    budget_tokens: int | None = None
+    num_slots: int | None = None
+    sink_tokens: int = 4
+    recent_tokens: int = 32
+    index: str = "lowrank"
+    selector: str = "topk"
+    rank: int | None = None
+    code: str | None = None
+    projection: str | os.PathLike[str] | None = None
+    prefill_chunk: int = 1024
+    exact_append: bool = False
+    recall_every: int = 0
+    recall_floor: float = 0.8
+    on_progress: Progress | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory, field="kv_memory"))
+        if not isinstance(self.storage, StorageConfig):
+            raise ConfigError(f"storage must be a StorageConfig, got {self.storage!r}")
+        for name in (
+            "max_context",
+            "max_batch",
+            "group_size",
+            "budget_tokens",
+            "num_slots",
+            "rank",
+        ):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("sink_tokens", "recent_tokens", "recall_every"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("prefill_chunk", self.prefill_chunk, 1)
+        size = self.group_size
+        if size is not None and (size > 256 or size & (size - 1)):
+            raise ConfigError(f"group_size must be a power of two in [1, 256], got {size}")
+        if self.code is not None:
+            _one_of("code", self.code, CODES)
+        if not 0.0 <= self.recall_floor <= 1.0:
+            raise ConfigError(f"recall_floor must be in [0, 1], got {self.recall_floor!r}")
+        if self.projection is not None:
+            object.__setattr__(self, "projection", str(self.projection))
+
+    @property
+    def kv_memory_bytes(self) -> int:
+        """The budget in bytes."""
+        return int(self.kv_memory)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON; the progress callback is left out."""
+        named = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        named.pop("on_progress")
+        return named
+
+    @classmethod
+    def from_dict(cls, named: dict[str, Any]) -> CacheConfig:
+        """Rebuild a config from `to_dict`."""
+        rest = dict(named)
+        try:
+            storage = StorageConfig(**rest.pop("storage"))
+            return cls(storage=storage, **rest)
+        except (TypeError, KeyError) as error:
+            raise ConfigError(f"config has unknown or missing fields: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, StorageConfig):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value

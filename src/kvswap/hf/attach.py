@@ -1,0 +1,90 @@
+"""attach: the one call that ties a cache to a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from kvswap.cache.session import CacheSession
+from kvswap.core.config import CacheConfig
+from kvswap.core.errors import ConfigError
+from kvswap.hf.cache import KVSwapCache
+from kvswap.hf.geometry import ModelShape, fingerprint, read_shape, stock_layers
+from kvswap.predict.projection import Projection
+
+
+def attach(model: PreTrainedModel, config: CacheConfig | KVSwapCache) -> KVSwapCache:
+    """Give a model a KV cache on disk.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Any causal model whose attention goes through transformers' attention interface.
+    config : CacheConfig or KVSwapCache
+        What to make, or a cache from `KVSwapCache.open`.
+
+    Returns
+    -------
+    KVSwapCache
+        A context manager. Pass it as ``past_key_values``; leaving it, or ``close()``, removes
+        hooks and attention function and gives memory and disk back.
+
+    Raises
+    ------
+    ConfigError
+        If a setting cannot be used, the budget is too small, or an opened cache was made
+        with another model.
+    UnsupportedModelError
+        If the model's attention cannot be served.
+    StoreError
+        If the store cannot be made.
+    """
+    if isinstance(config, KVSwapCache):
+        config.bind(model)
+        return config
+    if not isinstance(config, CacheConfig):
+        raise ConfigError(f"config must be a CacheConfig or a KVSwapCache, got {config!r}")
+    shape = read_shape(model)
+    config = _with_projection(model, config)
+    layers = stock_layers(model.config)
+    if config.storage.keep and len(shape.disk_layers) != len(layers):
+        raise ConfigError("keep must be False for a model with layers that are not on disk")
+    session = CacheSession(shape.geometry, config, max_context=context_limit(shape, config))
+    cache = KVSwapCache(session, config, layers)
+    try:
+        cache.bind(model)
+    except BaseException:
+        cache.close()
+        raise
+    return cache
+
+
+def context_limit(shape: ModelShape, config: CacheConfig) -> int:
+    """Return the longest context to plan for.
+
+    Raises
+    ------
+    ConfigError
+        If the config asks for more than the model's positions, or neither says.
+    """
+    asked, positions = config.max_context, shape.max_positions
+    if asked is None and positions is None:
+        raise ConfigError("max_context must be given for a model that names no limit, got None")
+    if asked is not None and positions is not None and asked > positions:
+        raise ConfigError(
+            f"max_context must be at most the model's {positions} positions, got {asked}"
+        )
+    return int(asked if asked is not None else positions)  # type: ignore[arg-type]
+
+
+def _with_projection(model: PreTrainedModel, config: CacheConfig) -> CacheConfig:
+    """Take the rank from a calibrated projection, after checking whose it is."""
+    if config.projection is None:
+        return config
+    projection = Projection.load(config.projection)
+    if projection.fingerprint != fingerprint(model):
+        raise ConfigError(f"projection was calibrated for another model: {config.projection}")
+    if config.rank not in (None, projection.rank):
+        raise ConfigError(f"rank must be the projection's {projection.rank}, got {config.rank}")
+    return replace(config, rank=projection.rank)

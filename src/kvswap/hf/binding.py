@@ -1,0 +1,111 @@
+"""Ties caches to one model: attention function, hooks and prefill chunk, and their removal."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvswap.hf import attention
+from kvswap.hf.families import QueryEstimator
+from kvswap.hf.geometry import ModelShape, decoder_layers, read_shape
+
+_BINDINGS: weakref.WeakKeyDictionary[PreTrainedModel, ModelBinding] = weakref.WeakKeyDictionary()
+
+
+class ModelBinding:
+    """What is changed on a model while at least one cache is attached to it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Not patched: hooks, a registered attention function and one generation setting.
+
+    Attributes
+    ----------
+    shape : ModelShape
+    estimators : list of QueryEstimator or None
+        By layer of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.shape: ModelShape = read_shape(model)
+        layers = decoder_layers(model, self.shape)
+        geometry = self.shape.geometry
+        self.estimators = [
+            QueryEstimator.build(
+                layer,
+                self.shape.model_type,
+                num_heads=geometry.num_heads,
+                head_dim=geometry.head_dim,
+            )
+            for layer in layers
+        ]
+        self._model = weakref.ref(model)
+        self._layers = layers
+        self._holders = 0
+        self._hooks: list[Any] = []
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelBinding:
+        """Return the binding of a model, made at the first call."""
+        binding = _BINDINGS.get(model)
+        if binding is None:
+            binding = _BINDINGS[model] = cls(model)
+        return binding
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, which the binding itself does not keep alive."""
+        model = self._model()
+        assert model is not None, "a forward or a cache holds the model"
+        return model
+
+    def scaling(self, layer_idx: int) -> float:
+        """Return the factor that a layer's attention puts on dot products."""
+        attention_module = getattr(self._layers[layer_idx], "self_attn", None)
+        given = getattr(attention_module, "scaling", None)
+        return float(self.shape.geometry.head_dim**-0.5 if given is None else given)
+
+    def acquire(self, prefill_chunk: int) -> None:
+        """Install, for the first holder."""
+        model = self.model
+        self._holders += 1
+        if self._holders > 1:
+            return
+        self._stock = model.config._attn_implementation
+        attention.register()
+        model.set_attn_implementation(attention.NAMES.get(self._stock, attention.NAMES["sdpa"]))
+        self._hooks = [
+            layer.register_forward_pre_hook(self._hook_for(index), with_kwargs=True)
+            for index, layer in enumerate(self._layers)
+        ]
+        self._chunk = model.generation_config.prefill_chunk_size
+        # Before 5.0 generate's own chunks start at position 0 whatever the cache holds, and
+        # count padding as tokens: there `KVSwapCache.prefill` is the way to bound memory.
+        if not hasattr(model, "_prefill_chunking"):
+            model.generation_config.prefill_chunk_size = prefill_chunk
+
+    def release(self) -> None:
+        """Remove, for the last holder."""
+        self._holders -= 1
+        model = self._model()
+        if self._holders or model is None:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        model.set_attn_implementation(self._stock)
+        model.generation_config.prefill_chunk_size = self._chunk
+        _BINDINGS.pop(model, None)
+
+    def _hook_for(self, index: int) -> Any:
+        def before_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            enter = getattr(kwargs.get("past_key_values"), "before_layer", None)
+            if enter is not None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                enter(self, index, hidden, kwargs)
+
+        return before_layer

@@ -1,0 +1,99 @@
+"""Saving a cache in a kept store, and opening it again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvswap.cache.sequence import SequenceBatch
+from kvswap.cache.session import CacheSession
+from kvswap.core.config import CacheConfig
+from kvswap.core.errors import ConfigError, CorruptStoreError
+from kvswap.core.geometry import KVGeometry
+from kvswap.storage.store import BlockStore
+
+if TYPE_CHECKING:
+    from kvswap.hf.cache import KVSwapCache
+
+_BATCH = "batch."
+
+
+def save(
+    session: CacheSession, batch: SequenceBatch, *, fingerprint: str, is_prefill: bool
+) -> None:
+    """Write the tables of one cache; see `KVSwapCache.save`."""
+    if not session.config.storage.keep:
+        raise ConfigError("keep must be True in StorageConfig to save, got False")
+    session.sequences.make_whole(batch)
+    session.records.drain()
+    tables = session.state() | {f"{_BATCH}{k}": v for k, v in batch.state().items()}
+    meta = {
+        "geometry": session.geometry.to_dict(),
+        "max_context": session.max_context,
+        "batch_size": session.plan.batch_size,
+        "rank": session.plan.rank,
+        "code": session.plan.code,
+        "fitted_tokens": session.fitter.fitted_tokens,
+        "is_prefill": is_prefill,
+    }
+    session.store.save(
+        {name: np.ascontiguousarray(table) for name, table in tables.items()},
+        config=session.config.to_dict(),
+        fingerprint=fingerprint,
+        meta=meta,
+    )
+    session.sequences.protect(batch)
+
+
+def open_cache(
+    cls: type[KVSwapCache], directory: str | os.PathLike[str], kv_memory: int | str | None
+) -> KVSwapCache:
+    """Open a kept store; see `KVSwapCache.open`."""
+    store = BlockStore.open(directory)
+    try:
+        return _build(cls, store, os.fspath(directory), kv_memory)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _build(
+    cls: type[KVSwapCache], store: BlockStore, directory: str, kv_memory: int | str | None
+) -> KVSwapCache:
+    manifest = store.manifest
+    assert manifest is not None, "an opened store has a manifest"
+    meta: dict[str, Any] = manifest.meta
+    try:
+        config = _config(CacheConfig.from_dict(manifest.config), meta, directory, kv_memory)
+        geometry = KVGeometry(**meta["geometry"])
+        session = CacheSession(geometry, config, max_context=meta["max_context"], store=store)
+        session.allocate(meta["batch_size"])
+        state = {
+            name.removeprefix(_BATCH): table
+            for name, table in store.tables.items()
+            if name.startswith(_BATCH)
+        }
+        batch = SequenceBatch.from_state(session.layout, state)
+        session.resume(batch, store.tables, fitted_tokens=meta["fitted_tokens"])
+        is_prefill = bool(meta["is_prefill"])
+    except KeyError as error:
+        raise CorruptStoreError(directory, "saved state", expected=error, found="none") from error
+    cache = cls(session, config, [None] * geometry.num_layers)
+    cache.resume(batch, fingerprint=manifest.fingerprint, is_prefill=is_prefill)
+    return cache
+
+
+def _config(
+    config: CacheConfig, meta: dict[str, Any], directory: str, kv_memory: int | str | None
+) -> CacheConfig:
+    """Return the saved config with what must not change fixed, and what may, changed."""
+    storage = replace(config.storage, directories=[directory])
+    config = replace(config, storage=storage)
+    if kv_memory is not None:
+        config = replace(config, kv_memory=kv_memory)
+        if meta["rank"]:
+            config = replace(config, rank=meta["rank"], code=meta["code"])
+    return config

@@ -1,0 +1,183 @@
+"""How a key's coefficients are stored, and scored against a query without being decoded.
+
+Coefficients arrive rotated (an orthogonal matrix folded into the projection), which spreads a
+token's energy evenly over them, so that one scale a token serves all. The four-bit grid is
+the best uniform one for a Gaussian, whose error is a fifth above the best of any grid, and
+keeps scoring in integers.
+
+References
+----------
+HIGGS, https://arxiv.org/abs/2411.17525 and TurboQuant, https://arxiv.org/abs/2504.19874: grids
+after a rotation. J. Max, Quantizing for minimum distortion, IRE Trans. IT-6, 1960: the step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from kvswap.core.errors import ConfigError
+
+GAUSSIAN_STEP_4BIT = 0.3352  # Max 1960, table II, 16 levels, in standard deviations
+_SCALE_LIMIT = 6.0e4  # float16's largest is 65504
+
+
+class Code(ABC):
+    """A way to store coefficients.
+
+    Parameters
+    ----------
+    rank : int
+        Coefficients of a token.
+    """
+
+    name: str
+    dtype: torch.dtype
+    has_scale: bool = True
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Elements stored for a token."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token, its scale included."""
+        return self.width * self.dtype.itemsize + (2 if self.has_scale else 0)
+
+    @abstractmethod
+    def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Store coefficients.
+
+        Parameters
+        ----------
+        coefficients : Tensor [num_tokens, rank], float32
+
+        Returns
+        -------
+        codes : Tensor [num_tokens, width], the code's dtype
+        scales : Tensor [num_tokens], float16, or None
+        """
+
+    @abstractmethod
+    def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
+        """Estimate dot products.
+
+        Parameters
+        ----------
+        queries : Tensor [num_queries, rank], float32
+            Projected queries.
+        codes, scales
+            From `encode`.
+
+        Returns
+        -------
+        Tensor [num_tokens, num_queries], float32
+        """
+
+
+class Bf16Code(Code):
+    """Coefficients as they are, in bfloat16 (the paper's form)."""
+
+    name = "bf16"
+    dtype = torch.bfloat16
+    has_scale = False
+
+    @property
+    def width(self) -> int:
+        """Elements stored for a token."""
+        return self.rank
+
+    def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Round to bfloat16."""
+        return coefficients.to(torch.bfloat16), None
+
+    def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
+        """Multiply in bfloat16, accumulated in float32 by the library."""
+        return (codes @ queries.to(torch.bfloat16).t()).float()
+
+
+class Int8Code(Code):
+    """Eight bits a coefficient and one scale a token."""
+
+    name = "int8"
+    dtype = torch.int8
+
+    @property
+    def width(self) -> int:
+        """Elements stored for a token."""
+        return self.rank
+
+    def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale the largest coefficient to 127 and round."""
+        scales = _as_scale(coefficients.abs().amax(1) / 127)
+        codes = torch.round(coefficients / _divisor(scales)).clamp_(-127, 127)
+        return codes.to(torch.int8), scales
+
+    def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
+        """Multiply in integers; queries are rounded to eight bits too."""
+        assert scales is not None
+        query_codes, query_scales = self.encode(queries)
+        assert query_scales is not None
+        products = torch._int_mm(codes, query_codes.t()).float()
+        return products.mul_(query_scales.float()).mul_(scales.float()[:, None])
+
+
+class Rot4Code(Code):
+    """Four bits a coefficient on a uniform Gaussian grid and one norm a token."""
+
+    name = "rot4"
+    dtype = torch.uint8
+
+    def __init__(self, rank: int) -> None:
+        if rank % 2:
+            raise ConfigError(f"rank must be even for the rot4 code, got {rank}")
+        super().__init__(rank)
+        self._int8 = Int8Code(rank)
+
+    @property
+    def width(self) -> int:
+        """Elements stored for a token."""
+        return self.rank // 2
+
+    def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Round to sixteen levels; the scale is the one that fits the levels best."""
+        deviation = coefficients.norm(dim=1, keepdim=True) / self.rank**0.5
+        step = (deviation * GAUSSIAN_STEP_4BIT).clamp_(min=1e-20)
+        codes = torch.floor(coefficients / step).clamp_(-8, 7)
+        levels = codes + 0.5
+        scales = (coefficients * levels).sum(1) / (levels * levels).sum(1)
+        codes = (codes + 8).to(torch.uint8)
+        half = self.rank // 2
+        return codes[:, :half] | (codes[:, half:] << 4), _as_scale(scales)
+
+    def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
+        """Multiply nibbles in integers; the grid's half-step offset is added once a query."""
+        assert scales is not None
+        query_codes, query_scales = self._int8.encode(queries)
+        assert query_scales is not None
+        half = self.rank // 2
+        low, high = (codes & 15).view(torch.int8), (codes >> 4).view(torch.int8)
+        products = torch._int_mm(low, query_codes[:, :half].t())
+        products += torch._int_mm(high, query_codes[:, half:].t())
+        offset = query_codes.sum(1, dtype=torch.float32) * 7.5
+        scored = products.float().sub_(offset).mul_(query_scales.float())
+        return scored.mul_(scales.float()[:, None])
+
+
+CODES: dict[str, type[Code]] = {code.name: code for code in (Bf16Code, Int8Code, Rot4Code)}
+
+
+def _as_scale(scales: Tensor) -> Tensor:
+    return scales.clamp(max=_SCALE_LIMIT).to(torch.float16)
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    # A token of zeros has scale 0: divide by anything, its codes are zeros.
+    wide = scales.float()[:, None]
+    return torch.where(wide == 0, torch.ones_like(wide), wide)

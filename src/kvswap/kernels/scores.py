@@ -1,0 +1,41 @@
+"""From dot products a token and head to one score a group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_maximum(scores: Tensor, group_size: int) -> Tensor:
+    """Reduce tokens to groups: a group scores as its best token does.
+
+    Parameters
+    ----------
+    scores : Tensor [num_groups * group_size, num_queries], float32
+    group_size : int
+
+    Returns
+    -------
+    Tensor [num_groups, num_queries], float32
+    """
+    return scores.unflatten(0, (-1, group_size)).amax(1)
+
+
+def reduce_heads(group_scores: Tensor) -> Tensor:
+    """Reduce query heads to one score a group, so that no head's own target is lost.
+
+    Each head is first set against its own log-sum-exp over groups, which makes heads of
+    different sharpness comparable; then the best head counts.
+
+    Parameters
+    ----------
+    group_scores : Tensor [num_groups, num_queries], float32
+        Scaled as attention scales them.
+
+    Returns
+    -------
+    Tensor [num_groups], float32
+        Higher is expected to matter more; compare within one call only.
+    """
+    by_head = group_scores.t().contiguous()
+    return (by_head - torch.logsumexp(by_head, 1, keepdim=True)).amax(0)

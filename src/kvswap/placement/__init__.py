@@ -1,0 +1,6 @@
+"""Where groups lie."""
+
+from kvswap.placement.base import Placement
+from kvswap.placement.sequential import SequentialPlacement
+
+__all__ = ["Placement", "SequentialPlacement"]

@@ -1,0 +1,157 @@
+"""Contracts of key indexes and selectors, and their registries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from kvswap.core.geometry import KVGeometry
+from kvswap.core.registry import Registry
+
+
+class KeyIndex(ABC):
+    """What stays in memory for every group of one layer, only to estimate attention.
+
+    Codes are kept by group id, so sequences that share groups share their codes. The life
+    of an index: `observe` some keys, `fit`, `encode` every group, then `score`.
+
+    Parameters
+    ----------
+    geometry : KVGeometry
+        Shape of the cache.
+    group_size : int
+        Tokens of a group.
+    num_groups : int
+        Group ids are below this.
+    rank : int
+        Coefficients of a token.
+    code : str
+        How they are stored.
+    """
+
+    @abstractmethod
+    def __init__(
+        self, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
+    ) -> None: ...
+
+    @classmethod
+    @abstractmethod
+    def plan_bytes(
+        cls, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
+    ) -> int:
+        """Return the bytes that one layer's index will take."""
+
+    @classmethod
+    @abstractmethod
+    def workspace_bytes(cls, geometry: KVGeometry, *, group_size: int, num_groups: int) -> int:
+        """Return the most bytes that fitting or scoring takes for a while."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that this index takes."""
+
+    @property
+    @abstractmethod
+    def is_fitted(self) -> bool:
+        """Whether `encode` and `score` can be called."""
+
+    @abstractmethod
+    def observe(self, keys: Tensor) -> None:
+        """Take keys [num_tokens, num_kv_heads * head_dim] into the fit."""
+
+    @abstractmethod
+    def fit(self) -> None:
+        """Fit to all keys observed since the last fit."""
+
+    @abstractmethod
+    def set_basis(self, basis: Tensor) -> None:
+        """Use a projection [num_kv_heads * head_dim, rank] made elsewhere instead of a fit."""
+
+    @abstractmethod
+    def encode(self, groups: np.ndarray, keys: Tensor) -> None:
+        """Store codes of whole groups.
+
+        Parameters
+        ----------
+        groups : ndarray [n], int64
+            Their ids.
+        keys : Tensor [n * group_size, num_kv_heads * head_dim]
+            Post-RoPE, in the order of the groups.
+        """
+
+    @abstractmethod
+    def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+        """Estimate how much attention each group will receive.
+
+        Parameters
+        ----------
+        query : Tensor [num_heads, q_len, head_dim]
+            After RoPE. Several query tokens share one score, reduced by maximum.
+        groups : ndarray [n], int64
+            Group ids of one sequence, in order.
+        scaling : float
+            Factor on the dot products.
+
+        Returns
+        -------
+        Tensor [n], float32
+            Higher is expected to matter more.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, np.ndarray]:
+        """Return everything needed to score again, by name."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `state` gave."""
+
+
+class Selector(ABC):
+    """Turns scores into the groups to read."""
+
+    @abstractmethod
+    def select(self, scores: Tensor, *, budget_groups: int, pinned: np.ndarray) -> np.ndarray:
+        """Choose groups.
+
+        Parameters
+        ----------
+        scores : Tensor [num_groups], float32
+        budget_groups : int
+            Most groups to return, pinned ones included; fewer than ``num_groups``.
+        pinned : ndarray, int64
+            Positions that must be chosen: sink and recent tokens.
+
+        Returns
+        -------
+        ndarray, int64
+            Positions, ascending, without repeats.
+        """
+
+
+INDEXES: Registry[KeyIndex] = Registry("index")
+SELECTORS: Registry[Selector] = Registry("selector")
+
+
+def register_index(name: str) -> Any:
+    """Return a decorator that registers a `KeyIndex` class under a name."""
+    return INDEXES.register(name)
+
+
+def register_selector(name: str) -> Any:
+    """Return a decorator that registers a `Selector` class under a name."""
+    return SELECTORS.register(name)
+
+
+def index_names() -> tuple[str, ...]:
+    """Return the names of all key indexes."""
+    return INDEXES.names()
+
+
+def selector_names() -> tuple[str, ...]:
+    """Return the names of all selectors."""
+    return SELECTORS.names()

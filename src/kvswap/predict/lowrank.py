@@ -1,0 +1,179 @@
+"""Low-rank key index: post-RoPE keys of all KV heads, projected together.
+
+Paper: KVSwap, https://arxiv.org/abs/2511.11907, grouped prediction from compact keys.
+
+Reproduced: one projection a layer over the joined KV heads, from an uncentred decomposition
+of post-RoPE keys; a score a token; a group scores as its best token does.
+Deviates: query heads are not averaged before the dot product, each scores alone and the best
+counts; coefficients may be stored in 8 or 4 bits after a rotation within the rank; the
+projection is fitted to the prompt itself where none was calibrated.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvswap.core.errors import ConfigError, CorruptStoreError
+from kvswap.core.geometry import KVGeometry
+from kvswap.kernels.codes import CODES
+from kvswap.kernels.scores import group_maximum, reduce_heads
+from kvswap.predict.base import KeyIndex, register_index
+from kvswap.predict.projection import leading_basis
+
+_BLOCK_TOKENS = 16384  # tokens scored at once: bounds the scratch memory, keeps it in cache
+_BLOCK_QUERIES = 64
+
+
+@register_index("lowrank")
+class LowRankIndex(KeyIndex):
+    """One layer's low-rank index; see `KeyIndex` and the module's head."""
+
+    def __init__(
+        self, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
+    ) -> None:
+        if not 1 <= rank <= geometry.key_dim:
+            raise ConfigError(f"rank must be in [1, {geometry.key_dim}], got {rank}")
+        self._geometry = geometry
+        self._group_size = group_size
+        self._code = CODES[code](rank)
+        shape = (num_groups, group_size)
+        self._codes = torch.zeros((*shape, self._code.width), dtype=self._code.dtype)
+        self._scales = torch.zeros(shape, dtype=torch.float16) if self._code.has_scale else None
+        self._basis = torch.zeros(geometry.key_dim, rank, dtype=torch.bfloat16)
+        self._covariance: Tensor | None = None
+        self._is_fitted = False
+
+    @classmethod
+    def plan_bytes(
+        cls, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
+    ) -> int:
+        """Codes of every group and the projection in bfloat16."""
+        return num_groups * group_size * CODES[code](rank).token_bytes + geometry.key_dim * rank * 2
+
+    @classmethod
+    def workspace_bytes(cls, geometry: KVGeometry, *, group_size: int, num_groups: int) -> int:
+        """Covariance, eigenvectors and LAPACK's own 2 n^2, or one block of scores."""
+        fit = 5 * geometry.key_dim**2 * 4
+        tokens = min(_BLOCK_TOKENS, num_groups * group_size)
+        columns = max(_BLOCK_QUERIES, geometry.num_heads)
+        return max(fit, tokens * columns * 8 + num_groups * columns * 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Codes, scales and projection."""
+        scales = self._scales.nbytes if self._scales is not None else 0
+        return self._codes.nbytes + scales + self._basis.nbytes
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a projection."""
+        return self._is_fitted
+
+    @property
+    def basis(self) -> Tensor:
+        """The projection, [num_kv_heads * head_dim, rank], bfloat16."""
+        return self._basis
+
+    def observe(self, keys: Tensor) -> None:
+        """Add keys to the uncentred covariance."""
+        wide = keys.float()
+        if self._covariance is None:
+            self._covariance = torch.zeros(wide.shape[1], wide.shape[1])
+        self._covariance.addmm_(wide.t(), wide)
+
+    def fit(self) -> None:
+        """Take the leading eigenvectors and rotate them among themselves."""
+        if self._covariance is None:
+            raise ConfigError("fit needs observed keys, got none")
+        basis = leading_basis(self._covariance, self._code.rank)
+        self._covariance = None
+        self.set_basis(basis)
+
+    def set_basis(self, basis: Tensor) -> None:
+        """Use a projection made elsewhere, [num_kv_heads * head_dim, rank]."""
+        if basis.shape != self._basis.shape:
+            expected = list(self._basis.shape)
+            raise ConfigError(f"projection must be {expected}, got {list(basis.shape)}")
+        self._basis.copy_(basis)
+        self._is_fitted = True
+
+    def encode(self, groups: np.ndarray, keys: Tensor) -> None:
+        """Project, code and keep; see `KeyIndex.encode`."""
+        codes, scales = self._code.encode(keys.float() @ self._basis.float())
+        ids = torch.from_numpy(groups)
+        shape = (len(groups), self._group_size)
+        self._codes[ids] = codes.unflatten(0, shape)
+        if self._scales is not None and scales is not None:
+            self._scales[ids] = scales.unflatten(0, shape)
+
+    def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+        """Score each query head against every token; see `KeyIndex.score`."""
+        projected = self._project(query) * scaling
+        per_pass = max(1, _BLOCK_QUERIES // query.shape[0])
+        best: Tensor | None = None
+        for first in range(0, query.shape[1], per_pass):
+            block = projected[first : first + per_pass].flatten(0, 1)
+            reduced = reduce_heads(self._score_groups(block, groups))
+            best = reduced if best is None else torch.maximum(best, reduced)
+        assert best is not None
+        return best
+
+    def _project(self, query: Tensor) -> Tensor:
+        """Carry each query head through its KV head's slice: [q_len, num_heads, rank]."""
+        kv_heads = self._geometry.num_kv_heads
+        slices = self._basis.float().unflatten(0, (kv_heads, -1))
+        by_kv_head = query.float().unflatten(0, (kv_heads, -1)).flatten(1, 2)
+        projected = torch.bmm(by_kv_head, slices)
+        return projected.unflatten(1, (-1, query.shape[1])).flatten(0, 1).transpose(0, 1)
+
+    def _score_groups(self, queries: Tensor, groups: np.ndarray) -> Tensor:
+        scored = []
+        for first, last in _runs(groups, _BLOCK_TOKENS // self._group_size):
+            codes = self._codes[first:last].flatten(0, 1)
+            scales = None if self._scales is None else self._scales[first:last].flatten()
+            tokens = self._code.score(queries, codes, scales)
+            scored.append(group_maximum(tokens, self._group_size))
+        return torch.cat(scored) if len(scored) > 1 else scored[0]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return projection, codes and scales as plain arrays."""
+        arrays = {
+            "basis": self._basis.view(torch.uint16).numpy(),
+            "codes": _plain_bytes(self._codes),
+        }
+        if self._scales is not None:
+            arrays["scales"] = _plain_bytes(self._scales)
+        return arrays if self._is_fitted else {}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `state` gave."""
+        if not state:
+            return
+        for name, held in (("codes", self._codes), ("scales", self._scales)):
+            if held is None:
+                continue
+            target = _plain_bytes(held)
+            if name not in state or state[name].shape != target.shape:
+                found = state[name].shape if name in state else "nothing"
+                raise CorruptStoreError("index", name, expected=target.shape, found=found)
+            target[...] = state[name]
+        self._basis.view(torch.uint16).numpy()[...] = state["basis"]
+        self._is_fitted = True
+
+
+def _plain_bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.view(torch.uint8).numpy()
+
+
+def _runs(groups: np.ndarray, longest: int) -> list[tuple[int, int]]:
+    """Split ids into runs of consecutive ones, each at most ``longest``."""
+    breaks = np.flatnonzero(np.diff(groups) != 1) + 1
+    starts = np.concatenate(([0], breaks))
+    stops = np.concatenate((breaks, [len(groups)]))
+    return [
+        (int(groups[first]), int(groups[min(first + longest, stop) - 1]) + 1)
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+        for first in range(start, stop, longest)
+    ]

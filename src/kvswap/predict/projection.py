@@ -1,0 +1,103 @@
+"""Projections made beforehand: a safetensors file with one basis a layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvswap.core.errors import ConfigError
+
+_FORMAT = "kvswap-projection"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """A basis for every layer on disk.
+
+    Attributes
+    ----------
+    bases : tuple of Tensor [num_kv_heads * head_dim, rank], bfloat16
+    fingerprint : str
+        Of the model whose keys they were fitted to.
+    """
+
+    bases: tuple[Tensor, ...]
+    fingerprint: str
+
+    @property
+    def rank(self) -> int:
+        """Coefficients of a token."""
+        return int(self.bases[0].shape[1])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, by way of a temporary one beside it."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.partial")
+        tensors = {f"layer.{i}": basis.contiguous() for i, basis in enumerate(self.bases)}
+        try:
+            save_file(
+                tensors, temporary, metadata={"format": _FORMAT, "fingerprint": self.fingerprint}
+            )
+            temporary.replace(target)
+        except OSError as error:
+            raise ConfigError(f"projection cannot be written: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Projection:
+        """Read the file.
+
+        Raises
+        ------
+        ConfigError
+            If it cannot be read or is not a projection.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                names = sorted(file.keys(), key=lambda name: int(name.removeprefix("layer.")))
+                bases = tuple(file.get_tensor(name) for name in names)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ConfigError(f"projection cannot be read: {path}: {error}") from error
+        if metadata.get("format") != _FORMAT or not bases:
+            raise ConfigError(f"projection must be made by `kvswap calibrate`, got {path}")
+        return cls(bases=bases, fingerprint=metadata.get("fingerprint", ""))
+
+
+def leading_basis(covariance: Tensor, rank: int) -> Tensor:
+    """Return the leading eigenvectors of an uncentred covariance, rotated among themselves.
+
+    Parameters
+    ----------
+    covariance : Tensor [dim, dim], float32
+        Sum of outer products of keys.
+    rank : int
+
+    Returns
+    -------
+    Tensor [dim, rank], float32
+        Orthonormal columns. The rotation is fixed by the rank; it spreads a key's energy
+        evenly over the coefficients, which coarse codes need.
+    """
+    leading = torch.linalg.eigh(covariance).eigenvectors[:, -rank:]
+    return leading @ _rotation(rank)
+
+
+def _rotation(rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    square = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(square).Q.float()
+
+
+def fit_projection(covariances: Iterable[Tensor], *, rank: int, fingerprint: str) -> Projection:
+    """Fit a basis to each layer's covariance."""
+    bases = tuple(leading_basis(c, rank).to(torch.bfloat16) for c in covariances)
+    return Projection(bases=bases, fingerprint=fingerprint)

@@ -1,0 +1,93 @@
+"""CRC32C of records, and the table that remembers them."""
+
+from __future__ import annotations
+
+import threading
+
+import google_crc32c
+import numpy as np
+
+ALGORITHM = "crc32c"
+"""Name in manifests: CRC-32C (Castagnoli), reflected, initial value and final xor ~0."""
+
+_GROWTH_STEP = 1024
+
+
+def crc32c(data: bytes | np.ndarray, crc: int = 0) -> int:
+    """Return the CRC32C of some bytes, going on from ``crc``.
+
+    Parameters
+    ----------
+    data : bytes or C-contiguous ndarray
+        Not copied.
+    crc : int
+        Checksum of what comes before.
+
+    Notes
+    -----
+    Holds the GIL: about 0.04 us a KiB where the processor has the instruction.
+    """
+    return int(google_crc32c.extend(crc, data))
+
+
+def record_checksum(record: np.ndarray) -> int:
+    """Return a record's checksum as the table holds it: 0 means never written, so 0 is 1."""
+    return google_crc32c.value(record) or 1
+
+
+class ChecksumTable:
+    """Checksums by record id; grows as records are written.
+
+    Parameters
+    ----------
+    values : ndarray [n], uint32, optional
+        A table to go on with; taken over.
+
+    Notes
+    -----
+    Thread-safe.
+    """
+
+    def __init__(self, values: np.ndarray | None = None) -> None:
+        self._values = np.zeros(0, np.uint32) if values is None else values
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the table takes."""
+        return self._values.nbytes
+
+    def snapshot(self) -> np.ndarray:
+        """Return a copy, ndarray [n], uint32."""
+        with self._lock:
+            return self._values.copy()
+
+    def reserve(self, num_records: int) -> None:
+        """Make room for ids below ``num_records``, to the entry."""
+        with self._lock:
+            if num_records > len(self._values):
+                grown = np.zeros(num_records, np.uint32)
+                grown[: len(self._values)] = self._values
+                self._values = grown
+
+    def get(self, record_ids: np.ndarray) -> np.ndarray:
+        """Return checksums, 0 where never written: ndarray [n], uint32."""
+        with self._lock:
+            try:
+                found: np.ndarray = self._values[record_ids]
+            except IndexError:
+                held = record_ids < len(self._values)
+                found = np.zeros(len(record_ids), np.uint32)
+                found[held] = self._values[record_ids[held]]
+            return found
+
+    def put(self, record_ids: np.ndarray, checksums: list[int]) -> None:
+        """Remember checksums; the ids are in the table already."""
+        with self._lock:
+            self._values[record_ids] = checksums
+
+    def cover(self, largest_id: int) -> None:
+        """Grow, by an eighth at least, so that an id is in the table."""
+        size = len(self._values)
+        if largest_id >= size:
+            self.reserve(max(largest_id + 1, size + size // 8 + _GROWTH_STEP))

@@ -1,0 +1,242 @@
+"""One device file: a header block, then the record area."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import warnings
+from pathlib import Path
+
+from kvswap.core.errors import ConfigError, CorruptStoreError, StoreFullError
+from kvswap.core.units import align_up
+from kvswap.storage import pagecache
+from kvswap.storage.faults import FREE_SPACE, FULL, free_bytes, store_error, typed_errors
+from kvswap.storage.header import DeviceHeader
+from kvswap.storage.syscalls import fallocate
+
+_UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
+
+class DeviceFile:
+    """An open device file, grown by allocation and kept out of the page cache.
+
+    Parameters
+    ----------
+    fd : int
+        Open for reading and writing; owned from here on.
+    path : str
+        For messages; the file may have no name any more.
+    header : DeviceHeader
+        What its first block says.
+    direct_io : {"auto", "on", "off"}
+        As in `StorageConfig`.
+    disk_limit : int, optional
+        Most bytes of the file, header included.
+
+    Attributes
+    ----------
+    fd, path, header, disk_limit
+        As given.
+    is_direct : bool
+        Whether transfers bypass the page cache by themselves.
+    record_start : int
+        Where the record area begins in the file.
+    size_bytes : int
+        Length of the file, header included.
+
+    Notes
+    -----
+    `reserve` is thread-safe.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        path: str,
+        header: DeviceHeader,
+        *,
+        direct_io: str = "auto",
+        disk_limit: int | None = None,
+    ) -> None:
+        self.fd, self.path, self.header, self.disk_limit = fd, path, header, disk_limit
+        self.record_start = header.header_bytes
+        self.size_bytes = os.fstat(fd).st_size
+        self.is_direct = direct_io != "off" and pagecache.enable_direct_io(
+            fd, header.block_size_bytes
+        )
+        self._lock = threading.Lock()
+        self._is_closed = False
+        if not self.is_direct:
+            self._go_buffered(direct_io)
+
+    @classmethod
+    def create(
+        cls,
+        fd: int,
+        path: str,
+        header: DeviceHeader,
+        *,
+        direct_io: str = "auto",
+        disk_limit: int | None = None,
+    ) -> DeviceFile:
+        """Write the header to a new file and take it over; close it where that fails."""
+        try:
+            with typed_errors(path, nbytes=header.header_bytes):
+                _check_limit(path, header.header_bytes, disk_limit)
+                block = header.pack()
+                if os.pwrite(fd, block, 0) != len(block):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fdatasync(fd)
+                return cls(fd, path, header, direct_io=direct_io, disk_limit=disk_limit)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        header: DeviceHeader,
+        *,
+        size_bytes: int,
+        direct_io: str = "auto",
+        disk_limit: int | None = None,
+    ) -> DeviceFile:
+        """Open a kept file and compare its header and length.
+
+        Raises
+        ------
+        CorruptStoreError
+            If it is missing, shorter than ``size_bytes``, or another file than expected.
+        """
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise CorruptStoreError(
+                path, "device file", expected=f"{size_bytes} bytes", found="no file"
+            ) from error
+        except OSError as error:
+            raise store_error(error, path) from error
+        try:
+            with typed_errors(path, nbytes=header.header_bytes):
+                header.check(os.pread(fd, header.header_bytes, 0), path)
+                found = os.fstat(fd).st_size
+                if found < size_bytes:
+                    raise CorruptStoreError(
+                        path,
+                        "length of device file (truncated)",
+                        expected=f"{size_bytes} bytes",
+                        found=f"{found} bytes",
+                    )
+                return cls(fd, str(path), header, direct_io=direct_io, disk_limit=disk_limit)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the record area that have room already."""
+        return self.size_bytes - self.header.header_bytes
+
+    def room_bytes(self) -> int:
+        """Return how many bytes could be reserved beyond what is reserved already."""
+        return max(0, self._room()[0])
+
+    def check_room(self, end_bytes: int) -> None:
+        """Raise `StoreFullError` where `reserve` would, but reserve nothing."""
+        self._check(self._file_end(end_bytes) - self.size_bytes)
+
+    def reserve(self, end_bytes: int) -> None:
+        """Grow so that the record area reaches ``end_bytes``.
+
+        Raises
+        ------
+        StoreFullError
+            If the limit or the file system has no room; the file is as before.
+        """
+        end = self._file_end(end_bytes)
+        if end <= self.size_bytes:
+            return
+        with self._lock:
+            growth = end - self.size_bytes
+            if growth <= 0:  # another thread came first
+                return
+            self._check(growth)
+            try:
+                self._grow(growth)
+            except OSError as error:
+                os.ftruncate(self.fd, self.size_bytes)  # a failed call may have grown it in part
+                raise store_error(error, self.path, nbytes=growth, target=self.fd) from error
+            self.size_bytes = end
+
+    def settle(self, offset_bytes: int, nbytes: int, *, is_written: bool) -> None:
+        """Do what a transfer still needs where the page cache took part in it."""
+        if self.is_direct:
+            return
+        try:
+            pagecache.drop_pages(self.fd, offset_bytes, nbytes, is_written=is_written)
+        except OSError as error:
+            raise store_error(
+                error, self.path, offset_bytes=offset_bytes, nbytes=nbytes, target=self.fd
+            ) from error
+
+    def sync(self) -> None:
+        """Make all that was written last through a loss of power."""
+        with typed_errors(self.path):
+            os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Close the file; safe to call again."""
+        if not self._is_closed:
+            self._is_closed = True
+            os.close(self.fd)
+
+    def _go_buffered(self, direct_io: str) -> None:
+        where = Path(self.path).parent
+        if direct_io == "on":
+            raise ConfigError(
+                "direct_io must be auto or off where the file system has no O_DIRECT with blocks"
+                f" of {self.header.block_size_bytes} bytes, got 'on' for {where}"
+            )
+        if direct_io == "auto":
+            warnings.warn(
+                f"{where} has no O_DIRECT: pages are dropped after each transfer instead,"
+                " which is slower (direct_io='off' silences this)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        pagecache.expect_random_access(self.fd)
+        pagecache.drop_pages(self.fd, 0, self.size_bytes, is_written=False)
+
+    def _file_end(self, end_bytes: int) -> int:
+        return self.header.header_bytes + align_up(end_bytes, self.header.block_size_bytes)
+
+    def _room(self) -> tuple[int, str]:
+        free = free_bytes(self.fd), FREE_SPACE
+        if self.disk_limit is None:
+            return free
+        return min(free, (self.disk_limit - self.size_bytes, "disk_limit"))
+
+    def _check(self, growth: int) -> None:
+        if growth > 0:
+            room, limit = self._room()
+            if growth > room:
+                raise StoreFullError(
+                    self.path, need_bytes=growth, have_bytes=max(0, room), limit=limit
+                )
+
+    def _grow(self, growth: int) -> None:
+        try:
+            fallocate(self.fd, self.size_bytes, growth)
+        except OSError as error:
+            if error.errno in FULL or error.errno not in _UNSUPPORTED:
+                raise
+            os.ftruncate(self.fd, self.size_bytes + growth)
+
+
+def _check_limit(path: str, header_bytes: int, disk_limit: int | None) -> None:
+    if disk_limit is not None and header_bytes > disk_limit:
+        raise StoreFullError(
+            path, need_bytes=header_bytes, have_bytes=disk_limit, limit="disk_limit"
+        )

@@ -1,0 +1,447 @@
+"""The block store: records on devices, checked, counted, and kept where asked."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from kvswap.core.config import StorageConfig
+from kvswap.core.errors import ConfigError, CorruptStoreError, SessionClosedError
+from kvswap.core.geometry import RecordLayout
+from kvswap.core.stats import IOStats
+from kvswap.storage.base import Extents, FinishedTicket, IOBackend, OnDone, Ticket
+from kvswap.storage.checksum import ChecksumTable
+from kvswap.storage.completion import InFlight, Meter, ReadDone, WriteDone
+from kvswap.storage.device import DeviceFile
+from kvswap.storage.directory import KeptDirectory, check_directory, open_unnamed
+from kvswap.storage.keeping import (
+    Identity,
+    device_header,
+    load_tables,
+    now,
+    save_store,
+    saved_storage,
+)
+from kvswap.storage.manifest import Manifest, SavedState
+from kvswap.storage.posix import PosixBackend
+from kvswap.storage.requests import Batch, as_ids, as_memory, plan_batch
+
+
+class BlockStore:
+    """Records by id and extent; made by `create` or `open`, closed by `close` or ``with``.
+
+    Attributes
+    ----------
+    layout : RecordLayout
+        Shape of a record.
+    manifest : Manifest or None
+        What was opened or saved last.
+    tables : dict of str to ndarray
+        The arrays that `open` found; the caller may take them out.
+
+    Notes
+    -----
+    Thread-safe, except that a record must not be read while it is written. A store dropped
+    without `close` gives its files and its lock back when it is collected.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        files: list[DeviceFile],
+        backend: IOBackend,
+        resources: ExitStack,
+        *,
+        kept: KeptDirectory | None = None,
+        saved: tuple[Manifest, ChecksumTable, dict[str, np.ndarray]] | None = None,
+    ) -> None:
+        self.layout = identity.layout
+        self.manifest: Manifest | None = None
+        self.tables: dict[str, np.ndarray] = {}
+        self._checksums = ChecksumTable()
+        if saved is not None:
+            self.manifest, self._checksums, self.tables = saved
+        self._identity, self._files, self._backend = identity, files, backend
+        self._kept, self._meter, self._in_flight = kept, Meter(), InFlight()
+        self._save_lock = threading.Lock()
+        resources.callback(self._in_flight.wait)
+        self._release = weakref.finalize(self, resources.close)
+
+    # -- life -----------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls, storage: StorageConfig, layout: RecordLayout, *, backend: IOBackend | None = None
+    ) -> BlockStore:
+        """Make an empty store in the directory that a config names.
+
+        Parameters
+        ----------
+        storage : StorageConfig
+            Where, how much, and whether it is kept.
+        layout : RecordLayout
+            Shape of a record.
+        backend : IOBackend, optional
+            Moves the bytes; the caller closes it. Default: a `PosixBackend` of its own.
+
+        Raises
+        ------
+        ConfigError
+            If the directory is missing, not writable, or already holds a kept store.
+        StoreLockedError
+            If a kept store is in use there.
+        StoreFullError, DeviceIOError
+            If the file cannot be made.
+        """
+        parent = check_directory(storage.directories[0])
+        identity = Identity(uuid=uuid4(), layout=layout, storage=storage, created_at=now())
+        with ExitStack() as stack:
+            kept = KeptDirectory.create(parent) if storage.keep else None
+            if kept is not None:
+                stack.callback(kept.release)
+            fd, path = kept.new_device(0) if kept else open_unnamed(parent)
+            file = DeviceFile.create(
+                fd,
+                path,
+                device_header(identity.uuid, layout, 0),
+                direct_io=storage.direct_io,
+                disk_limit=_limit(storage),
+            )
+            stack.callback(file.close)
+            backend = _backend(stack, backend, storage.num_threads)
+            return cls(identity, [file], backend, stack.pop_all(), kept=kept)
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        num_threads: int | None = None,
+        direct_io: str | None = None,
+        disk_limit: int | str | None = None,
+        backend: IOBackend | None = None,
+    ) -> BlockStore:
+        """Open a kept store.
+
+        Parameters
+        ----------
+        directory : path
+            The directory that its `StorageConfig` named.
+        num_threads, direct_io, disk_limit : optional
+            As in `StorageConfig`. Default: as it was made with.
+        backend : IOBackend, optional
+            As in `create`.
+
+        Raises
+        ------
+        ConfigError
+            If there is no kept store.
+        StoreLockedError
+            If it is in use.
+        CorruptStoreError
+            If manifest, tables or device file are not what was saved.
+        """
+        parent = check_directory(directory)
+        with ExitStack() as stack:
+            kept = KeptDirectory.open(parent)
+            stack.callback(kept.release)
+            manifest = Manifest.load(kept.path)
+            storage = saved_storage(
+                manifest,
+                parent,
+                num_threads=num_threads,
+                direct_io=direct_io,
+                disk_limit=disk_limit,
+            )
+            identity = Identity(
+                uuid=manifest.uuid,
+                layout=manifest.layout,
+                storage=storage,
+                created_at=manifest.created_at,
+            )
+            checksums, tables = load_tables(kept.path, manifest)
+            files = []
+            for entry in manifest.devices:
+                file = DeviceFile.open(
+                    kept.path / entry.file,
+                    device_header(manifest.uuid, manifest.layout, entry.index),
+                    size_bytes=entry.size_bytes,
+                    direct_io=storage.direct_io,
+                    disk_limit=_limit(storage),
+                )
+                stack.callback(file.close)
+                files.append(file)
+            backend = _backend(stack, backend, storage.num_threads)
+            saved = manifest, checksums, tables
+            return cls(identity, files, backend, stack.pop_all(), kept=kept, saved=saved)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._release.alive
+
+    def close(self) -> None:
+        """Finish what is in flight and give everything back; safe to call again.
+
+        Notes
+        -----
+        Saves nothing: what a kept store wrote since `save` is lost.
+        """
+        self._release()
+
+    def __enter__(self) -> BlockStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- room -----------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> IOStats:
+        """Bytes and requests of records so far, live.
+
+        The header, the tables and the manifest, written when a store is made or saved, are
+        not in it.
+        """
+        return self._meter.stats
+
+    @property
+    def num_devices(self) -> int:
+        """Device files."""
+        return len(self._files)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether every device bypasses the page cache."""
+        return all(file.is_direct for file in self._files)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of memory that the checksum table takes."""
+        return self._checksums.nbytes
+
+    def reserve_records(self, num_records: int) -> None:
+        """Size the checksum table for record ids below ``num_records``, to the entry.
+
+        Without this it grows by an eighth at a time, and takes that much more.
+        """
+        self._checksums.reserve(num_records)
+
+    def room_bytes(self, device: int) -> int:
+        """Return how many bytes could be reserved beyond those reserved already.
+
+        The least of what ``disk_limit`` and the file system's free space leave; blocks that
+        are reserved, used or not, are no longer free.
+        """
+        self._check_open()
+        return self._files[device].room_bytes()
+
+    def check_room(self, device: int, end_bytes: int) -> None:
+        """Raise `StoreFullError` where `reserve` would now, but reserve nothing."""
+        self._check_open()
+        self._files[device].check_room(end_bytes)
+
+    def reserve(self, device: int, end_bytes: int) -> None:
+        """Allocate a device's record area up to ``end_bytes``.
+
+        Raises
+        ------
+        StoreFullError
+            If there is no room; what is stored stays.
+        """
+        self._check_open()
+        self._files[device].reserve(end_bytes)
+
+    # -- records --------------------------------------------------------------------------
+
+    def read(
+        self, record_ids: np.ndarray, extents: Extents, out: np.ndarray, rows: np.ndarray
+    ) -> Ticket:
+        """Begin to read records; each is checked before the ticket is done.
+
+        Parameters
+        ----------
+        record_ids : ndarray [n], int64
+            Keys of the checksums.
+        extents : Extents
+            Where they lie.
+        out : ndarray [num_rows, record_bytes], uint8
+            From `aligned_empty`. The caller's again when the ticket is done.
+        rows : ndarray [n], int64
+            Record k goes to ``out[rows[k]]``; no row twice.
+
+        Returns
+        -------
+        Ticket
+            Its ``wait`` raises `DeviceIOError` where the device failed, `CorruptStoreError`
+            where a record is not what was written. No row of ``out`` means anything then.
+
+        Raises
+        ------
+        CorruptStoreError
+            If a record was never written.
+        ConfigError
+            If the arguments do not fit together.
+        """
+        self._check_open()
+        record_ids, rows = as_ids(record_ids, "record_ids"), as_ids(rows, "rows")
+        _same_length(len(record_ids), rows=rows, devices=extents.devices, offsets=extents.offsets)
+        if not len(record_ids):
+            return FinishedTicket()
+        memory = as_memory(out, rows, self.layout.record_bytes, "out")
+        checksums = self._checksums.get(record_ids)
+        if not checksums.all():
+            raise CorruptStoreError(
+                self._files[0].path,
+                "records read must have been written",
+                expected="all",
+                found=f"never: {record_ids[checksums == 0].tolist()}",
+            )
+        batch = plan_batch(self._files, extents, memory, rows, is_write=False)
+        done = ReadDone(batch, record_ids, checksums, out, rows, meter=self._meter, owner=self)
+        return self._submit(batch, done)
+
+    def write(self, record_ids: np.ndarray, extents: Extents, records: np.ndarray) -> Ticket:
+        """Begin to write records; a read submitted once the ticket is done finds them.
+
+        Parameters
+        ----------
+        record_ids : ndarray [n], int64
+            Keys of the checksums; none twice.
+        extents : Extents
+            Where they go; room is reserved where it is not yet.
+        records : ndarray [n, record_bytes], uint8
+            From `aligned_empty`. Not to be changed until the ticket is done.
+
+        Returns
+        -------
+        Ticket
+            Its ``wait`` raises `StoreFullError` or `DeviceIOError`. Records that were written
+            before the failure can be read.
+
+        Raises
+        ------
+        StoreFullError
+            If there is no room to reserve; nothing is written then.
+        ConfigError
+            If the arguments do not fit together.
+        """
+        self._check_open()
+        record_ids = as_ids(record_ids, "record_ids")
+        count = len(record_ids)
+        _same_length(count, devices=extents.devices, offsets=extents.offsets, records=records)
+        if not count:
+            return FinishedTicket()
+        rows = np.arange(count)
+        memory = as_memory(records, rows, self.layout.record_bytes, "records")
+        self._reserve_for(extents)
+        batch = plan_batch(self._files, extents, memory, rows, is_write=True)
+        self._checksums.cover(int(record_ids.max()))
+        done = WriteDone(
+            batch,
+            record_ids,
+            records,
+            checksums=self._checksums,
+            meter=self._meter,
+            owner=self,
+        )
+        return self._submit(batch, done)
+
+    # -- keeping --------------------------------------------------------------------------
+
+    def save(
+        self,
+        tables: dict[str, np.ndarray],
+        *,
+        config: dict[str, Any],
+        fingerprint: Any,
+        meta: dict[str, Any],
+    ) -> None:
+        """Make everything written so far openable; a crash leaves this state or the last.
+
+        Parameters
+        ----------
+        tables : dict of str to ndarray
+            Arrays that `open` gives back.
+        config, meta : dict
+        fingerprint : Any
+            Plain JSON values that the manifest gives back.
+
+        Raises
+        ------
+        ConfigError
+            If the store is not kept, or an argument cannot be stored.
+        StoreFullError, DeviceIOError
+            If it could not be saved; the last saved state is still there.
+
+        Notes
+        -----
+        Records of the last saved state that were overwritten since are lost to it where this
+        fails: their checksums say so.
+        """
+        self._check_open()
+        if self._kept is None:
+            raise ConfigError("keep must be True for a store to be saved, got False")
+        state = SavedState(config=config, fingerprint=fingerprint, meta=meta)
+        with self._save_lock:
+            self._in_flight.wait()
+            self.manifest = save_store(
+                self._kept.path,
+                self._identity,
+                self._files,
+                self._checksums.snapshot(),
+                tables,
+                state,
+                last_generation=self.manifest.generation if self.manifest else 0,
+            )
+
+    # -- inside ---------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if not self._release.alive:
+            raise SessionClosedError("the store is closed")
+
+    def _submit(self, batch: Batch, on_done: OnDone) -> Ticket:
+        ticket = self._backend.submit(batch.transfers, on_done)
+        self._in_flight.add(ticket)
+        return ticket
+
+    def _reserve_for(self, extents: Extents) -> None:
+        for device in np.unique(extents.devices).tolist():
+            if not 0 <= device < len(self._files):
+                raise ConfigError(f"devices must be in [0, {len(self._files)}), got {device}")
+            furthest = int(extents.offsets[extents.devices == device].max())
+            self._files[device].reserve(furthest + self.layout.record_bytes)
+
+
+def _backend(stack: ExitStack, backend: IOBackend | None, num_threads: int) -> IOBackend:
+    """Return the backend given, or a new one that is closed with the store."""
+    if backend is None:
+        backend = PosixBackend(num_threads)
+        stack.callback(backend.close)
+    return backend
+
+
+def _limit(storage: StorageConfig) -> int | None:
+    return None if storage.disk_limit is None else int(storage.disk_limit)
+
+
+def _same_length(count: int, **arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        if len(array) != count:
+            raise ConfigError(
+                f"{name} must have as many entries as record_ids ({count}), got {len(array)}"
+            )

@@ -1,0 +1,20 @@
+"""Seeds and small geometries for all tests; nothing here reaches a network."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvswap.core.geometry import KVGeometry
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def geometry() -> KVGeometry:
+    return KVGeometry(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, dtype="float32")

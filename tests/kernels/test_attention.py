@@ -1,0 +1,54 @@
+"""Attention over parts equals attention over the whole."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvswap.kernels.attention import AttentionParams, RunningMerge, partial_attention
+
+
+def whole_attention(
+    query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams, past: int
+) -> Tensor:
+    """Attend in float64, term by term as the formula reads."""
+    shared = query.shape[0] // keys.shape[0]
+    keys = keys.double().repeat_interleave(shared, 0)
+    values = values.double().repeat_interleave(shared, 0)
+    scores = query.double() @ keys.transpose(1, 2) * params.scaling
+    if params.softcap:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
+    at = torch.arange(query.shape[1])[:, None] + past
+    scores = scores.masked_fill(torch.arange(keys.shape[1])[None] > at, float("-inf"))
+    if params.sinks is not None:
+        sinks = params.sinks.double()[:, None, None].expand(-1, query.shape[1], 1)
+        weights = torch.softmax(torch.cat((scores, sinks), -1), -1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1)
+    return weights @ values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("q_len", [1, 5])
+@pytest.mark.parametrize("cuts", [(), (3,), (1, 8, 9)])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_merged_parts_equal_the_whole(dtype, q_len, cuts, softcap, has_sinks):
+    heads, kv_heads, head_dim, past = 6, 2, 24, 17
+    query = torch.randn(heads, q_len, head_dim).to(dtype)
+    keys, values = torch.randn(2, kv_heads, past + q_len, head_dim).to(dtype)
+    sinks = torch.randn(heads) if has_sinks else None
+    params = AttentionParams(scaling=0.3, softcap=softcap, sinks=sinks)
+    merged = RunningMerge()
+    bounds = [0, *cuts, past]
+    for first, last in itertools.pairwise(bounds):
+        merged.add(partial_attention(query, keys[:, first:last], values[:, first:last], params))
+    merged.add(partial_attention(query, keys[:, past:], values[:, past:], params, is_causal=True))
+    expected = whole_attention(query, keys, values, params, past)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(
+        merged.result(params).double(), expected, atol=tolerance, rtol=tolerance
+    )

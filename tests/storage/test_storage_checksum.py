@@ -1,0 +1,63 @@
+"""CRC32C as everybody else computes it, and a table where 0 means never written."""
+
+from __future__ import annotations
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from kvswap.storage.buffers import aligned_empty
+from kvswap.storage.checksum import ChecksumTable, crc32c, record_checksum
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"123456789", 0xE3069283),  # the catalogue's check value
+        (bytes(32), 0x8A9136AA),  # RFC 3720, B.4
+        (bytes([0xFF] * 32), 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+        (b"", 0),
+    ],
+)
+def test_checksums_are_those_of_the_standard(data: bytes, expected: int) -> None:
+    assert crc32c(data) == expected
+    assert crc32c(data[7:], crc32c(data[:7])) == expected
+
+
+def test_the_implementation_is_the_compiled_one() -> None:
+    assert google_crc32c.implementation == "c"
+
+
+def test_a_computed_zero_is_stored_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = aligned_empty((1, 4096))[0]
+    assert record_checksum(record) == crc32c(bytes(4096))
+    monkeypatch.setattr(google_crc32c, "value", lambda _: 0)
+    assert record_checksum(record) == 1
+
+
+def test_ids_beyond_the_table_were_never_written() -> None:
+    table = ChecksumTable()
+    assert table.get(np.array([0, 10**12])).tolist() == [0, 0]
+    table.cover(3)
+    table.put(np.array([1, 3]), [11, 2**32 - 1])
+    assert table.get(np.array([3, 2, 10**12, 1])).tolist() == [2**32 - 1, 0, 0, 11]
+
+
+def test_growing_keeps_what_is_there() -> None:
+    table = ChecksumTable(np.arange(5, dtype=np.uint32))
+    table.cover(4)
+    assert table.nbytes == 20
+    table.cover(5)
+    assert table.nbytes >= 24
+    assert table.get(np.arange(6)).tolist() == [0, 1, 2, 3, 4, 0]
+
+
+def test_buffers_are_page_aligned_and_zero() -> None:
+    for shape in (1, 4096, (3, 512), (2, 3, 4096)):
+        memory = aligned_empty(shape)
+        assert memory.__array_interface__["data"][0] % 4096 == 0
+        assert memory.flags.c_contiguous
+        assert memory.flags.writeable
+        assert not memory.any()
+    assert aligned_empty((0, 4096)).shape == (0, 4096)
