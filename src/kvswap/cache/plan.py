@@ -213,7 +213,7 @@ class _Shape:
         index = workspace = 0
         if rank:
             index = layers * self.index.plan_bytes(self.geometry, rank=rank, code=self.code, **kind)
-            workspace = self.index.workspace_bytes(self.geometry, **kind)
+            workspace = self.index.workspace_bytes(self.geometry, rank=rank, code=self.code, **kind)
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
         # holders and stripe, and its place in a sequence (8).
         tables = self.num_groups * (8 * layers + 8) + SequentialPlacement.plan_bytes(

@@ -57,11 +57,6 @@ class SequenceBatch:
         """Columns that every layer has; more in some only within a forward."""
         return int(self.columns.min())
 
-    def tokens(self, layer_idx: int, row: int) -> int:
-        """Return how many tokens a layer holds of a row."""
-        grouped = int(self.flushed[layer_idx, row]) * self.layout.group_size
-        return grouped + int(self.rolling.lengths[layer_idx, row])
-
     def tokens_within(self, row: int, columns: int) -> int:
         """Return how many of a row's first columns are tokens."""
         if self.padding is None:

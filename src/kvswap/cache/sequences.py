@@ -104,12 +104,9 @@ class Sequences:
     def make_whole(self, batch: SequenceBatch) -> None:
         """Cut back what an interrupted forward left of itself in some layers or rows."""
         columns = batch.seq_len
-        ragged = len(set(batch.columns.tolist())) > 1 or any(
-            batch.tokens(layer_idx, row) != batch.tokens_within(row, columns)
-            for row in range(batch.batch_size)
-            for layer_idx in range(len(batch.columns))
-        )
-        if ragged:
+        expected = [batch.tokens_within(row, columns) for row in range(batch.batch_size)]
+        held = batch.flushed * self._layout.group_size + batch.rolling.lengths
+        if (held != np.array(expected)).any() or (batch.columns != columns).any():
             self.crop(batch, columns)
 
     def _crop_layer(self, batch: SequenceBatch, layer_idx: int, row: int, keep: int) -> None:

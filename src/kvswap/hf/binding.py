@@ -103,9 +103,9 @@ class ModelBinding:
 
     def _hook_for(self, index: int) -> Any:
         def before_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            enter = getattr(kwargs.get("past_key_values"), "before_layer", None)
-            if enter is not None:
+            forwards = getattr(kwargs.get("past_key_values"), "forwards", None)
+            if forwards is not None:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                enter(self, index, hidden, kwargs)
+                forwards.before_layer(self, index, hidden, kwargs)
 
         return before_layer

@@ -46,7 +46,9 @@ class KeyIndex(ABC):
 
     @classmethod
     @abstractmethod
-    def workspace_bytes(cls, geometry: KVGeometry, *, group_size: int, num_groups: int) -> int:
+    def workspace_bytes(
+        cls, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
+    ) -> int:
         """Return the most bytes that fitting or scoring takes for a while."""
 
     @property

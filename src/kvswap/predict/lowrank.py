@@ -20,10 +20,11 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.kernels.codes import CODES
 from kvswap.kernels.scores import group_maximum, reduce_heads
 from kvswap.predict.base import KeyIndex, register_index
-from kvswap.predict.projection import leading_basis
+from kvswap.predict.projection import fit_workspace_bytes, leading_basis
 
-_BLOCK_TOKENS = 16384  # tokens scored at once: bounds the scratch memory, keeps it in cache
-_BLOCK_QUERIES = 64
+_BLOCK_TOKENS = 8192  # tokens scored at once: bounds the scratch memory, keeps it in cache
+_BLOCK_QUERIES = 32
+_WIDE_TOKENS = 1024  # tokens held in float32 at once while fitting and encoding
 
 
 @register_index("lowrank")
@@ -53,12 +54,16 @@ class LowRankIndex(KeyIndex):
         return num_groups * group_size * CODES[code](rank).token_bytes + geometry.key_dim * rank * 2
 
     @classmethod
-    def workspace_bytes(cls, geometry: KVGeometry, *, group_size: int, num_groups: int) -> int:
-        """Covariance, eigenvectors and LAPACK's own 2 n^2, or one block of scores."""
-        fit = 5 * geometry.key_dim**2 * 4
+    def workspace_bytes(
+        cls, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
+    ) -> int:
+        """Take the larger of a fit and of scoring a block of tokens and all groups."""
         tokens = min(_BLOCK_TOKENS, num_groups * group_size)
         columns = max(_BLOCK_QUERIES, geometry.num_heads)
-        return max(fit, tokens * columns * 8 + num_groups * columns * 8)
+        block = tokens * (12 * columns + CODES[code](rank).token_bytes * 2)
+        score = block + num_groups * columns * 12
+        wide = _WIDE_TOKENS * (geometry.key_dim + 4 * rank) * 4
+        return max(fit_workspace_bytes(geometry.key_dim, rank) + wide, score)
 
     @property
     def nbytes(self) -> int:
@@ -78,10 +83,11 @@ class LowRankIndex(KeyIndex):
 
     def observe(self, keys: Tensor) -> None:
         """Add keys to the uncentred covariance."""
-        wide = keys.float()
         if self._covariance is None:
-            self._covariance = torch.zeros(wide.shape[1], wide.shape[1])
-        self._covariance.addmm_(wide.t(), wide)
+            self._covariance = torch.zeros(keys.shape[1], keys.shape[1])
+        for block in keys.split(_WIDE_TOKENS):
+            wide = block.float()
+            self._covariance.addmm_(wide.t(), wide)
 
     def fit(self) -> None:
         """Take the leading eigenvectors and rotate them among themselves."""
@@ -101,12 +107,16 @@ class LowRankIndex(KeyIndex):
 
     def encode(self, groups: np.ndarray, keys: Tensor) -> None:
         """Project, code and keep; see `KeyIndex.encode`."""
-        codes, scales = self._code.encode(keys.float() @ self._basis.float())
-        ids = torch.from_numpy(groups)
-        shape = (len(groups), self._group_size)
-        self._codes[ids] = codes.unflatten(0, shape)
-        if self._scales is not None and scales is not None:
-            self._scales[ids] = scales.unflatten(0, shape)
+        basis = self._basis.float()
+        step = max(1, _WIDE_TOKENS // self._group_size)
+        for first in range(0, len(groups), step):
+            ids = torch.from_numpy(groups[first : first + step])
+            tokens = slice(first * self._group_size, (first + len(ids)) * self._group_size)
+            codes, scales = self._code.encode(keys[tokens].float() @ basis)
+            shape = (len(ids), self._group_size)
+            self._codes[ids] = codes.unflatten(0, shape)
+            if self._scales is not None and scales is not None:
+                self._scales[ids] = scales.unflatten(0, shape)
 
     def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
         """Score each query head against every token; see `KeyIndex.score`."""

