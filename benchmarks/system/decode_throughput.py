@@ -39,6 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="steps of kvswap in a sample")
     parser.add_argument("--share", type=float, default=1 / 16, help="KV memory of full KV")
     parser.add_argument("--selection", default="0.77", help="reuse rate, or a trace (.npz)")
+    parser.add_argument(
+        "--foresees", action="store_true", help="prediction is right; else every miss is late"
+    )
     parser.add_argument("--kv-dir", type=Path, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -86,7 +89,9 @@ def run(args: argparse.Namespace, directory: Path) -> list[Record]:
     model = random_model(args.shape, seed=args.seed)
     geometry = read_shape(model).geometry
     full_bytes = args.context * geometry.token_bytes
-    selector = register_replay(geometry.num_layers, source=args.selection, seed=args.seed)
+    selector = register_replay(
+        geometry.num_layers, source=args.selection, foresees=args.foresees, seed=args.seed
+    )
     config = kvswap.CacheConfig(
         kv_memory=int(full_bytes * args.share),
         max_context=args.context + 512,
@@ -127,6 +132,7 @@ def run(args: argparse.Namespace, directory: Path) -> list[Record]:
         "dtype": "bfloat16",
         "context": args.context,
         "selection": args.selection,
+        "prediction": "right" if args.foresees else "useless: every miss is read late",
         "kv_memory_share_asked": args.share,
         "plan": plan,
         "keys": "synthetic, spectrum 1/i with drift",

@@ -17,19 +17,34 @@ from kvswap.predict.topk import TopKSelector
 
 
 class ReplaySelector(TopKSelector):
-    """Base: counts calls, one a layer and step, and asks `replay` for the selection."""
+    """Base: counts a layer's calls and asks `replay` for the step's selection.
+
+    A layer that is predicted is asked twice a step: for the estimated query and for the real
+    one. The first answer is last step's selection, as if nothing had been foreseen, unless
+    `foresees` says that prediction is right.
+    """
 
     num_layers: int
+    foresees: bool
 
     def __init__(self) -> None:
-        self._calls = 0
+        self._calls = [0] * self.num_layers
+        self._chosen: dict[int, np.ndarray] = {}
 
-    def select(self, scores: Tensor, *, budget_groups: int, pinned: np.ndarray) -> np.ndarray:
+    def select(
+        self, scores: Tensor, *, layer_idx: int, budget_groups: int, pinned: np.ndarray
+    ) -> np.ndarray:
         """Select as always, then replace the result; see `Selector.select`."""
-        super().select(scores, budget_groups=budget_groups, pinned=pinned)
-        step, layer_idx = divmod(self._calls, self.num_layers)
-        self._calls += 1
-        return self.replay(layer_idx, step, len(scores), budget_groups, pinned)
+        super().select(scores, layer_idx=layer_idx, budget_groups=budget_groups, pinned=pinned)
+        each = 2 if layer_idx else 1  # the first layer has no predecessor to be predicted from
+        step, phase = divmod(self._calls[layer_idx], each)
+        self._calls[layer_idx] += 1
+        is_new = phase == (0 if self.foresees else each - 1)
+        if is_new or layer_idx not in self._chosen:
+            self._chosen[layer_idx] = self.replay(
+                layer_idx, step, len(scores), budget_groups, pinned
+            )
+        return np.union1d(self._chosen[layer_idx], pinned)
 
     def replay(
         self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
@@ -91,7 +106,7 @@ class TraceSelector(ReplaySelector):
         return chosen.astype(np.int64)
 
 
-def register_replay(num_layers: int, *, source: str, seed: int = 0) -> str:
+def register_replay(num_layers: int, *, source: str, foresees: bool = False, seed: int = 0) -> str:
     """Register a selector for one run and return its name.
 
     Parameters
@@ -100,13 +115,16 @@ def register_replay(num_layers: int, *, source: str, seed: int = 0) -> str:
         Layers on disk of the model that is timed.
     source : str
         A reuse rate such as "0.77", or the path of a trace (.npz with an array "groups").
+    foresees : bool
+        Whether prediction is right, so that reads overlap with compute; else every miss is
+        read late.
     seed : int
         Of the stated reuse.
     """
-    name = f"replay-{source}-{num_layers}-{seed}"
+    name = f"replay-{source}-{num_layers}-{foresees}-{seed}"
     if name in SELECTORS.names():
         return name
-    fields: dict[str, object] = {"num_layers": num_layers}
+    fields: dict[str, object] = {"num_layers": num_layers, "foresees": foresees}
     kind: type[ReplaySelector]
     if Path(source).suffix == ".npz":
         with np.load(source) as arrays:

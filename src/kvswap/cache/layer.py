@@ -146,16 +146,8 @@ class LayerCache:
     ) -> None:
         """Attend to selected groups, rolling buffer and new tokens."""
         session = self._session
-        pending = session.take_pending(self.layer_idx)
-        if pending is None:
-            groups = session.selection.select(
-                batch,
-                self.layer_idx,
-                [given.query for given in rows],
-                scaling=params.scaling,
-            )
-            pending = session.prefetcher.submit(self.layer_idx, groups)
-        session.remember(self.layer_idx, pending.groups)
+        queries = [given.query for given in rows]
+        pending = session.selected(batch, self.layer_idx, queries, scaling=params.scaling)
         waiting = [given.query.shape[1] > 0 for given in rows]
         for part in session.prefetcher.rounds(pending):
             for row, given in enumerate(rows):

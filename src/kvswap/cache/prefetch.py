@@ -29,6 +29,8 @@ class Pending:
         Those of it being read.
     ticket : Ticket or None
         The read; None where nothing is read ahead.
+    missed : int
+        How many of the needed groups had to be read, ahead or now.
     fits : bool
         Whether all of it has slots at once.
     """
@@ -38,6 +40,7 @@ class Pending:
     needed: np.ndarray
     missing: np.ndarray
     ticket: Ticket | None
+    missed: int
     fits: bool
 
 
@@ -63,8 +66,19 @@ class Prefetcher:
         self._clock += 1
         return self._clock
 
-    def submit(self, layer_idx: int, groups: list[np.ndarray]) -> Pending:
-        """Submit one read for all groups of a layer that are not in memory."""
+    def submit(
+        self, layer_idx: int, groups: list[np.ndarray], *, ahead: Pending | None = None
+    ) -> Pending:
+        """Submit one read for all groups of a layer that are not in memory.
+
+        Parameters
+        ----------
+        layer_idx : int
+        groups : list of ndarray, int64
+            Ids selected for each row of the batch.
+        ahead : Pending, optional
+            What was speculated for this layer: what it read does not count as a hit.
+        """
         step = self.tick()
         needed = groups[0] if len(groups) == 1 else np.concatenate(groups)
         needed = np.unique(needed)
@@ -74,7 +88,10 @@ class Prefetcher:
         self._reuse.touch(layer_idx, rows[held], step=step)
         fits = len(missing) <= self._reuse.available(layer_idx, step=step)
         ticket = self._read(layer_idx, missing, step) if fits and len(missing) else None
-        return Pending(layer_idx, groups, needed, missing, ticket, fits)
+        missed = len(missing)
+        if ahead is not None and ahead.fits:
+            missed += int(np.isin(ahead.missing, needed, assume_unique=True).sum())
+        return Pending(layer_idx, groups, needed, missing, ticket, missed, fits)
 
     def wait(self, pending: Pending) -> None:
         """Wait until a submitted read is in memory; the one place that may stall.
@@ -110,7 +127,7 @@ class Prefetcher:
             Ids in memory until the next part is asked for.
         """
         self._stats.groups_selected += len(pending.needed)
-        self._stats.groups_hit += len(pending.needed) - len(pending.missing)
+        self._stats.groups_hit += len(pending.needed) - pending.missed
         if pending.fits:
             self.wait(pending)
             yield pending.needed

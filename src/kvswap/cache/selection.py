@@ -63,7 +63,10 @@ class GroupSelection:
             return groups
         scores = self._indexes[layer_idx].score(query.cpu(), groups, scaling=scaling)
         positions = self._selector.select(
-            scores, budget_groups=self._budget_groups, pinned=self._pinned(len(groups))
+            scores,
+            layer_idx=layer_idx,
+            budget_groups=self._budget_groups,
+            pinned=self._pinned(len(groups)),
         )
         return groups[positions]
 

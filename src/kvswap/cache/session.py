@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import numpy as np
+from torch import Tensor
 
 from kvswap.cache.fit import IndexFitter
 from kvswap.cache.layer import LayerCache
@@ -278,11 +279,12 @@ class CacheSession:
         """Whether flushed groups are to be encoded at once."""
         return bool(self.indexes) and self.indexes[0].is_fitted
 
-    def prefetch(self, layer_idx: int, groups: list[np.ndarray]) -> None:
-        """Submit the reads of a layer's selection before the layer begins."""
-        self._pending[layer_idx] = self.prefetcher.submit(layer_idx, groups)
+    def predicted(self, layer_idx: int, groups: list[np.ndarray]) -> None:
+        """Submit the reads of a predicted selection before its layer begins."""
+        into = self._speculated if self.config.correct_prediction else self._pending
+        into[layer_idx] = self.prefetcher.submit(layer_idx, groups)
 
-    def prefetch_previous(self, batch: SequenceBatch, layer_idx: int) -> None:
+    def speculate_previous(self, batch: SequenceBatch, layer_idx: int) -> None:
         """Submit what the layer selected last time; its real query corrects it."""
         previous = self._previous.get(layer_idx)
         if previous is None or len(previous) != batch.batch_size:
@@ -291,16 +293,28 @@ class CacheSession:
         likely = [np.intersect1d(a, b) for a, b in zip(previous, held, strict=True)]
         self._speculated[layer_idx] = self.prefetcher.submit(layer_idx, likely)
 
-    def take_pending(self, layer_idx: int) -> Pending | None:
-        """Return the selection predicted for a layer in this forward, if any."""
-        speculated = self._speculated.pop(layer_idx, None)
-        if speculated is not None:
-            self.prefetcher.wait(speculated)
-        return self._pending.pop(layer_idx, None)
+    def selected(
+        self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], *, scaling: float
+    ) -> Pending:
+        """Return a layer's selection on its way: the predicted one, or its real query's.
 
-    def remember(self, layer_idx: int, groups: list[np.ndarray]) -> None:
-        """Note a selection, for the next step's prefetch."""
-        self._previous[layer_idx] = groups
+        Parameters
+        ----------
+        batch : SequenceBatch
+        layer_idx : int
+        queries : list of Tensor [num_heads, q_len, head_dim]
+            The layer's real queries, one a row.
+        scaling : float
+        """
+        pending = self._pending.pop(layer_idx, None)
+        if pending is None:
+            groups = self.selection.select(batch, layer_idx, queries, scaling=scaling)
+            speculated = self._speculated.pop(layer_idx, None)
+            if speculated is not None:
+                self.prefetcher.wait(speculated)
+            pending = self.prefetcher.submit(layer_idx, groups, ahead=speculated)
+        self._previous[layer_idx] = pending.groups
+        return pending
 
     # -- life -----------------------------------------------------------------------------
 

@@ -109,6 +109,11 @@ class CacheConfig:
         Always in the working set.
     index, selector : str
         Names in the registries of key indexes and selectors.
+    correct_prediction : bool
+        Let each layer's real query correct what was predicted for it: what was foreseen is
+        read while the layer before computes, what was not is read when the query is known.
+        False attends to the prediction itself, as KVSwap was published: no second scoring
+        and no late reads, for models whose layers change the residual little.
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads.
     code : {"bf16", "int8", "rot4"}, optional
@@ -139,6 +144,7 @@ class CacheConfig:
     recent_tokens: int = 32
     index: str = "lowrank"
     selector: str = "topk"
+    correct_prediction: bool = True
     rank: int | None = None
     code: str | None = None
     projection: str | os.PathLike[str] | None = None
@@ -164,6 +170,8 @@ class CacheConfig:
         for name in ("sink_tokens", "recent_tokens", "recall_every"):
             _at_least(name, getattr(self, name), 0)
         _at_least("prefill_chunk", self.prefill_chunk, 1)
+        _one_of("correct_prediction", self.correct_prediction, (True, False))
+        _one_of("exact_append", self.exact_append, (True, False))
         size = self.group_size
         if size is not None and (size > 256 or size & (size - 1)):
             raise ConfigError(f"group_size must be a power of two in [1, 256], got {size}")

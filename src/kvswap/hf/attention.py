@@ -70,13 +70,26 @@ def _refuse_extras(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any
 def _mask_over(stock: str) -> Callable[..., Tensor | None]:
     def kvswap_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         function = kwargs.get("mask_function", causal_mask_function)
-        if kwargs.get("local_size") is not None or function is not causal_mask_function:
-            made: Tensor | None = AttentionMaskInterface()[stock](*args, **kwargs)
-            return made
-        mask: Tensor | None = kwargs.get("attention_mask")
-        return None if mask is None or bool(mask.all()) else mask
+        if not _ends_with_queries(kwargs):
+            kwargs["allow_is_causal_skip"] = False  # a missing mask is read as aligned at the end
+        elif kwargs.get("local_size") is None and function is causal_mask_function:
+            mask: Tensor | None = kwargs.get("attention_mask")
+            return None if mask is None or bool(mask.all()) else mask
+        made: Tensor | None = AttentionMaskInterface()[stock](*args, **kwargs)
+        return made
 
     return kvswap_mask
+
+
+def _ends_with_queries(asked: dict[str, Any]) -> bool:
+    """Whether the last key is the last query's: not so in a static cache, longer than filled."""
+    if "q_offset" in asked:
+        end = asked["q_offset"] + asked["q_length"]
+    elif "cache_position" in asked:
+        end = asked["cache_position"][-1] + 1
+    else:
+        return True
+    return bool(end == asked["kv_offset"] + asked["kv_length"])
 
 
 def _stock_attention(
@@ -108,7 +121,8 @@ def _full_mask(query: Tensor, key: Tensor, padding: Tensor | None) -> Tensor | N
     seen = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device)
     seen = seen.tril(kv_len - q_len)[None, None]
     if padding is not None:
-        seen = seen & padding[:, None, None, -kv_len:].bool()
+        known = nn.functional.pad(padding, (0, max(0, kv_len - padding.shape[1])))
+        seen = seen & known[:, None, None, :kv_len].bool()
     return seen.expand(query.shape[0], 1, q_len, kv_len)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvswap.core.errors import UnsupportedModelError
 from kvswap.hf import attention
 from kvswap.hf.families import QueryEstimator
 from kvswap.hf.geometry import ModelShape, decoder_layers, read_shape
@@ -71,22 +72,30 @@ class ModelBinding:
 
     def acquire(self, prefill_chunk: int) -> None:
         """Install, for the first holder."""
-        model = self.model
+        if not self._holders:
+            self._install(self.model, prefill_chunk)
         self._holders += 1
-        if self._holders > 1:
-            return
+
+    def _install(self, model: PreTrainedModel, prefill_chunk: int) -> None:
         self._stock = model.config._attn_implementation
         attention.register()
-        model.set_attn_implementation(attention.NAMES.get(self._stock, attention.NAMES["sdpa"]))
+        name = attention.NAMES.get(self._stock, attention.NAMES["sdpa"])
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise UnsupportedModelError(
+                self.shape.model_class, "it does not let its attention function be chosen"
+            )
         self._hooks = [
             layer.register_forward_pre_hook(self._hook_for(index), with_kwargs=True)
             for index, layer in enumerate(self._layers)
         ]
-        self._chunk = model.generation_config.prefill_chunk_size
+        self._hooks.append(self._layers[-1].register_forward_hook(self._after, with_kwargs=True))
+        generation = getattr(model, "generation_config", None)
+        self._chunk = getattr(generation, "prefill_chunk_size", None)
         # Before 5.0 generate's own chunks start at position 0 whatever the cache holds, and
         # count padding as tokens: there `KVSwapCache.prefill` is the way to bound memory.
-        if not hasattr(model, "_prefill_chunking"):
-            model.generation_config.prefill_chunk_size = prefill_chunk
+        if generation is not None and not hasattr(model, "_prefill_chunking"):
+            generation.prefill_chunk_size = prefill_chunk
 
     def release(self) -> None:
         """Remove, for the last holder."""
@@ -98,14 +107,29 @@ class ModelBinding:
             hook.remove()
         self._hooks = []
         model.set_attn_implementation(self._stock)
-        model.generation_config.prefill_chunk_size = self._chunk
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.prefill_chunk_size = self._chunk
         _BINDINGS.pop(model, None)
 
     def _hook_for(self, index: int) -> Any:
         def before_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            forwards = getattr(kwargs.get("past_key_values"), "forwards", None)
+            forwards = _forwards_in(args, kwargs)
             if forwards is not None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 forwards.before_layer(self, index, hidden, kwargs)
 
         return before_layer
+
+    def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        forwards = _forwards_in(args, kwargs)
+        if forwards is not None:
+            forwards.after_layers()
+
+
+def _forwards_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what follows the cache that a layer is given; families name it differently."""
+    for given in (kwargs.get("past_key_values"), *args, *kwargs.values()):
+        forwards = getattr(given, "forwards", None)
+        if forwards is not None:
+            return forwards
+    return None

@@ -54,6 +54,7 @@ class Forwards:
         self._armed: int | None = None
         self._waiting: DiskLayer | None = None
         self._q_len = 0
+        self._is_within = False  # a forward, or what an interrupted one left
 
     @property
     def seq_len(self) -> int:
@@ -92,9 +93,14 @@ class Forwards:
         if not self.session.is_selecting:
             return
         if layer_idx == 0 and layer_idx in self.disk:
-            self.session.prefetch_previous(self._rows(), 0)
+            self.session.speculate_previous(self._rows(), 0)
         if layer_idx + 1 in self.disk:
             self._prefetch_next(binding, layer_idx + 1, hidden, kwargs)
+
+    def after_layers(self) -> None:
+        """End the layers of a forward; raises as `before_layer` does."""
+        self._check_consumed(len(self.layers))
+        self._is_within = False
 
     def _begin(self, hidden: Tensor) -> None:
         batch_size, self._q_len = hidden.shape[:2]
@@ -110,12 +116,30 @@ class Forwards:
             self.is_prefill = False  # the first generated token
         exact = self.is_prefill or (self.session.config.exact_append and self._q_len > 1)
         self.session.begin_forward(self.batch, self._q_len, is_prefill=exact)
+        self._is_within = True
 
     def _recover(self, batch: SequenceBatch) -> None:
-        """Undo in transformers' own layers what an interrupted forward left half done."""
+        """Undo in transformers' own layers what an interrupted forward left half done.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If one of them cannot be set back.
+        """
         for layer in self.layers:
-            if not isinstance(layer, DiskLayer) and layer.get_seq_length() > batch.seq_len:
-                layer.crop(batch.seq_len - layer.get_seq_length())
+            if isinstance(layer, DiskLayer):
+                continue
+            length = getattr(layer, "get_seq_length", None)  # linear layers count no tokens
+            surplus = int(self._is_within) if length is None else length() - batch.seq_len
+            try:
+                if surplus > 0:
+                    layer.crop(-surplus)
+            except (RuntimeError, ValueError, AttributeError) as error:
+                raise UnsupportedModelError(
+                    self.model_class,
+                    f"going on after an interrupted forward, as its {type(layer).__name__} cannot"
+                    " be set back; reset() begins anew",
+                ) from error
 
     def _prefetch_next(
         self, binding: ModelBinding, layer_idx: int, hidden: Tensor, kwargs: dict[str, Any]
@@ -124,7 +148,7 @@ class Forwards:
         positions = kwargs.get("position_embeddings")
         estimator = binding.estimators[layer_idx]
         if estimator is None or not isinstance(positions, tuple):
-            self.session.prefetch_previous(batch, disk_idx)
+            self.session.speculate_previous(batch, disk_idx)
             return
         query = estimator.estimate(hidden, positions)
         real = self._real(kwargs.get("attention_mask"))
@@ -134,7 +158,7 @@ class Forwards:
         groups = self.session.selection.select(
             batch, disk_idx, queries, scaling=binding.scaling(layer_idx)
         )
-        self.session.prefetch(disk_idx, groups)
+        self.session.predicted(disk_idx, groups)
 
     def _check_consumed(self, layer_idx: int) -> None:
         """Raise if the layer before never reached attention with its handle."""

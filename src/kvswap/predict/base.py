@@ -117,12 +117,16 @@ class Selector(ABC):
     """Turns scores into the groups to read."""
 
     @abstractmethod
-    def select(self, scores: Tensor, *, budget_groups: int, pinned: np.ndarray) -> np.ndarray:
+    def select(
+        self, scores: Tensor, *, layer_idx: int, budget_groups: int, pinned: np.ndarray
+    ) -> np.ndarray:
         """Choose groups.
 
         Parameters
         ----------
         scores : Tensor [num_groups], float32
+        layer_idx : int
+            Among the layers on disk.
         budget_groups : int
             Most groups to return, pinned ones included; fewer than ``num_groups``.
         pinned : ndarray, int64

@@ -22,8 +22,8 @@ from kvswap.kernels.scores import group_maximum, reduce_heads
 from kvswap.predict.base import KeyIndex, register_index
 from kvswap.predict.projection import fit_workspace_bytes, leading_basis
 
-_BLOCK_TOKENS = 8192  # tokens scored at once: bounds the scratch memory, keeps it in cache
-_BLOCK_QUERIES = 32
+_BLOCK_TOKENS = 4096  # tokens scored at once: bounds the scratch memory, keeps it in cache
+_BLOCK_QUERIES = 16
 _WIDE_TOKENS = 1024  # tokens held in float32 at once while fitting and encoding
 
 

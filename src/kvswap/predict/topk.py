@@ -13,7 +13,9 @@ from kvswap.predict.base import Selector, register_selector
 class TopKSelector(Selector):
     """Pinned groups first, then the best of the rest."""
 
-    def select(self, scores: Tensor, *, budget_groups: int, pinned: np.ndarray) -> np.ndarray:
+    def select(
+        self, scores: Tensor, *, layer_idx: int, budget_groups: int, pinned: np.ndarray
+    ) -> np.ndarray:
         """Choose the groups of highest score; see `Selector.select`."""
         if len(pinned):
             scores = scores.clone()
