@@ -142,17 +142,31 @@ def test_a_read_past_the_end_is_truncation(target: tuple[int, str], start: int) 
     assert caught.value.found == f"{NBYTES} bytes"
 
 
+def test_a_file_that_ends_within_a_block_is_truncation_and_no_bad_request(
+    target: tuple[int, str],
+) -> None:
+    def direct(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if offset % 512:
+            raise OSError(errno.EINVAL, "O_DIRECT goes on at blocks only")
+        return os.preadv(fd, buffers, offset)
+
+    os.truncate(target[0], NBYTES - 100)
+    transfer, _ = reading(target, 0, [NBYTES])
+    with pytest.raises(CorruptStoreError, match="truncated"):
+        run([transfer], preadv=direct)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_the_first_error_by_place_in_the_submit_is_raised_each_time(
     target: tuple[int, str], num_threads: int
 ) -> None:
     transfers = [reading(target, 4096 * k, [4096])[0] for k in range(10)]
-    backend = PosixBackend(num_threads, preadv=_failing_from(4096 * 6))
+    backend = PosixBackend(num_threads, preadv=_failing_from(4096 * 7))
     ticket = backend.submit(transfers)
     for _ in range(3):
         with pytest.raises(DeviceIOError) as caught:
             ticket.wait()
-        assert caught.value.offset_bytes == 4096 * 6
+        assert caught.value.offset_bytes == 4096 * 7
         assert ticket.done()
     backend.close()
 

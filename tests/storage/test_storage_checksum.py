@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import google_crc32c
 import numpy as np
 import pytest
@@ -61,3 +63,20 @@ def test_buffers_are_page_aligned_and_zero() -> None:
         assert memory.flags.writeable
         assert not memory.any()
     assert aligned_empty((0, 4096)).shape == (0, 4096)
+
+
+def test_buffers_are_private_memory_that_goes_when_they_go() -> None:
+    def mapping(address: int) -> str:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            low, high = (int(end, 16) for end in line.split()[0].split("-"))
+            if low <= address < high:
+                return line.split()[1]
+        return "none"
+
+    memory = aligned_empty((5, 2**21))
+    address = memory.__array_interface__["data"][0] + 2**21
+    row = memory[1]
+    del memory
+    assert mapping(address) == "rw-p"
+    del row
+    assert mapping(address) == "none"

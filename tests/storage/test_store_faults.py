@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import pytest
 
 from kvswap.core.errors import ConfigError, CorruptStoreError, DeviceIOError, StoreFullError
 from kvswap.storage import device, pagecache, syscalls
+from kvswap.storage import store as store_module
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.faults import free_bytes
 from kvswap.storage.posix import PosixBackend
@@ -108,12 +111,13 @@ def test_a_file_cut_short_under_a_store_is_found_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given_backend", [True, False])
-def test_closing_waits_for_what_is_in_flight(tmp_path: Path, given_backend: bool) -> None:
+def test_closing_waits_for_what_is_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given_backend: bool
+) -> None:
     gated = Gated()
     backend = PosixBackend(1, preadv=gated)
-    store = make_store(tmp_path, backend=backend)
-    if not given_backend:
-        store._release.peek()[1].__self__.callback(backend.close)
+    monkeypatch.setattr(store_module, "PosixBackend", lambda _: backend)
+    store = make_store(tmp_path, backend=backend if given_backend else None)
     records = fill(store, 2)
     out = aligned_empty((2, 4096))
     ticket = store.read(np.arange(2), places([0, 1]), out, np.arange(2))
@@ -127,25 +131,37 @@ def test_closing_waits_for_what_is_in_flight(tmp_path: Path, given_backend: bool
     assert ticket.done()
     ticket.wait()
     assert np.array_equal(out, records)
+    assert backend._is_closed is not given_backend
     backend.close()
 
 
-def test_a_store_dropped_without_closing_gives_its_file_back(tmp_path: Path) -> None:
-    store = make_store(tmp_path)
-    records = fill(store, 4)
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_store_dropped_without_closing_gives_its_file_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """Even where its last reference is the worker's, which cannot wait for itself."""
+    gated = Gated()
+    monkeypatch.setattr(
+        store_module, "PosixBackend", lambda threads: PosixBackend(threads, preadv=gated)
+    )
+    store = make_store(tmp_path, keep=kept)
+    fill(store, 4)
+    file = weakref.ref(store._files[0])
     fd = store._files[0].fd
-    ticket = store.read(np.arange(4), places(range(4)), aligned_empty((4, 4096)), np.arange(4))
+    store.read(np.arange(4), places(range(4)), aligned_empty((4, 4096)), np.arange(4))
+    assert gated.entered.wait(30)
     del store
-    ticket.wait()
-    del ticket
-    assert len(records) == 4
-    for _ in range(100):  # the worker may hold the last reference for a moment
-        try:
-            os.fstat(fd)
-        except OSError:
-            return
+    gc.collect()
+    os.fstat(fd)  # still open: a read is in flight
+    gated.gate.set()
+    for _ in range(100):
+        if file() is None:
+            break
         threading.Event().wait(0.02)
-    pytest.fail("the file is still open")
+    assert file() is None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    make_store(tmp_path, keep=kept).close()  # the lock is free again
 
 
 # -- room -------------------------------------------------------------------------------------
@@ -217,6 +233,22 @@ def test_a_file_system_that_fills_up_meanwhile_leaves_the_file_as_it_was(
         assert free_bytes(tiny_disk) == free
         assert store._files[0].size_bytes == START + 100 * 4096
         assert np.array_equal(read_back(store, range(100)), records)
+
+
+def test_what_a_failed_allocation_grew_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(fd: int, offset: int, nbytes: int) -> None:
+        os.posix_fallocate(fd, offset, nbytes // 2)
+        raise OSError(errno.ENOSPC, "full")
+
+    with make_store(tmp_path) as store:
+        records = fill(store, 4)
+        monkeypatch.setattr(device, "fallocate", half)
+        with pytest.raises(StoreFullError):
+            store.reserve(0, MIB)
+        assert os.fstat(store._files[0].fd).st_size == START + 4 * 4096
+        assert np.array_equal(read_back(store, range(4)), records)
 
 
 def test_without_allocation_the_file_is_sparse_and_a_full_disk_shows_when_written(

@@ -63,7 +63,7 @@ def write_tables(path: Path, tables: dict[str, np.ndarray]) -> TablesEntry:
     """
     # The writer takes bare pointers: strided or foreign-endian arrays would be written wrong.
     plain = {
-        name: np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=None)
+        name: np.asarray(array, array.dtype.newbyteorder("="), order="C")
         for name, array in tables.items()
     }
     create_private(path)
@@ -117,9 +117,9 @@ def next_generation(directory: Path, saved: int) -> int:
 
 def remove_other_tables(directory: Path, keep: str) -> None:
     """Remove the tables of other generations; what cannot be removed is left to the next."""
-    for path in directory.iterdir():
-        if _NAME.fullmatch(path.name) and path.name != keep:
-            with suppress(OSError):
+    with suppress(OSError):
+        for path in directory.iterdir():
+            if _NAME.fullmatch(path.name) and path.name != keep:
                 path.unlink()
 
 
