@@ -25,7 +25,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed fmt-check lint type arch words test bench-smoke compat-test
+# The tests run every benchmark at toy size; `make bench-smoke` runs only those.
+check: $(VENV)/.installed fmt-check lint type arch words test compat-test
 
 setup: $(VENV)/.installed
 
@@ -60,7 +61,7 @@ words: $(VENV)/.installed
 	$(BIN)/codespell src tests benchmarks docs README.md CONTRIBUTING.md CHANGELOG.md
 
 bench-smoke: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/bench -m smoke
+	$(BIN)/python -m pytest tests/bench -m smoke -rs
 
 # The newest transformers lies in $(VENV), the oldest in a folder in front of it on the path.
 $(COMPAT)/.installed: $(VENV)/.installed

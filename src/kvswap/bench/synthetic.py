@@ -6,7 +6,7 @@ tokens attend to which: selections in timed runs follow a trace or a stated reus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -111,15 +111,30 @@ def synthetic_context(
 
 
 def fill(cache: KVSwapCache, num_tokens: int, *, seed: int) -> None:
-    """Store a synthetic context in an empty cache of one sequence, and fit its index.
+    """Store a synthetic context in an empty cache of one sequence, and fit its index."""
+    refile(cache, synthetic_context(cache.session.geometry, num_tokens, seed=seed), num_tokens)
+
+
+def refile(
+    cache: KVSwapCache, context: Iterable[tuple[int, Tensor, Tensor]], num_tokens: int
+) -> None:
+    """Store keys and values made elsewhere in an empty cache, and fit its index.
 
     The same path as a prefill's: groups are packed, written and encoded by the session.
+
+    Parameters
+    ----------
+    cache : KVSwapCache
+        Attached, and empty.
+    context : iterable of (layer_idx, keys, values)
+        For every layer on disk, tensors [num_kv_heads, num_tokens, head_dim].
+    num_tokens : int
     """
     session = cache.session
     batch = session.new_batch(1)
     cache.resume(batch, fingerprint=None, is_prefill=True)
     session.begin_forward(batch, num_tokens, is_prefill=True)
-    for layer_idx, keys, values in synthetic_context(session.geometry, num_tokens, seed=seed):
+    for layer_idx, keys, values in context:
         session.layers[layer_idx].append(batch, [RowInput(keys, keys, values, None)])
         batch.note_columns(layer_idx, None, num_tokens)
     session.end_forward(batch, num_tokens)

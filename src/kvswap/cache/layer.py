@@ -88,6 +88,11 @@ class LayerCache:
         Tensor [batch, num_heads, q_len, head_dim], the query's dtype
             Zero at padding.
         """
+        home = query.device
+        if home.type != "cpu":  # slots and rolling buffer are on the host, and so is attention
+            query, keys, values = query.cpu(), keys.cpu(), values.cpu()
+            real = None if real is None else real.cpu()
+            params = params.on_host()
         rows = split_rows(query, keys, values, real)
         merges = [RunningMerge() for _ in rows]
         if self._session.is_selecting:
@@ -105,7 +110,7 @@ class LayerCache:
                 out[row, :, given.places] = result
         self.append(batch, rows)
         batch.note_columns(self.layer_idx, real, query.shape[2])
-        return out
+        return out.to(home)
 
     def _attend_all(
         self,

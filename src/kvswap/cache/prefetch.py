@@ -24,7 +24,7 @@ class Pending:
     groups : list of ndarray, int64
         Ids selected for each row of the batch.
     needed : ndarray, int64
-        Their union, ascending.
+        Their union.
     missing : ndarray, int64
         Those of it being read.
     ticket : Ticket or None
@@ -80,8 +80,7 @@ class Prefetcher:
             What was speculated for this layer: what it read does not count as a hit.
         """
         step = self.tick()
-        needed = groups[0] if len(groups) == 1 else np.concatenate(groups)
-        needed = np.unique(needed)
+        needed = groups[0] if len(groups) == 1 else np.unique(np.concatenate(groups))
         rows = self._reuse.lookup(layer_idx, needed)
         held = rows >= 0
         missing = needed[~held]

@@ -18,9 +18,7 @@ Progress = Callable[[str, int, int], None]
 """Called as ``on_progress(stage, done, total)``; the total is 0 where it is not known."""
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is None:
-        return
+def _at_least(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}")
 
@@ -65,7 +63,12 @@ class StorageConfig:
             raise ConfigError(
                 f"directories must be a list of directories, got {str(self.directories)!r}"
             )
-        paths = tuple(str(Path(path)) for path in self.directories)
+        try:
+            paths = tuple(str(Path(path)) for path in self.directories)
+        except TypeError as error:
+            raise ConfigError(
+                f"directories must be a list of directories, got {self.directories!r}"
+            ) from error
         if len(paths) != 1:
             raise ConfigError(f"directories must name exactly one directory, got {len(paths)}")
         object.__setattr__(self, "directories", paths)
@@ -75,6 +78,7 @@ class StorageConfig:
         _one_of("keep", self.keep, (True, False))
         _one_of("direct_io", self.direct_io, DIRECT_IO)
         _at_least("num_threads", self.num_threads, 1)
+        _at_least("block_size_bytes", self.block_size_bytes, 512)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""
@@ -166,7 +170,8 @@ class CacheConfig:
             "num_slots",
             "rank",
         ):
-            _at_least(name, getattr(self, name), 1)
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
         for name in ("sink_tokens", "recent_tokens", "recall_every"):
             _at_least(name, getattr(self, name), 0)
         _at_least("prefill_chunk", self.prefill_chunk, 1)
@@ -177,10 +182,19 @@ class CacheConfig:
             raise ConfigError(f"group_size must be a power of two in [1, 256], got {size}")
         if self.code is not None:
             _one_of("code", self.code, CODES)
-        if not 0.0 <= self.recall_floor <= 1.0:
-            raise ConfigError(f"recall_floor must be in [0, 1], got {self.recall_floor!r}")
+        self._check_what_is_chosen()
         if self.projection is not None:
             object.__setattr__(self, "projection", str(self.projection))
+
+    def _check_what_is_chosen(self) -> None:
+        floor = self.recall_floor
+        if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 <= floor <= 1:
+            raise ConfigError(f"recall_floor must be a number in [0, 1], got {floor!r}")
+        for name in ("index", "selector"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a name, got {getattr(self, name)!r}")
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise ConfigError(f"on_progress must be callable, got {self.on_progress!r}")
 
     @property
     def kv_memory_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from kvswap.core.errors import ConfigError
 
@@ -45,7 +46,7 @@ def parse_bytes(size: int | str, *, field: str = "size") -> int:
         unit = _UNITS.get(match.group(2).lower()) if match else None
         if match is None or unit is None:
             raise ConfigError(f"{law}, got {size!r}")
-        nbytes = int(float(match.group(1)) * unit)
+        nbytes = int(Fraction(match.group(1)) * unit)  # a float would round large sizes
     if nbytes <= 0:
         raise ConfigError(f"{law}, got {size!r}")
     return nbytes

@@ -18,7 +18,7 @@ from kvswap.core.errors import ConfigError, SessionClosedError, UnsupportedModel
 from kvswap.core.stats import CacheStats
 from kvswap.hf import persist
 from kvswap.hf.binding import ModelBinding
-from kvswap.hf.forwards import Forwards
+from kvswap.hf.forwards import Forwards, untracked
 from kvswap.hf.geometry import fingerprint
 from kvswap.hf.layer import DiskLayer
 
@@ -155,6 +155,7 @@ class KVSwapCache(Cache):
             inputs |= {"attention_mask": seen, "position_ids": positions}
         self._forwards.binding.model(**inputs, use_cache=True, logits_to_keep=1)
 
+    @untracked
     def end_prefill(self) -> None:
         """End the exact part: fit the index now; every forward from here on selects."""
         self._check_open()
@@ -162,6 +163,7 @@ class KVSwapCache(Cache):
         if self._forwards.batch is not None:
             self._session.fitter.fit_if_needed(self._forwards.batch)
 
+    @untracked
     def fork(self) -> KVSwapCache:
         """Return a cache of its own over the same stored groups; both may go on.
 
@@ -185,6 +187,7 @@ class KVSwapCache(Cache):
             twin._forwards.binding.acquire(self._config.prefill_chunk)
         return twin
 
+    @untracked
     def save(self) -> None:
         """Write tables and index state of a kept store; a crash leaves this state or the last.
 
@@ -262,6 +265,7 @@ class KVSwapCache(Cache):
         """Return the true length, padding included."""
         return self.seq_len
 
+    @untracked
     def crop(self, tokens: int) -> None:
         """Remove tokens from the end.
 
@@ -304,6 +308,7 @@ class KVSwapCache(Cache):
         """Keep some rows."""
         self._select_rows(indices, "batch_select_indices", indices)
 
+    @untracked
     def _select_rows(self, rows: Tensor, method: str, argument: Any) -> None:
         self._check_open()
         if self._forwards.batch is None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from kvswap.cache.sequence import SequenceBatch
@@ -13,6 +14,17 @@ from kvswap.core.errors import ConfigError, SessionClosedError, UnsupportedModel
 from kvswap.hf.binding import ModelBinding
 from kvswap.hf.layer import DiskLayer
 from kvswap.kernels.attention import AttentionParams
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untracked(function: F) -> F:
+    """Run without autograd and not in inference mode.
+
+    What is kept from one forward to the next must be writable whatever mode the next one is in.
+    """
+    wrapped: F = torch.inference_mode(False)(torch.no_grad()(function))
+    return wrapped
 
 
 class Forwards:
@@ -68,6 +80,7 @@ class Forwards:
 
     # -- called by the binding's hooks ----------------------------------------------------
 
+    @untracked
     def before_layer(
         self, binding: ModelBinding, layer_idx: int, hidden: Tensor, kwargs: dict[str, Any]
     ) -> None:
@@ -105,7 +118,7 @@ class Forwards:
     def _begin(self, hidden: Tensor) -> None:
         batch_size, self._q_len = hidden.shape[:2]
         if self.batch is None:
-            self.batch = self.session.new_batch(batch_size)
+            self.batch, self._is_within = self.session.new_batch(batch_size), False
         if self.batch.batch_size != batch_size:
             raise ConfigError(
                 f"batch must have the {self.batch.batch_size} sequences of the cache, got"
@@ -129,12 +142,14 @@ class Forwards:
         for layer in self.layers:
             if isinstance(layer, DiskLayer):
                 continue
-            length = getattr(layer, "get_seq_length", None)  # linear layers count no tokens
-            surplus = int(self._is_within) if length is None else length() - batch.seq_len
             try:
-                if surplus > 0:
-                    layer.crop(-surplus)
-            except (RuntimeError, ValueError, AttributeError) as error:
+                if hasattr(layer, "get_seq_length"):
+                    surplus = layer.get_seq_length() - batch.seq_len
+                    if surplus > 0:
+                        layer.crop(-surplus)
+                elif self._is_within:
+                    raise RuntimeError("linear attention keeps no past")
+            except (RuntimeError, ValueError) as error:
                 raise UnsupportedModelError(
                     self.model_class,
                     f"going on after an interrupted forward, as its {type(layer).__name__} cannot"
@@ -205,6 +220,7 @@ class Forwards:
         layer.staged = (keys, values)
         self._armed, self._waiting = None, layer
 
+    @untracked
     def attend(
         self, layer: DiskLayer, query: Tensor, mask: Tensor | None, params: AttentionParams
     ) -> Tensor:

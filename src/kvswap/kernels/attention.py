@@ -6,7 +6,7 @@ in different buffers, or be read one after another, and still give exact attenti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class AttentionParams:
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
+
+    def on_host(self) -> AttentionParams:
+        """Return the same with its tensors in host memory."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks.cpu())
 
 
 def partial_attention(

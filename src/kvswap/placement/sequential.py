@@ -68,8 +68,12 @@ class SequentialPlacement(Placement):
         """Take the ids after ``after`` where free, else the first free ones beyond it."""
         free = np.flatnonzero(self._holders == 0)
         if len(free) < count:
+            group_bytes = self._num_layers * self._record_bytes
             raise StoreFullError(
-                "group table", need_bytes=count, have_bytes=len(free), limit="groups planned for"
+                "group table",
+                need_bytes=count * group_bytes,
+                have_bytes=len(free) * group_bytes,
+                limit=f"{self.num_groups} groups, which max_context and max_batch plan for",
             )
         place = int(np.searchsorted(free, after + 1))
         taken: np.ndarray = np.sort(np.take(free, np.arange(place, place + count), mode="wrap"))

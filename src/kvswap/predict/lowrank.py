@@ -23,8 +23,8 @@ from kvswap.predict.base import KeyIndex, register_index
 from kvswap.predict.projection import fit_workspace_bytes, leading_basis
 
 _BLOCK_TOKENS = 4096  # tokens scored at once: bounds the scratch memory, keeps it in cache
-_BLOCK_QUERIES = 16
-_WIDE_TOKENS = 1024  # tokens held in float32 at once while fitting and encoding
+_BLOCK_QUERIES = 8
+_WIDE_TOKENS = 512  # tokens held in float32 at once while fitting and encoding
 
 
 @register_index("lowrank")

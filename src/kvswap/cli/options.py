@@ -1,0 +1,73 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from kvswap.core.errors import ConfigError
+from kvswap.core.units import parse_bytes
+
+_IN_MEMORY = ("tmpfs", "ramfs")
+
+
+def read_size(_: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Return an option's size such as ``256MiB`` in bytes; a click callback."""
+    return None if value is None else parse_bytes(value, field=parameter.opts[0])
+
+
+DIRECTORY = click.Path(exists=True, file_okay=False, writable=True, path_type=Path)
+TEXT_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
+
+
+def read_text(path: str) -> str:
+    """Return a UTF-8 file's text; ``-`` is stdin.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, or is no UTF-8.
+    """
+    shown = "standard input" if path == "-" else path
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"file must be UTF-8 text, got {shown} (byte {error.start})") from error
+    except OSError as error:
+        raise ConfigError(f"file cannot be read: {shown}: {error.strerror}") from error
+
+
+def scratch_directory() -> Path:
+    """Return where to put a file that nobody named a place for, on a disk if there is one.
+
+    Notes
+    -----
+    Nothing is made: a store that is not kept lies in a file without a name, of this user only,
+    that goes with the process, however that ends.
+    """
+    temporary = Path(tempfile.gettempdir())
+    candidates = (temporary, Path("/var/tmp"), Path.home() / ".cache")
+    for path in candidates:
+        if path.is_dir() and os.access(path, os.W_OK | os.X_OK) and not is_in_memory(path):
+            return path
+    return temporary
+
+
+def is_in_memory(directory: Path) -> bool:
+    """Whether a directory's file system keeps files in memory, as far as can be told."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    resolved, best, kind = directory.resolve(), Path("/"), ""
+    for mount in mounts:
+        _, point, type_, *_ = mount.split(" ")
+        path = Path(point.replace("\\040", " "))
+        if resolved.is_relative_to(path) and len(path.parts) >= len(best.parts):
+            best, kind = path, type_
+    return kind in _IN_MEMORY

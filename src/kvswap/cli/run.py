@@ -1,0 +1,98 @@
+"""``kvswap run``: ask a model about a long text with the cache on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from kvswap.cli.options import DIRECTORY, TEXT_FILE, read_size, read_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was asked for, read and checked as far as that needs no model.
+
+    Attributes
+    ----------
+    model : str
+        A directory or a name on the Hub.
+    document, prompt : str
+    kv_memory, disk_limit : int
+        Bytes; no limit on the disk where that is None.
+    kv_dir : Path
+    max_new_tokens : int
+    temperature : float
+        0 for greedy decoding.
+    seed : int
+        Of the sampling.
+    """
+
+    model: str
+    document: str
+    prompt: str
+    kv_memory: int
+    kv_dir: Path
+    disk_limit: int | None
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+@click.command(short_help="Ask a model about a long text.")
+@click.option("--model", required=True, metavar="DIR_OR_HUB_ID", help="A causal language model.")
+@click.option("--file", required=True, type=TEXT_FILE, help="UTF-8 text; - is standard input.")
+@click.option("--prompt", required=True, metavar="TEXT", help="What to ask about it.")
+@click.option(
+    "--kv-memory",
+    required=True,
+    callback=read_size,
+    metavar="SIZE",
+    help="Memory for the cache, as 256MiB.",
+)
+@click.option("--kv-dir", required=True, type=DIRECTORY, help="Directory for the cache.")
+@click.option(
+    "--disk-limit",
+    callback=read_size,
+    metavar="SIZE",
+    help="Most bytes on disk.  [default: what is free]",
+)
+@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Of sampling; 0 takes the likeliest token.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of sampling.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
+def run(*, file: str, as_json: bool, **rest: object) -> None:
+    """Ask a model about a long text, its KV cache on disk.
+
+    The text and the prompt are one user message where the tokenizer has a chat template. The
+    answer goes to stdout as it comes, everything else to stderr. Nothing is left on disk.
+    """
+    request = Request(document=read_text(file), **rest)  # type: ignore[arg-type]
+    from kvswap.cli.progress import waiting
+    from kvswap.cli.report import summary_line
+
+    with waiting("Starting"):
+        from kvswap.cli.answering import answer
+
+    pieces: list[str] = []
+
+    def emit(text: str) -> None:
+        pieces.append(text)
+        click.echo(text, nl=False)
+
+    try:
+        result = answer(request, None if as_json else emit)
+    finally:
+        if pieces:  # also after an error or Ctrl-C, whose message begins a line
+            click.echo()
+    if as_json:
+        click.echo(json.dumps(result.to_dict()))
+    click.echo(summary_line(result), err=True)
