@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from kvswap.core.geometry import KVGeometry
+
+# Nothing is timed: a slow machine is no failure.
+settings.register_profile("kvswap", deadline=None)
+settings.load_profile("kvswap")
 
 
 @pytest.fixture(autouse=True)

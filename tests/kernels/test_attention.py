@@ -52,3 +52,38 @@ def test_merged_parts_equal_the_whole(dtype, q_len, cuts, softcap, has_sinks):
     torch.testing.assert_close(
         merged.result(params).double(), expected, atol=tolerance, rtol=tolerance
     )
+
+
+def test_a_query_that_sees_one_token_takes_its_value():
+    query, keys, values = torch.randn(2, 1, 8), torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+    params = AttentionParams(scaling=1.0)
+    part = partial_attention(query, keys, values, params)
+    torch.testing.assert_close(part.out, values.expand(2, 1, 8))
+    torch.testing.assert_close(part.lse[:, 0], (query @ keys.transpose(1, 2))[:, 0, 0])
+
+
+def test_the_order_of_parts_does_not_matter():
+    query = torch.randn(4, 3, 16)
+    keys, values = torch.randn(2, 2, 40, 16)
+    params = AttentionParams(scaling=0.25, sinks=torch.randn(4))
+    parts = [
+        partial_attention(query, keys[:, i : i + 10], values[:, i : i + 10], params)
+        for i in range(0, 40, 10)
+    ]
+    results = []
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+        merged = RunningMerge()
+        for place in order:
+            merged.add(parts[place])
+        results.append(merged.result(params))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-5)
+
+
+def test_parts_with_scores_far_apart_neither_overflow_nor_vanish():
+    query = torch.ones(1, 1, 4)
+    near, far = torch.full((1, 1, 4), 1e4), torch.full((1, 1, 4), -1e4)
+    params = AttentionParams(scaling=1.0)
+    merged = RunningMerge()
+    merged.add(partial_attention(query, far, torch.full((1, 1, 4), 5.0), params))
+    merged.add(partial_attention(query, near, torch.full((1, 1, 4), 7.0), params))
+    assert torch.equal(merged.result(params), torch.full((1, 1, 4), 7.0))

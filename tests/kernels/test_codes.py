@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kvswap.core.config import CODES as CONFIG_CODES
 from kvswap.core.errors import ConfigError
 from kvswap.kernels.codes import CODES
 
@@ -36,3 +37,40 @@ def test_zero_tokens_score_zero_and_huge_ones_stay_finite(name):
 def test_four_bits_refuse_an_odd_rank():
     with pytest.raises(ConfigError, match="rank must be even"):
         CODES["rot4"](7)
+
+
+@pytest.mark.parametrize("name", sorted(CODES))
+def test_tokens_are_coded_one_by_one(name):
+    code = CODES[name](16)
+    coefficients = torch.randn(30, 16) * 5
+    codes, scales = code.encode(coefficients)
+    for token in range(0, 30, 7):
+        alone, scale = code.encode(coefficients[token : token + 1])
+        assert torch.equal(alone[0], codes[token])
+        if scales is not None:
+            assert scale[0] == scales[token]
+
+
+@pytest.mark.parametrize("name", sorted(CODES))
+def test_scores_of_a_token_do_not_depend_on_its_neighbours_or_the_other_queries(name):
+    code = CODES[name](32)
+    codes, scales = code.encode(torch.randn(50, 32))
+    queries = torch.randn(9, 32)
+    whole = code.score(queries, codes, scales)
+    part = code.score(queries[3:5], codes[10:20], None if scales is None else scales[10:20])
+    torch.testing.assert_close(part, whole[10:20, 3:5], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(CODES))
+@pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
+def test_scores_grow_with_the_coefficients(name, factor):
+    code = CODES[name](32)
+    coefficients, queries = torch.randn(64, 32), torch.randn(4, 32)
+    scores = code.score(queries, *code.encode(coefficients))
+    scaled = code.score(queries, *code.encode(coefficients * factor))
+    torch.testing.assert_close(scaled / factor, scores, atol=0.05, rtol=0.02)
+
+
+def test_codes_are_named_as_the_config_names_them():
+    assert tuple(CODES) == CONFIG_CODES
+    assert all(code.name == name for name, code in CODES.items())

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 
+# What a figure depends on: a change elsewhere does not make its commit doubtful.
+_MEASURED = (":(top)src", ":(top)benchmarks", ":(top,exclude)benchmarks/results")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One measured figure.
@@ -57,7 +61,7 @@ class Record:
         return named | {
             "samples": list(self.samples),
             "commit": _git("rev-parse", "HEAD"),
-            "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "dirty": bool(_git("status", "--porcelain", "--", *_MEASURED)),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(),
             "command": shlex.join(["python", *sys.argv]),

@@ -48,7 +48,7 @@ class Projection:
                 tensors, temporary, metadata={"format": _FORMAT, "fingerprint": self.fingerprint}
             )
             temporary.replace(target)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ConfigError(f"projection cannot be written: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
@@ -69,7 +69,10 @@ class Projection:
                 bases = tuple(file.get_tensor(name) for name in names)
         except (OSError, SafetensorError, ValueError) as error:
             raise ConfigError(f"projection cannot be read: {path}: {error}") from error
-        if metadata.get("format") != _FORMAT or not bases:
+        whole = names == [f"layer.{i}" for i in range(len(names))]
+        shapes = {basis.shape for basis in bases}
+        alike = len(shapes) == 1 and len(next(iter(shapes))) == 2
+        if metadata.get("format") != _FORMAT or not whole or not alike:
             raise ConfigError(f"projection must be made by `kvswap calibrate`, got {path}")
         return cls(bases=bases, fingerprint=metadata.get("fingerprint", ""))
 
