@@ -1,7 +1,8 @@
 """Score the reader's answers with its cache on disk against full attention in memory.
 
-Each document is read once on each side; all its questions are asked of both. The engine is
-the one that is timed: questions and answers go through selection, from disk.
+Each document is read once, in memory; its keys and values are then stored on disk as a prefill
+stores them, and all its questions are asked of both sides. The engine is the one that is timed:
+questions and answers go through selection, from disk.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kvswap.bench.questions import (
 )
 from kvswap.bench.reader import KINDS, READER_DIRECTORY, load_reader, make_document
 from kvswap.bench.record import Record, describe_device
+from kvswap.bench.synthetic import refile
 from kvswap.core.units import format_bytes
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "reader_quality.jsonl"
@@ -70,10 +72,13 @@ def ask_document(
         recall_floor=0.0,
     )
     with kvswap.attach(models[0], config) as cache:
-        disk = Reading(models[0], tokenizer, cache)
-        disk.read(document.words)
         memory = Reading(models[1], tokenizer, DynamicCache(config=models[1].config))
         memory.read(document.words)
+        layers = memory.cache.layers
+        context = ((i, layer.keys[0], layer.values[0]) for i, layer in enumerate(layers))
+        refile(cache, context, args.context)
+        disk = Reading(models[0], tokenizer, cache)
+        disk.resume(document.words)
         answers = ask_all({DISK: disk, MEMORY: memory}, document.questions)
         measured = {
             "memory_report": cache.memory_report(),

@@ -122,6 +122,10 @@ class Reading:
             if on_progress is not None:
                 on_progress(MEMORY, self.cache.get_seq_length(), total)
 
+    def resume(self, words: Sequence[str]) -> None:
+        """Go on with a document that the cache holds already, see `refile`."""
+        self._ids = self._encode(words)
+
     def ask(self, question: Question) -> Answer:
         """Answer one question greedily, and crop the cache back to the document.
 

@@ -14,7 +14,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-
 # What a figure depends on: a change elsewhere does not make its commit doubtful.
 _MEASURED = (":(top)src", ":(top)benchmarks", ":(top,exclude)benchmarks/results")
 
@@ -60,8 +59,8 @@ class Record:
             named["value"] = statistics.median(self.samples)
         return named | {
             "samples": list(self.samples),
-            "commit": _git("rev-parse", "HEAD"),
-            "dirty": bool(_git("status", "--porcelain", "--", *_MEASURED)),
+            "commit": _COMMIT,
+            "dirty": _DIRTY,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(),
             "command": shlex.join(["python", *sys.argv]),
@@ -126,3 +125,8 @@ def _git(*arguments: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+# Taken at import: what runs is what was loaded, whatever is committed while it runs.
+_COMMIT = _git("rev-parse", "HEAD")
+_DIRTY = bool(_git("status", "--porcelain", "--", *_MEASURED))

@@ -31,11 +31,13 @@ class IndexFitter:
     ----------
     fitted_tokens : int
         Length of the longest sequence at the last fit.
+    is_calibrated : bool
+        Whether the projection was made beforehand; then nothing is fitted.
     """
 
     def __init__(self, session: CacheSession) -> None:
         self._session = session
-        self._is_calibrated = False
+        self.is_calibrated = False
         self.fitted_tokens = 0
 
     def load_projection(self) -> None:
@@ -50,13 +52,13 @@ class IndexFitter:
             )
         for index, basis in zip(indexes, bases, strict=True):
             index.set_basis(basis)
-        self._is_calibrated = True
+        self.is_calibrated = True
 
     def fit_if_needed(self, batch: SequenceBatch) -> None:
         """Fit when a selection is needed, and again when the context has doubled since."""
         session = self._session
         longest = int(batch.flushed.max(initial=0))
-        if longest <= session.plan.budget_groups or self._is_calibrated:
+        if longest <= session.plan.budget_groups or self.is_calibrated:
             return
         tokens = longest * session.layout.group_size
         if not session.index_ready or tokens >= _REFIT_GROWTH * self.fitted_tokens:

@@ -207,8 +207,10 @@ class LayerCache:
         keys, values = batch.rolling.get(self.layer_idx, row)
         keys, values = torch.cat((keys, given.keys), 1), torch.cat((values, given.values), 1)
         self._flush(batch, row, keys[:, : count * size], values[:, : count * size])
-        batch.rolling.put(self.layer_idx, row, keys[:, count * size :], values[:, count * size :])
+        # In this order an interrupt between the two is seen as a length that is too long, and
+        # what was flushed is cut back; in the other, as nothing at all.
         batch.flushed[self.layer_idx, row] += count
+        batch.rolling.put(self.layer_idx, row, keys[:, count * size :], values[:, count * size :])
 
     def _flush(self, batch: SequenceBatch, row: int, keys: Tensor, values: Tensor) -> None:
         session, size = self._session, batch.layout.group_size

@@ -8,7 +8,8 @@ The rules, in order:
    parts leave: a quarter, an eighth, ... of the key's length (at most 128), in 4 bits.
 4. Selected tokens: 1/64 of the context, in [448, 2048], halved as far as 128 while slots
    for them do not fit.
-5. All the rest becomes slots of the reuse buffer.
+5. Of the rest, staging buffers grow to 1/32 of the budget each, at most 8 MiB; what is left
+   becomes slots of the reuse buffer.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kvswap.cache.rolling import RollingBuffer
+from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.config import CacheConfig
-from kvswap.core.errors import BudgetError
+from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.core.units import ceil_div, format_bytes
 from kvswap.placement import SequentialPlacement
@@ -26,7 +29,7 @@ from kvswap.predict import INDEXES
 _MAX_RANK = 128
 _MIN_RANK = 8
 _STAGING_BYTES = 8 * 2**20
-_MIN_STAGING_ROWS = 4
+_LEAST_STAGING_ROWS = 4
 _LEAST_TOKENS = 128
 
 
@@ -112,25 +115,18 @@ def plan_cache(
         If the budget is too small; it names the smallest that works.
     """
     shape = _Shape(geometry, config, batch_size, max_context)
+    candidates = shape.candidates()
     budget = config.kv_memory_bytes
-    everything = shape.build(rank=0, budget_groups=shape.context_groups, slots=shape.all_slots)
-    estimates = config.rank is not None or config.budget_tokens is not None
-    if not estimates and config.num_slots is None and everything.total_bytes <= budget:
-        return everything
-    plan = None
-    for rank in shape.ranks():
-        for budget_groups in shape.budgets():
-            plan = shape.build(rank=rank, budget_groups=budget_groups, slots=None)
-            roomy = plan.parts["index"] * 2 <= budget - shape.fixed_bytes(rank)
-            if plan.total_bytes <= budget and (roomy or rank == shape.ranks()[-1]):
-                return plan
-    assert plan is not None
+    for plan in candidates:
+        if plan.total_bytes <= budget and shape.leaves_room(plan):
+            return shape.filled(plan)
+    need = min(plan.total_bytes for plan in candidates)
     raise BudgetError(
-        f"kv_memory must be at least {format_bytes(plan.total_bytes)} ({plan.total_bytes} bytes)"
+        f"kv_memory must be at least {format_bytes(need)} ({need} bytes)"
         f" for {batch_size} x {max_context} tokens of this model, got {format_bytes(budget)}"
         " (a smaller max_context needs less)",
         have_bytes=budget,
-        need_bytes=plan.total_bytes,
+        need_bytes=need,
     )
 
 
@@ -150,9 +146,59 @@ class _Shape:
         self.all_slots = self.num_groups
         self.code = config.code or "rot4"
         self.index = INDEXES.get(config.index)
-        rows = _STAGING_BYTES // self.layout.record_bytes
-        share = config.kv_memory_bytes // 32 // self.layout.record_bytes
-        self.staging_rows = max(_MIN_STAGING_ROWS, min(rows, share, self.num_groups))
+        self.most_staging = max(
+            _LEAST_STAGING_ROWS,
+            min(_STAGING_BYTES // self.layout.record_bytes, self.num_groups),
+        )
+        self._check()
+
+    def _check(self) -> None:
+        config, size = self.config, self.layout.group_size
+        if config.rank is not None and config.rank > self.geometry.key_dim:
+            dim = self.geometry.key_dim
+            raise ConfigError(f"rank must be in [1, {dim}], got {config.rank}")
+        pinned = ceil_div(config.sink_tokens, size) + ceil_div(config.recent_tokens, size)
+        chosen = self.budgets()[-1]
+        if config.budget_tokens is not None and chosen < min(pinned, self.context_groups):
+            raise ConfigError(
+                f"budget_tokens must hold sink_tokens ({config.sink_tokens}) and recent_tokens"
+                f" ({config.recent_tokens}) in whole groups of {size}: at least {pinned * size},"
+                f" got {config.budget_tokens}"
+            )
+
+    def candidates(self) -> list[CachePlan]:
+        """Return plans in the order they are wanted, each with the least that it works with."""
+        made = []
+        config = self.config
+        if config.rank is None and config.budget_tokens is None and config.num_slots is None:
+            made.append(self._plan(0, self.context_groups, self.all_slots, _LEAST_STAGING_ROWS))
+        for rank in self.ranks():
+            for groups in self.budgets():
+                slots = config.num_slots or groups * self.batch_size
+                made.append(self._plan(rank, groups, slots, _LEAST_STAGING_ROWS))
+        return made
+
+    def leaves_room(self, plan: CachePlan) -> bool:
+        """Whether the index takes at most half of what the fixed parts leave."""
+        if not plan.rank or plan.rank == self.ranks()[-1]:
+            return True
+        fixed = plan.total_bytes - plan.parts["index"] - plan.parts["slots"]
+        growth = (self.most_staging - plan.staging_rows) * self._staging_row_bytes
+        left = self.config.kv_memory_bytes - fixed
+        return plan.parts["index"] * 2 <= left - min(growth, self.config.kv_memory_bytes // 8)
+
+    def filled(self, plan: CachePlan) -> CachePlan:
+        """Give what the budget leaves to staging, up to its share, and then to slots."""
+        left = self.config.kv_memory_bytes - plan.total_bytes
+        share = self.config.kv_memory_bytes // 32 // self.layout.record_bytes
+        wanted = max(0, min(self.most_staging, share) - plan.staging_rows)
+        more_rows = min(wanted, left // self._staging_row_bytes)
+        left -= more_rows * self._staging_row_bytes
+        slots = plan.num_slots
+        if self.config.num_slots is None:
+            fit = left // (self.geometry.num_layers * self._slot_bytes)
+            slots = max(slots, min(self.all_slots, slots + fit))
+        return self._plan(plan.rank, plan.budget_groups, slots, plan.staging_rows + more_rows)
 
     def ranks(self) -> list[int]:
         """Candidate ranks, best first."""
@@ -160,7 +206,7 @@ class _Shape:
             return [self.config.rank]
         dim = self.geometry.key_dim
         top = max(min(_MIN_RANK, dim), min(_MAX_RANK, dim // 4))
-        ranks = [top]
+        ranks = [max(1, top // 2 * 2)]
         while ranks[-1] // 2 >= _MIN_RANK:
             ranks.append(ranks[-1] // 2 // 2 * 2)
         return ranks
@@ -170,27 +216,15 @@ class _Shape:
         size = self.layout.group_size
         if self.config.budget_tokens is not None:
             return [min(self.context_groups, ceil_div(self.config.budget_tokens, size))]
-        tokens = max(448, min(2048, self.max_context // 64))
         pinned = self.config.sink_tokens + self.config.recent_tokens + 2 * size
+        tokens = max(448, min(2048, self.max_context // 64), 2 * pinned)
         candidates: list[int] = []
         while tokens >= max(_LEAST_TOKENS, 2 * pinned) or not candidates:
             candidates.append(min(self.context_groups, ceil_div(tokens, size)))
             tokens //= 2
         return candidates
 
-    def fixed_bytes(self, rank: int) -> int:
-        """Bytes of all parts but index and slots."""
-        parts = self._parts(rank=rank, slots=0)
-        return sum(parts.values()) - parts["index"]
-
-    def build(self, *, rank: int, budget_groups: int, slots: int | None) -> CachePlan:
-        """Make a plan; slots default to what the budget leaves, and at least one step's."""
-        if slots is None:
-            slots = self.config.num_slots
-        if slots is None:
-            left = self.config.kv_memory_bytes - sum(self._parts(rank=rank, slots=0).values())
-            fit = left // (self.geometry.num_layers * self._slot_bytes())
-            slots = min(self.all_slots, max(fit, budget_groups * self.batch_size))
+    def _plan(self, rank: int, budget_groups: int, slots: int, staging_rows: int) -> CachePlan:
         return CachePlan(
             layout=self.layout,
             batch_size=self.batch_size,
@@ -200,14 +234,21 @@ class _Shape:
             code=self.code,
             budget_groups=budget_groups,
             num_slots=slots,
-            staging_rows=self.staging_rows,
-            parts=self._parts(rank=rank, slots=slots),
+            staging_rows=staging_rows,
+            parts=self._parts(rank, budget_groups, slots, staging_rows),
         )
 
+    @property
     def _slot_bytes(self) -> int:
         return self.layout.record_bytes + 16  # the record, the id it holds, its last use
 
-    def _parts(self, *, rank: int, slots: int) -> dict[str, int]:
+    @property
+    def _staging_row_bytes(self) -> int:
+        return 4 * self.layout.record_bytes  # a record in both buffers, and it unpacked
+
+    def _parts(
+        self, rank: int, budget_groups: int, slots: int, staging_rows: int
+    ) -> dict[str, int]:
         layers, layout = self.geometry.num_layers, self.layout
         kind = {"group_size": layout.group_size, "num_groups": self.num_groups}
         index = workspace = 0
@@ -215,16 +256,16 @@ class _Shape:
             index = layers * self.index.plan_bytes(self.geometry, rank=rank, code=self.code, **kind)
             workspace = self.index.workspace_bytes(self.geometry, rank=rank, code=self.code, **kind)
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
-        # holders and stripe, and its place in a sequence (8).
-        tables = self.num_groups * (8 * layers + 8) + SequentialPlacement.plan_bytes(
-            self.num_groups
-        )
-        rolling = 2 * layout.group_size * self.batch_size * self.geometry.token_bytes
-        staging = 2 * self.staging_rows * layout.record_bytes
+        # holders and stripe; its place in a sequence and in the saved one; what was selected.
+        tables = self.num_groups * 8 * layers + SequentialPlacement.plan_bytes(self.num_groups)
+        tables += SequenceBatch.plan_table_bytes(layout, self.batch_size, self.max_context)
+        tables += 8 * self.num_groups * int(self.config.storage.keep)
+        tables += 8 * layers * budget_groups * self.batch_size
+        staging = 2 * staging_rows * layout.record_bytes
         return {
             "index": index,
-            "slots": layers * slots * self._slot_bytes(),
-            "rolling": rolling,
+            "slots": layers * slots * self._slot_bytes,
+            "rolling": RollingBuffer.plan_bytes(layout, self.batch_size),
             "tables": tables,
             "staging": staging,
             "workspace": workspace + staging,  # what a staging buffer holds, unpacked

@@ -34,6 +34,12 @@ class RollingBuffer:
         )
         self.lengths = np.zeros((geometry.num_layers, batch_size), np.int64)
 
+    @classmethod
+    def plan_bytes(cls, layout: RecordLayout, batch_size: int) -> int:
+        """Return the bytes that a buffer of so many sequences takes."""
+        geometry = layout.geometry
+        return batch_size * (2 * layout.group_size * geometry.token_bytes + 8 * geometry.num_layers)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the buffer."""

@@ -59,7 +59,9 @@ class GroupSelection:
     def _select_row(
         self, groups: np.ndarray, layer_idx: int, query: Tensor, scaling: float
     ) -> np.ndarray:
-        if len(groups) <= self._budget_groups or not query.shape[1]:
+        if not query.shape[1]:  # a row that is all padding attends to nothing
+            return groups[:0]
+        if len(groups) <= self._budget_groups:
             return groups
         scores = self._indexes[layer_idx].score(query.cpu(), groups, scaling=scaling)
         positions = self._selector.select(

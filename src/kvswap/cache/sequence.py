@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvswap.cache.rolling import RollingBuffer
 from kvswap.core.geometry import RecordLayout
+from kvswap.core.units import ceil_div
 from kvswap.placement import Placement
 
 
@@ -46,6 +47,20 @@ class SequenceBatch:
         self.rolling = RollingBuffer(layout, batch_size)
         self.columns = np.zeros(num_layers, np.int64)
         self.padding: Tensor | None = None
+
+    @classmethod
+    def plan_table_bytes(cls, layout: RecordLayout, batch_size: int, max_context: int) -> int:
+        """Return the most bytes that the tables take, a mask of padding included."""
+        groups = ceil_div(max_context, layout.group_size)
+        layers = layout.geometry.num_layers
+        return batch_size * (8 * groups + max_context) + 8 * layers * (batch_size + 1)
+
+    @property
+    def table_nbytes(self) -> int:
+        """Bytes of the tables; the rolling buffer counts for itself."""
+        padding = 0 if self.padding is None else self.padding.nbytes
+        ids = sum(part.nbytes for part in self.groups)
+        return ids + self.flushed.nbytes + self.columns.nbytes + padding
 
     @property
     def batch_size(self) -> int:

@@ -46,6 +46,11 @@ class Sequences:
         self._batches: weakref.WeakSet[SequenceBatch] = weakref.WeakSet()
         self._saved: list[np.ndarray] = []
 
+    @property
+    def saved_nbytes(self) -> int:
+        """Bytes of the ids held for what was saved last."""
+        return sum(ids.nbytes for ids in self._saved)
+
     def __iter__(self) -> Iterator[SequenceBatch]:
         return iter(self._batches)
 
@@ -95,7 +100,7 @@ class Sequences:
                 self._crop_layer(batch, layer_idx, row, keep)
             longest = int(batch.flushed[:, row].max(initial=0))
             ids = batch.groups[row]
-            batch.groups[row] = ids[:longest]
+            batch.groups[row] = ids[:longest].copy()  # a view would keep all of them
             self._free(self._placement.release(ids[longest:]))
         batch.columns[:] = np.minimum(batch.columns, columns)
         if batch.padding is not None:

@@ -29,6 +29,18 @@ from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES, SELECTORS, KeyIndex
 from kvswap.storage.store import BlockStore
 
+# What holds memory, given back when a session closes.
+_HEAVY = (
+    "indexes",
+    "selection",
+    "slots",
+    "reuse",
+    "records",
+    "prefetcher",
+    "sequences",
+    "placement",
+)
+
 
 class CacheSession:
     """Owns store, slots, indexes and plan; says when things move.
@@ -160,13 +172,14 @@ class CacheSession:
         parts = dict(self.plan.parts)
         if self.is_allocated and not self._is_closed:
             batches = list(self.sequences)
-            held = sum(ids.nbytes for batch in batches for ids in batch.groups)
             tables = self.reuse.table_nbytes + self.placement.nbytes + self.store.table_bytes
+            tables += self.sequences.saved_nbytes + sum(b.table_nbytes for b in batches)
+            tables += sum(ids.nbytes for chosen in self._previous.values() for ids in chosen)
             parts |= {
                 "index": sum(index.nbytes for index in self.indexes),
                 "slots": self.reuse.slots_nbytes,
                 "rolling": sum(batch.rolling.nbytes for batch in batches),
-                "tables": tables + held,
+                "tables": tables,
                 "staging": self.records.nbytes,
             }
         return parts | {"total": sum(parts.values()), "budget": self.config.kv_memory_bytes}
@@ -201,6 +214,12 @@ class CacheSession:
             have_bytes=report["budget"],
             need_bytes=report["total"],
         )
+
+    def forget(self, batch: SequenceBatch) -> None:
+        """Let go of a batch; after the last one an index is fitted anew."""
+        self.sequences.drop(batch)
+        if not list(self.sequences):
+            self.fitter.fitted_tokens = 0
 
     def select_rows(self, batch: SequenceBatch, rows: np.ndarray) -> None:
         """Make row i of a batch a reference to what row ``rows[i]`` was."""
@@ -344,7 +363,8 @@ class CacheSession:
                 self.records.drain()
         finally:
             self.store.close()
-            for name in ("indexes", "selection", "slots", "reuse", "records", "prefetcher"):
+            self._previous.clear()
+            for name in _HEAVY:
                 self.__dict__.pop(name, None)
 
     def state(self) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from importlib import import_module
 import click
 
 import kvswap
-from kvswap.cli.failures import FAILED, exit_code, one_line, tell
+from kvswap.cli.failures import exit_code, one_line, tell
 from kvswap.cli.quiet import quieten
 
 COMMANDS = ("demo", "run", "calibrate")
@@ -64,14 +64,20 @@ def execute(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
-    except BrokenPipeError:
-        # Nobody reads on; without this the interpreter complains when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except Exception as error:
         code = exit_code(error)
         if code is None:
             raise
-        tell(f"error: {one_line(error)}")
+        if not isinstance(error, BrokenPipeError):  # then nobody reads on, which is no error
+            tell(f"error: {one_line(error)}")
+        _forget_unwritten()
         return code
     return 0
+
+
+def _forget_unwritten() -> None:
+    """Keep the interpreter from failing once more at its end, where stdout takes nothing."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from kvswap.cli.failures import tell
 from kvswap.cli.options import DIRECTORY, is_in_memory, read_size, scratch_directory
-from kvswap.core.errors import ConfigError
+from kvswap.core.config import CacheConfig, StorageConfig
+from kvswap.core.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from kvswap.bench.reader import Document
+    from kvswap.cli.progress import StageBars
 
 _TITLES = {
     "prefill": "Reading, cache on disk",
@@ -20,7 +26,8 @@ _TITLES = {
     "memory": "Reading, all in memory",
     "questions": "Answering, both ways",
 }
-_RECALL_EVERY = 16  # steps; a sample reads one layer whole, so they must be few
+_SHARE = 16
+_RECALL_EVERY = 32  # steps; a sample reads one layer whole, so they must be few
 
 
 @click.command(short_help="See it work: a long document, questions, and what they took.")
@@ -58,31 +65,23 @@ def demo(
     answers are right. Nothing is downloaded, and nothing is left on disk.
     """
     document = _make_document(context, questions, seed)
-    from kvswap.bench.reader import load_reader
-    from kvswap.cli.progress import StageBars, waiting
-    from kvswap.cli.quiet import quieten_transformers
-    from kvswap.cli.report import print_comparison
-    from kvswap.core.config import CacheConfig, StorageConfig
-
-    with waiting("Starting"):
-        from kvswap.bench.questions import compare, full_kv_bytes, longest_context
-
-        quieten_transformers()
     directory = kv_dir or scratch_directory()
     if is_in_memory(directory):
-        click.echo(f"kvswap: warning: {directory} is in memory: name a disk by --kv-dir", err=True)
+        tell(f"warning: {directory} is in memory: name a directory on a disk by --kv-dir")
+    from kvswap.cli.progress import StageBars, waiting
+    from kvswap.cli.report import print_comparison
+
+    with waiting("Starting"):
+        from kvswap.bench.questions import compare
+        from kvswap.bench.reader import load_reader
+        from kvswap.cli.quiet import quieten_transformers
+
+        quieten_transformers()
     with StageBars(_TITLES) as bars:
         found = compare(
             load_reader,
             document,
-            lambda model: CacheConfig(
-                kv_memory=kv_memory or max(1, full_kv_bytes(model, context) // 16),
-                storage=StorageConfig(directories=[directory]),
-                max_context=longest_context(document),
-                recall_every=_RECALL_EVERY,
-                recall_floor=0.0,  # the table says it
-                on_progress=bars,
-            ),
+            lambda model: _config(model, document, directory, kv_memory, bars),
             on_progress=bars,
         )
     if as_json:
@@ -98,3 +97,40 @@ def _make_document(context: int, questions: int, seed: int) -> Document:
         return make_document(context, questions, seed)
     except ValueError as error:
         raise ConfigError(f"context must hold a document, got {context}: {error}") from error
+
+
+def _config(
+    model: PreTrainedModel,
+    document: Document,
+    directory: Path,
+    kv_memory: int | None,
+    bars: StageBars,
+) -> CacheConfig:
+    from kvswap.bench.questions import full_kv_bytes, longest_context
+
+    config = CacheConfig(
+        kv_memory=kv_memory or max(1, full_kv_bytes(model, len(document.words)) // _SHARE),
+        storage=StorageConfig(directories=[directory]),
+        max_context=longest_context(document),
+        recall_every=_RECALL_EVERY,
+        recall_floor=0.0,  # the table says it
+        on_progress=bars,
+    )
+    return config if kv_memory else _enough(model, config)
+
+
+def _enough(model: PreTrainedModel, config: CacheConfig) -> CacheConfig:
+    """Raise the budget to the smallest that works, which is a larger share of a short context."""
+    from kvswap.cache.plan import plan_cache
+    from kvswap.hf.attach import context_limit
+    from kvswap.hf.geometry import read_shape
+
+    shape = read_shape(model)
+    limit = context_limit(shape, config)
+    while True:
+        try:
+            plan_cache(shape.geometry, config, batch_size=1, max_context=limit)
+        except BudgetError as error:  # names more than was given, so this comes to an end
+            config = replace(config, kv_memory=error.need_bytes)
+        else:
+            return config

@@ -21,7 +21,7 @@ def exit_code(error: Exception) -> int | None:
     """Return the exit code for an error, or None for a defect, which deserves its traceback."""
     if isinstance(error, (*_BAD_INPUT, click.UsageError)):
         return BAD_INPUT
-    if isinstance(error, (KVSwapError, click.ClickException, MemoryError)):
+    if isinstance(error, (KVSwapError, click.ClickException, MemoryError, OSError)):
         return FAILED
     return None
 

@@ -12,8 +12,8 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C.
 
     Where a plain `KeyboardInterrupt` passes through code compiled from a string, such as a
-    dataclass that is made at import, the interpreter notes it and in the end kills the process
-    by the signal, caught or not. It looks for exactly that class.
+    dataclass that is made at import, ``python -m`` notes it and in the end kills itself by the
+    signal, caught or not. It looks for exactly that class.
     """
 
 

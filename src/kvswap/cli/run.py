@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -69,13 +70,13 @@ class Request:
 )
 @click.option("--seed", default=0, show_default=True, help="Of sampling.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
-def run(*, file: str, as_json: bool, **rest: object) -> None:
+def run(*, file: str, as_json: bool, **rest: Any) -> None:
     """Ask a model about a long text, its KV cache on disk.
 
     The text and the prompt are one user message where the tokenizer has a chat template. The
     answer goes to stdout as it comes, everything else to stderr. Nothing is left on disk.
     """
-    request = Request(document=read_text(file), **rest)  # type: ignore[arg-type]
+    request = Request(document=read_text(file), **rest)
     from kvswap.cli.progress import waiting
     from kvswap.cli.report import summary_line
 

@@ -291,7 +291,7 @@ class KVSwapCache(Cache):
         for layer in self.layers:
             layer.reset()
         if self._forwards.batch is not None:
-            self._session.sequences.drop(self._forwards.batch)
+            self._session.forget(self._forwards.batch)
         self._forwards.batch, self._forwards.is_prefill = None, True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -127,7 +127,8 @@ class Forwards:
         self._recover(self.batch)
         if self.is_prefill and not self.in_chunks and self._q_len == 1 and self.seq_len:
             self.is_prefill = False  # the first generated token
-        exact = self.is_prefill or (self.session.config.exact_append and self._q_len > 1)
+        appends = self.in_chunks or self._q_len > 1
+        exact = self.is_prefill or (self.session.config.exact_append and appends)
         self.session.begin_forward(self.batch, self._q_len, is_prefill=exact)
         self._is_within = True
 

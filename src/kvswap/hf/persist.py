@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvswap.cache.plan import plan_cache
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.session import CacheSession
 from kvswap.core.config import CacheConfig
@@ -37,6 +38,7 @@ def save(
         "rank": session.plan.rank,
         "code": session.plan.code,
         "fitted_tokens": session.fitter.fitted_tokens,
+        "is_calibrated": session.fitter.is_calibrated,
         "is_prefill": is_prefill,
     }
     session.store.save(
@@ -78,6 +80,8 @@ def _build(
         }
         batch = SequenceBatch.from_state(session.layout, state)
         session.resume(batch, store.tables, fitted_tokens=meta["fitted_tokens"])
+        session.fitter.is_calibrated = bool(meta["is_calibrated"])
+        store.tables = {}  # copied: to keep them would take their memory twice
         is_prefill = bool(meta["is_prefill"])
     except KeyError as error:
         raise CorruptStoreError(directory, "saved state", expected=error, found="none") from error
@@ -91,9 +95,17 @@ def _config(
 ) -> CacheConfig:
     """Return the saved config with what must not change fixed, and what may, changed."""
     storage = replace(config.storage, directories=[directory])
-    config = replace(config, storage=storage)
-    if kv_memory is not None:
-        config = replace(config, kv_memory=kv_memory)
-        if meta["rank"]:
-            config = replace(config, rank=meta["rank"], code=meta["code"])
+    # A calibrated projection is in the saved index; its file may be gone.
+    config = replace(config, storage=storage, projection=None)
+    if kv_memory is None:
+        return config
+    config = replace(config, kv_memory=kv_memory)
+    plan = plan_cache(
+        KVGeometry(**meta["geometry"]),
+        config,
+        batch_size=meta["batch_size"],
+        max_context=meta["max_context"],
+    )
+    if meta["rank"] and plan.rank:  # the codes that were saved serve on, whatever rank would fit
+        config = replace(config, rank=meta["rank"], code=meta["code"])
     return config

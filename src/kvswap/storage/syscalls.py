@@ -22,7 +22,7 @@ def _find(name: str, *argtypes: type) -> Callable[..., int] | None:
     except (OSError, AttributeError):
         return None
     function.argtypes, function.restype = argtypes, ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def fallocate(fd: int, offset_bytes: int, nbytes: int) -> None:

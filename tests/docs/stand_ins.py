@@ -1,0 +1,70 @@
+"""What stands in for what a document names, so that its blocks run anywhere in a second.
+
+This is the whole list. Blocks are otherwise run as they are printed, in a folder of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.tiny import save_model
+
+MODEL = "Qwen/Qwen3-0.6B"
+"""The model that documents name. Its place takes a random one of the same family and positions,
+with four layers and a tokenizer of bytes; nothing is fetched."""
+
+REPLACED = {
+    # A budget below the tiny model's full cache, so that selection and reads are exercised.
+    'kv_memory="256MiB"': 'kv_memory="16MiB"',
+    'kv_memory="512MiB"': 'kv_memory="24MiB"',
+}
+"""Text of Python blocks, besides the model's name."""
+
+OPTIONS = {
+    "--context": "2048",
+    "--kv-memory": "16MiB",
+    "--max-new-tokens": "4",
+    "--questions": "2",
+}
+"""Values of the command's options; ``demo`` gets its sizes even where a document names none."""
+
+DEMO_SIZES = ("--context", "--kv-memory", "--questions")
+
+BOOK = "It was a wet spring, and the old bridge did not stand for long. " * 16
+"""Text of ``book.txt``: more tokens than one step selects."""
+
+
+def make_folder(path: Path) -> None:
+    """Make what the documents tell their readers to have: a text and a directory on a disk."""
+    path.mkdir()
+    (path / "book.txt").write_text(BOOK, encoding="utf-8")
+    (path / "kv").mkdir()
+
+
+def make_model(path: Path) -> Path:
+    """Save the model that stands in for `MODEL`."""
+    sizes = {"num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 40960}
+    settings = save_model(path, "qwen3", **sizes) / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "attention_mask"]}  # as Qwen's own
+    known = json.loads(settings.read_text(encoding="utf-8"))
+    settings.write_text(json.dumps(known | names), encoding="utf-8")
+    return path
+
+
+def python(source: str, model: Path) -> str:
+    """Return a Python block as it is run."""
+    for text, instead in {MODEL: str(model), **REPLACED}.items():
+        source = source.replace(text, instead)
+    return source
+
+
+def command(words: list[str], model: Path) -> list[str]:
+    """Return the arguments of ``kvswap`` as they are run."""
+    words = [str(model) if word == MODEL else word for word in words]
+    for option in DEMO_SIZES if words[:1] == ["demo"] else ():
+        if option not in words:
+            words += [option, ""]
+    return [
+        OPTIONS.get(before, word) for before, word in zip(["", *words[:-1]], words, strict=True)
+    ]
