@@ -132,8 +132,9 @@ def main() -> None:
         print(f"{num_tokens} tokens, {arguments.dtype}: {sum(whole) / len(whole):.4f}", flush=True)
         if arguments.record:
             length = f"{num_tokens // 1024}k"
+            suffix = "" if arguments.dtype == "float32" else f"_{arguments.dtype}"
             append_record(
-                metric=f"reader_full_attention_right_{length}",
+                metric=f"reader_full_attention_right_{length}{suffix}",
                 samples=whole,
                 unit="share",
                 question=f"What share of questions about {length} documents is answered exactly?",

@@ -94,7 +94,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": torch.get_num_threads(),
         "memory_bytes": memory,
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": f"{platform.system()} {platform.release().split('-')[0]}",  # no local suffix
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -120,17 +120,18 @@ def _config(
 
 
 def _enough(model: PreTrainedModel, config: CacheConfig) -> CacheConfig:
-    """Raise the budget to the smallest that works, which is a larger share of a short context."""
+    """Give a short context, of which the fixed parts are a larger share, a budget that works.
+
+    The smallest possible selects hardly anything, so it is doubled.
+    """
     from kvswap.cache.plan import plan_cache
     from kvswap.hf.attach import context_limit
     from kvswap.hf.geometry import read_shape
 
     shape = read_shape(model)
     limit = context_limit(shape, config)
-    while True:
-        try:
-            plan_cache(shape.geometry, config, batch_size=1, max_context=limit)
-        except BudgetError as error:  # names more than was given, so this comes to an end
-            config = replace(config, kv_memory=error.need_bytes)
-        else:
-            return config
+    try:
+        plan_cache(shape.geometry, config, batch_size=1, max_context=limit)
+    except BudgetError as error:
+        return replace(config, kv_memory=2 * error.need_bytes)
+    return config

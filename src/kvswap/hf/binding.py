@@ -92,6 +92,9 @@ class ModelBinding:
         self._hooks.append(self._layers[-1].register_forward_hook(self._after, with_kwargs=True))
         generation = getattr(model, "generation_config", None)
         self._chunk = getattr(generation, "prefill_chunk_size", None)
+        self._named_cache = getattr(generation, "cache_implementation", None)
+        if generation is not None:  # a checkpoint that names a cache makes generate refuse ours
+            generation.cache_implementation = None
         # Before 5.0 generate's own chunks start at position 0 whatever the cache holds, and
         # count padding as tokens: there `KVSwapCache.prefill` is the way to bound memory.
         if generation is not None and not hasattr(model, "_prefill_chunking"):
@@ -109,6 +112,7 @@ class ModelBinding:
         model.set_attn_implementation(self._stock)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.prefill_chunk_size = self._chunk
+            model.generation_config.cache_implementation = self._named_cache
         _BINDINGS.pop(model, None)
 
     def _hook_for(self, index: int) -> Any:

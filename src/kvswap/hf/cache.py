@@ -18,7 +18,7 @@ from kvswap.core.errors import ConfigError, SessionClosedError, UnsupportedModel
 from kvswap.core.stats import CacheStats
 from kvswap.hf import persist
 from kvswap.hf.binding import ModelBinding
-from kvswap.hf.forwards import Forwards, untracked
+from kvswap.hf.forwards import Forwards, check_mask_width, untracked
 from kvswap.hf.geometry import fingerprint
 from kvswap.hf.layer import DiskLayer
 
@@ -134,6 +134,8 @@ class KVSwapCache(Cache):
             raise SessionClosedError("the cache is not attached to a model")
         self._session.check_length(self.seq_len + input_ids.shape[1])
         past, total = self.seq_len, input_ids.shape[1]
+        if attention_mask is not None:
+            check_mask_width(attention_mask, past + total)
         batch = self._forwards.batch
         if attention_mask is None and batch is not None and batch.padding is not None:
             new = torch.ones(input_ids.shape, dtype=torch.bool)

@@ -83,10 +83,12 @@ class QueryEstimator:
     def __init__(
         self, layer: nn.Module, recipe: QueryRecipe, *, num_heads: int, head_dim: int
     ) -> None:
-        self._norm: nn.Module = getattr(layer, recipe.norm)
         attention: nn.Module = getattr(layer, recipe.attention)
-        self._projection: nn.Module = getattr(attention, recipe.projection)
-        self._head_norm = getattr(attention, recipe.head_norm) if recipe.head_norm else None
+        for owner, name in ((layer, recipe.norm), (attention, recipe.projection)):
+            getattr(owner, name)  # AttributeError now rather than in a forward
+        if recipe.head_norm:
+            getattr(attention, recipe.head_norm)
+        self._layer, self._attention, self._recipe = layer, attention, recipe
         self._rotates = bool(getattr(attention, recipe.rope_flag)) if recipe.rope_flag else True
         self._rope: Callable[..., tuple[Tensor, Tensor]] = sys.modules[
             type(attention).__module__
@@ -118,10 +120,13 @@ class QueryEstimator:
             The cosines and sines that the forward gave that layer.
         """
         num_heads, head_dim = self._shape
-        flat = self._projection(self._norm(residual))[..., : num_heads * head_dim]
-        query = flat.unflatten(-1, (num_heads, head_dim))
-        if self._head_norm is not None:
-            query = self._head_norm(query)
+        recipe = self._recipe
+        # Looked up each time: an adapter may have taken a module's place since.
+        projection = getattr(self._attention, recipe.projection)
+        flat = projection(getattr(self._layer, recipe.norm)(residual))
+        query = flat[..., : num_heads * head_dim].unflatten(-1, (num_heads, head_dim))
+        if recipe.head_norm is not None:
+            query = getattr(self._attention, recipe.head_norm)(query)
         query = query.transpose(1, 2)
         if self._rotates:
             cos, sin = position_embeddings

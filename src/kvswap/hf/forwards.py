@@ -255,5 +255,22 @@ class Forwards:
         """Return which of the forward's columns are tokens, [batch, q_len], bool, or None."""
         if mask is None or mask.ndim != 2:
             return None
-        past = self.seq_len
-        return mask[:, past : past + self._q_len].bool()
+        past, end = self.seq_len, self.seq_len + self._q_len
+        check_mask_width(mask, end)
+        before = self._rows().padding
+        seen = mask[:, :past].bool()
+        if not (seen.all() if before is None else torch.equal(seen.cpu(), before[:, :past])):
+            raise ConfigError(
+                "attention_mask must mask what it masked before: padding is not stored, so that"
+                f" none of the first {past} columns can change"
+            )
+        return mask[:, past:end].bool()
+
+
+def check_mask_width(mask: Tensor, columns: int) -> None:
+    """Raise `ConfigError` if a mask does not reach over everything so far."""
+    if mask.shape[1] < columns:
+        raise ConfigError(
+            f"attention_mask must have {columns} columns, one for each token so far and each new"
+            f" one, got {mask.shape[1]}"
+        )
