@@ -44,7 +44,7 @@ class ReplaySelector(TopKSelector):
             self._chosen[layer_idx] = self.replay(
                 layer_idx, step, len(scores), budget_groups, pinned
             )
-        return np.union1d(self._chosen[layer_idx], pinned)
+        return self._chosen[layer_idx]
 
     def replay(
         self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
@@ -68,14 +68,19 @@ class StatedReuseSelector(ReplaySelector):
         self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
     ) -> np.ndarray:
         """Keep ``reuse_rate`` of the last selection; pinned groups are always in."""
-        last = np.setdiff1d(self._last.get(layer_idx, np.empty(0, np.int64)), pinned)
+        is_taken = np.zeros(num_groups, bool)
+        is_taken[pinned] = True
+        last = self._last.get(layer_idx, np.empty(0, np.int64))
+        last = last[~is_taken[last]]
         free = budget_groups - len(pinned)
-        kept = self._random.choice(
-            last, min(len(last), round(free * self.reuse_rate)), replace=False
-        )
-        others = np.setdiff1d(np.arange(num_groups), np.concatenate((last, pinned)))
-        new = self._random.choice(others, free - len(kept), replace=False)
-        chosen = np.sort(np.concatenate((pinned, kept, new)))
+        kept = self._random.permutation(last)[: round(free * self.reuse_rate)]
+        is_taken[last] = True
+        drawn = self._random.integers(0, num_groups, 4 * free)  # some fall on taken groups
+        drawn = drawn[~is_taken[drawn]]
+        is_taken[last] = False
+        is_taken[kept] = True
+        is_taken[drawn[: free - len(kept)]] = True
+        chosen = np.flatnonzero(is_taken)
         self._last[layer_idx] = chosen
         return chosen
 

@@ -166,7 +166,7 @@ class Rot4Code(Code):
         products = torch._int_mm(low, query_codes[:, :half].t())
         products += torch._int_mm(high, query_codes[:, half:].t())
         offset = query_codes.sum(1, dtype=torch.float32) * 7.5
-        scored = products.float().sub_(offset).mul_(query_scales.float())
+        scored = torch.sub(products, offset).mul_(query_scales.float())
         return scored.mul_(scales.float()[:, None])
 
 

@@ -22,7 +22,7 @@ from kvswap.kernels.scores import group_maximum, reduce_heads
 from kvswap.predict.base import KeyIndex, register_index
 from kvswap.predict.projection import fit_workspace_bytes, leading_basis
 
-_BLOCK_TOKENS = 4096  # tokens scored at once: bounds the scratch memory, keeps it in cache
+_LEAST_BLOCK_TOKENS = 2048  # scored at once; more where fitting takes the memory anyway
 _BLOCK_QUERIES = 8
 _WIDE_TOKENS = 512  # tokens held in float32 at once while fitting and encoding
 
@@ -45,6 +45,8 @@ class LowRankIndex(KeyIndex):
         self._basis = torch.zeros(geometry.key_dim, rank, dtype=torch.bfloat16)
         self._covariance: Tensor | None = None
         self._is_fitted = False
+        tokens = _block_tokens(geometry, rank, code, num_groups, group_size)
+        self._block_groups = max(1, tokens // group_size)
 
     @classmethod
     def plan_bytes(
@@ -58,12 +60,10 @@ class LowRankIndex(KeyIndex):
         cls, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
     ) -> int:
         """Take the larger of a fit and of scoring a block of tokens and all groups."""
-        tokens = min(_BLOCK_TOKENS, num_groups * group_size)
-        columns = max(_BLOCK_QUERIES, geometry.num_heads)
-        block = tokens * (12 * columns + CODES[code](rank).token_bytes * 2)
-        score = block + num_groups * columns * 12
-        wide = _WIDE_TOKENS * (geometry.key_dim + 4 * rank) * 4
-        return max(fit_workspace_bytes(geometry.key_dim, rank) + wide, score)
+        tokens = _block_tokens(geometry, rank, code, num_groups, group_size)
+        block = min(tokens, num_groups * group_size) * _token_scratch_bytes(geometry, rank, code)
+        score = block + num_groups * _group_scratch_bytes(geometry)
+        return max(_fit_bytes(geometry, rank), score)
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +140,7 @@ class LowRankIndex(KeyIndex):
 
     def _score_groups(self, queries: Tensor, groups: np.ndarray) -> Tensor:
         scored = []
-        for first, last in _runs(groups, _BLOCK_TOKENS // self._group_size):
+        for first, last in _runs(groups, self._block_groups):
             codes = self._codes[first:last].flatten(0, 1)
             scales = None if self._scales is None else self._scales[first:last].flatten()
             tokens = self._code.score(queries, codes, scales)
@@ -171,6 +171,30 @@ class LowRankIndex(KeyIndex):
             target[...] = state[name]
         self._basis.view(torch.uint16).numpy()[...] = state["basis"]
         self._is_fitted = True
+
+
+def _fit_bytes(geometry: KVGeometry, rank: int) -> int:
+    wide = _WIDE_TOKENS * (geometry.key_dim + 4 * rank) * 4
+    return fit_workspace_bytes(geometry.key_dim, rank) + wide
+
+
+def _token_scratch_bytes(geometry: KVGeometry, rank: int, code: str) -> int:
+    """Products in integers and floats, one more of them in flight, and the unpacked codes."""
+    columns = max(_BLOCK_QUERIES, geometry.num_heads)
+    return 12 * columns + 2 * CODES[code](rank).token_bytes
+
+
+def _group_scratch_bytes(geometry: KVGeometry) -> int:
+    return 12 * max(_BLOCK_QUERIES, geometry.num_heads)
+
+
+def _block_tokens(
+    geometry: KVGeometry, rank: int, code: str, num_groups: int, group_size: int
+) -> int:
+    """Return how many tokens are scored at once: as many as the memory of a fit has room for."""
+    room = _fit_bytes(geometry, rank) - num_groups * _group_scratch_bytes(geometry)
+    tokens = room // _token_scratch_bytes(geometry, rank, code)
+    return max(_LEAST_BLOCK_TOKENS, tokens) // group_size * group_size
 
 
 def _plain_bytes(tensor: Tensor) -> np.ndarray:
