@@ -19,31 +19,38 @@ from kvswap.predict.topk import TopKSelector
 class ReplaySelector(TopKSelector):
     """Base: counts a layer's calls and asks `replay` for the step's selection.
 
-    A layer that is predicted is asked twice a step: for the estimated query and for the real
-    one. The first answer is last step's selection, as if nothing had been foreseen, unless
-    `foresees` says that prediction is right.
+    A layer that is predicted is asked twice a step: for its estimated query while the layer
+    before it begins, then for its real one. The first answer is last step's selection, as if
+    nothing had been foreseen, unless `foresees` says that prediction is right.
     """
 
     num_layers: int
     foresees: bool
 
     def __init__(self) -> None:
-        self._calls = [0] * self.num_layers
+        self._steps = [0] * self.num_layers
+        self._next_real = 0  # layers ask for their real queries in order
         self._chosen: dict[int, np.ndarray] = {}
+        self._foretold: set[int] = set()
 
     def select(
         self, scores: Tensor, *, layer_idx: int, budget_groups: int, pinned: np.ndarray
     ) -> np.ndarray:
         """Select as always, then replace the result; see `Selector.select`."""
         super().select(scores, layer_idx=layer_idx, budget_groups=budget_groups, pinned=pinned)
-        each = 2 if layer_idx else 1  # the first layer has no predecessor to be predicted from
-        step, phase = divmod(self._calls[layer_idx], each)
-        self._calls[layer_idx] += 1
-        is_new = phase == (0 if self.foresees else each - 1)
-        if is_new or layer_idx not in self._chosen:
+        is_real = layer_idx == self._next_real
+        if is_real:
+            self._next_real = (layer_idx + 1) % self.num_layers
+        was_foreseen = is_real and self.foresees and layer_idx in self._foretold
+        self._foretold.discard(layer_idx)
+        if ((is_real or self.foresees) and not was_foreseen) or layer_idx not in self._chosen:
+            step = self._steps[layer_idx]
+            self._steps[layer_idx] += 1
             self._chosen[layer_idx] = self.replay(
                 layer_idx, step, len(scores), budget_groups, pinned
             )
+        if not is_real:
+            self._foretold.add(layer_idx)
         return self._chosen[layer_idx]
 
     def replay(

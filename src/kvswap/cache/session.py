@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from kvswap.cache.fit import IndexFitter
+from kvswap.cache.foresight import Foresight
 from kvswap.cache.layer import LayerCache
 from kvswap.cache.plan import CachePlan, plan_cache
 from kvswap.cache.prefetch import Pending, Prefetcher
@@ -90,6 +91,8 @@ class CacheSession:
         self._pending: dict[int, Pending] = {}
         self._speculated: dict[int, Pending] = {}
         self._previous: dict[int, list[np.ndarray]] = {}
+        self._foretold: set[int] = set()
+        self.foresight = Foresight(geometry.num_layers)
         self._decode_base = (0, 0)
         self._is_closed = False
         self.store = store or BlockStore.create(config.storage, self.layout)
@@ -292,6 +295,7 @@ class CacheSession:
                 with suppress(KVSwapError):  # their slots are given back; nobody waits for them
                     self.prefetcher.wait(pending)
             waiting.clear()
+        self._foretold.clear()
 
     @property
     def index_ready(self) -> bool:
@@ -302,6 +306,13 @@ class CacheSession:
         """Submit the reads of a predicted selection before its layer begins."""
         into = self._speculated if self.config.correct_prediction else self._pending
         into[layer_idx] = self.prefetcher.submit(layer_idx, groups)
+        self._foretold.add(layer_idx)
+
+    def is_to_predict(self, layer_idx: int) -> bool:
+        """Whether a layer's query is to be estimated in this step; called once in it."""
+        if not self.config.correct_prediction:
+            return True
+        return self.foresight.is_worth_it(layer_idx)
 
     def speculate_previous(self, batch: SequenceBatch, layer_idx: int) -> None:
         """Submit what the layer selected last time; its real query corrects it."""
@@ -332,6 +343,10 @@ class CacheSession:
             if speculated is not None:
                 self.prefetcher.wait(speculated)
             pending = self.prefetcher.submit(layer_idx, groups, ahead=speculated)
+            if layer_idx in self._foretold:
+                self._foretold.discard(layer_idx)
+                late = len(pending.missing)
+                self.foresight.learn(layer_idx, foreseen=pending.missed - late, late=late)
         self._previous[layer_idx] = pending.groups
         return pending
 

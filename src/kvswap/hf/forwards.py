@@ -163,7 +163,11 @@ class Forwards:
         batch, disk_idx = self._rows(), self.disk.index(layer_idx)
         positions = kwargs.get("position_embeddings")
         estimator = binding.estimators[layer_idx]
-        if estimator is None or not isinstance(positions, tuple):
+        if (
+            estimator is None
+            or not isinstance(positions, tuple)
+            or not self.session.is_to_predict(disk_idx)
+        ):
             self.session.speculate_previous(batch, disk_idx)
             return
         query = estimator.estimate(hidden, positions)
