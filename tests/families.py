@@ -41,6 +41,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {"head_dim": 16, **_EXPERTS},
 }
+# Their decoder layers are given the cache under another name or place, or keep states of
+# another kind in some layers.
+OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_positions": 512, "num_key_value_heads": None},
+    "gpt_neox": {"num_key_value_heads": None},
+    "qwen3_next": {
+        "head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        **_EXPERTS,
+    },
+}
 _LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
 # Ways that stock transformers itself cannot go with layers past their sliding window.
 SLIDING = ("gemma2", "gemma3_text", "gpt_oss")
@@ -49,7 +63,9 @@ SLIDING = ("gemma2", "gemma3_text", "gpt_oss")
 def make_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """Build a tiny random model whose greedy continuations vary."""
     torch.manual_seed(7)
-    sizes = {**_SIZES, **FAMILIES.get(family, {}), **changes}
+    own = FAMILIES.get(family) or OTHER_FAMILIES.get(family, {})
+    sizes = {**_SIZES, **own, **changes}
+    sizes = {name: size for name, size in sizes.items() if size is not None or name not in _SIZES}
     if family in SLIDING:
         sizes["layer_types"] = _LAYER_TYPES[: sizes["num_hidden_layers"]]
     config = AutoConfig.for_model(family, **sizes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 _ENOUGH = 0.25  # of the groups a layer had to read, the share that was foreseen
 _MEMORY = 0.75  # weight of the past in the running share
 _REST_STEPS = 32  # then a resting layer is tried again
@@ -22,8 +20,8 @@ class Foresight:
     """
 
     def __init__(self, num_layers: int) -> None:
-        self._share = np.full(num_layers, 1.0)
-        self._rest = np.zeros(num_layers, np.int64)
+        self._share = [1.0] * num_layers
+        self._rest = [0] * num_layers
 
     def is_worth_it(self, layer_idx: int) -> bool:
         """Whether to predict a layer in this step; called once a step and layer."""

@@ -98,6 +98,12 @@ class ReuseBuffer:
         self._last_used[layer_idx, slots] = -1
         self._row_of[layer_idx, groups] = -1
 
+    def clear(self) -> None:
+        """Drop everything."""
+        self._row_of.fill(-1)
+        self._group_in.fill(-1)
+        self._last_used.fill(-1)
+
     def forget_everywhere(self, groups: np.ndarray) -> None:
         """Drop groups of all layers, as when nobody holds them any more."""
         for layer_idx in range(len(self._row_of)):

@@ -79,6 +79,16 @@ class Sequences:
             batch.groups[row] = held = np.concatenate((held, new))
         return held[start : start + count]
 
+    def groups_to_come(self, batch: SequenceBatch, columns: int) -> np.ndarray:
+        """Return the ids that a batch of so many columns would most likely take."""
+        wanted = columns // self._layout.group_size
+        ids = [np.empty(0, np.int64)]
+        for row, held in enumerate(batch.groups):
+            first = int(held[-1]) + 1 if len(held) else row * self._row_groups
+            last = min(first + max(0, wanted - len(held)), self._row_groups * batch.batch_size)
+            ids.append(np.arange(first, last))
+        return np.concatenate(ids)
+
     def stored_groups(self, layer_idx: int) -> np.ndarray:
         """Return the ids of all groups that a layer has on disk, ascending."""
         held = [

@@ -95,6 +95,7 @@ class CacheSession:
         self.foresight = Foresight(geometry.num_layers)
         self._decode_base = (0, 0)
         self._is_closed = False
+        self._is_within = False  # a forward, or what an interrupted one left
         self.store = store or BlockStore.create(config.storage, self.layout)
 
     # -- memory ---------------------------------------------------------------------------
@@ -254,11 +255,18 @@ class CacheSession:
         ------
         ConfigError
             If the context would pass what was planned for.
+        StoreFullError
+            If a prefill would not find room on the disk; nothing of it has been stored then.
         """
         self.check_open()
-        self._settle()
+        self.settle()
         self.sequences.make_whole(batch)
         self.check_length(batch.seq_len + q_len)
+        if is_prefill and q_len > 1:
+            coming = max(self.prefill_total, batch.seq_len + q_len)
+            ids = self.sequences.groups_to_come(batch, coming)
+            self.store.check_room(0, self.placement.end_bytes_with(ids))
+        self._is_within = True
         self.is_selecting = not is_prefill
         if self.is_selecting:
             self.fitter.fit_if_needed(batch)
@@ -269,6 +277,7 @@ class CacheSession:
 
     def end_forward(self, batch: SequenceBatch, q_len: int) -> None:
         """Count what the forward did; called after its last layer on disk."""
+        self._is_within = False
         if self.is_selecting:
             bytes_read, reads = self._decode_base
             self.counters.decode_bytes_read += self.store.stats.bytes_read - bytes_read
@@ -282,20 +291,30 @@ class CacheSession:
     @contextmanager
     def apart_from_decode(self) -> Iterator[None]:
         """Keep the reads inside out of the decode counters; they stay in the engine's own."""
+        for pending in (*self._pending.values(), *self._speculated.values()):
+            if pending.ticket is not None:  # the step's own reads must be counted before
+                with suppress(KVSwapError):  # its layer's wait will say it
+                    pending.ticket.wait()
         before = (self.store.stats.bytes_read, self.store.stats.reads)
         yield
         bytes_read = self.store.stats.bytes_read - before[0]
         reads = self.store.stats.reads - before[1]
         self._decode_base = (self._decode_base[0] + bytes_read, self._decode_base[1] + reads)
 
-    def _settle(self) -> None:
-        """Finish reads that an interrupted forward left in flight."""
+    def settle(self) -> None:
+        """Finish reads that an interrupted forward left in flight, and forget what it read.
+
+        It may have given out slots that it never filled.
+        """
         for waiting in (self._pending, self._speculated):
             for pending in waiting.values():
                 with suppress(KVSwapError):  # their slots are given back; nobody waits for them
                     self.prefetcher.wait(pending)
             waiting.clear()
         self._foretold.clear()
+        if self._is_within:
+            self._is_within = False
+            self.reuse.clear()
 
     @property
     def index_ready(self) -> bool:
@@ -374,7 +393,7 @@ class CacheSession:
         self._is_closed = True
         try:
             if self.is_allocated:
-                self._settle()
+                self.settle()
                 self.records.drain()
         finally:
             self.store.close()

@@ -46,7 +46,7 @@ def attach(model: PreTrainedModel, config: CacheConfig | KVSwapCache) -> KVSwapC
     if not isinstance(config, CacheConfig):
         raise ConfigError(f"config must be a CacheConfig or a KVSwapCache, got {config!r}")
     shape = read_shape(model)
-    config = _with_projection(model, config)
+    config = _with_projection(model, shape, config)
     layers = stock_layers(model.config)
     if config.storage.keep and len(shape.disk_layers) != len(layers):
         raise ConfigError("keep must be False for a model with layers that are not on disk")
@@ -78,7 +78,7 @@ def context_limit(shape: ModelShape, config: CacheConfig) -> int:
     return int(asked if asked is not None else positions)  # type: ignore[arg-type]
 
 
-def _with_projection(model: PreTrainedModel, config: CacheConfig) -> CacheConfig:
+def _with_projection(model: PreTrainedModel, shape: ModelShape, config: CacheConfig) -> CacheConfig:
     """Take the rank from a calibrated projection, after checking whose it is."""
     if config.projection is None:
         return config
@@ -87,4 +87,12 @@ def _with_projection(model: PreTrainedModel, config: CacheConfig) -> CacheConfig
         raise ConfigError(f"projection was calibrated for another model: {config.projection}")
     if config.rank not in (None, projection.rank):
         raise ConfigError(f"rank must be the projection's {projection.rank}, got {config.rank}")
+    geometry, found = shape.geometry, len(projection.bases)
+    if found != geometry.num_layers:
+        raise ConfigError(
+            f"projection must have {geometry.num_layers} layers for this model, got {found}"
+        )
+    expected, form = [geometry.key_dim, projection.rank], list(projection.bases[0].shape)
+    if form != expected:
+        raise ConfigError(f"projection must be {expected}, got {form}")
     return replace(config, rank=projection.rank)

@@ -89,6 +89,8 @@ class ModelBinding:
             layer.register_forward_pre_hook(self._hook_for(index), with_kwargs=True)
             for index, layer in enumerate(self._layers)
         ]
+        owner = _owner_of(model, self._layers[0])
+        self._hooks.append(owner.register_forward_pre_hook(self._before, with_kwargs=True))
         self._hooks.append(self._layers[-1].register_forward_hook(self._after, with_kwargs=True))
         generation = getattr(model, "generation_config", None)
         self._chunk = getattr(generation, "prefill_chunk_size", None)
@@ -124,10 +126,24 @@ class ModelBinding:
 
         return before_layer
 
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        forwards = _forwards_in(args, kwargs)
+        if forwards is not None:
+            forwards.recover()
+
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         forwards = _forwards_in(args, kwargs)
         if forwards is not None:
             forwards.after_layers()
+
+
+def _owner_of(model: nn.Module, layer: nn.Module) -> nn.Module:
+    """Return the module that runs the decoder layers, and makes their masks before."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and any(each is layer for each in child):
+                return module
+    raise AssertionError("decoder layers lie in a list of some module")
 
 
 def _forwards_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -196,9 +196,11 @@ class KVSwapCache(Cache):
         Raises
         ------
         ConfigError
-            If the store is not kept (``StorageConfig(keep=True)``).
+            If the store is not kept (``StorageConfig(keep=True)``), or this is a fork.
         """
         self._check_open()
+        if self._is_fork:
+            raise ConfigError("save must be called on the cache that was forked, got a fork")
         if self._forwards.batch is not None and self._fingerprint is not None:
             persist.save(
                 self._session,
@@ -280,11 +282,12 @@ class KVSwapCache(Cache):
         self._check_open()
         if self._forwards.batch is None:
             return
-        keep = tokens if tokens > 0 else max(0, self.seq_len + tokens)
+        before = self.seq_len  # of all layers: it changes with the first one that is cropped
+        keep = tokens if tokens > 0 else max(0, before + tokens)
         for layer in self.layers:
             if not isinstance(layer, DiskLayer):
                 layer.crop(tokens)
-        if keep < self.seq_len:
+        if keep < before:
             self._session.sequences.crop(self._forwards.batch, keep)
 
     def reset(self) -> None:

@@ -60,6 +60,11 @@ class Forwards:
             DiskLayer(self, self.disk.index(i)) if layer is None else layer
             for i, layer in enumerate(layers)
         ]
+        self._counting = [
+            layer
+            for layer in self.layers
+            if not isinstance(layer, DiskLayer) and hasattr(layer, "get_seq_length")
+        ]
         self.batch: SequenceBatch | None = None
         self.binding: ModelBinding | None = None
         self.is_prefill, self.in_chunks = True, False
@@ -70,8 +75,10 @@ class Forwards:
 
     @property
     def seq_len(self) -> int:
-        """Length as transformers counts it, padding included."""
-        return 0 if self.batch is None else self.batch.seq_len
+        """Length as transformers counts it, padding included: what every layer has."""
+        if self.batch is None:
+            return 0
+        return min([self.batch.seq_len, *(layer.get_seq_length() for layer in self._counting)])
 
     @property
     def model_class(self) -> str:
@@ -79,6 +86,39 @@ class Forwards:
         return "model" if self.binding is None else self.binding.shape.model_class
 
     # -- called by the binding's hooks ----------------------------------------------------
+
+    @untracked
+    def recover(self) -> None:
+        """Undo what an interrupted forward left half done, before the next one looks at lengths.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If one of transformers' own layers cannot be set back.
+        """
+        if self.batch is None or not self._is_within:
+            return
+        length = self.seq_len
+        for layer in self.layers:
+            if isinstance(layer, DiskLayer):
+                continue
+            try:
+                if layer in self._counting:
+                    surplus = layer.get_seq_length() - length
+                    if surplus > 0:
+                        layer.crop(-surplus)
+                elif not getattr(layer, "is_croppable", False):
+                    raise RuntimeError("linear attention keeps no past")
+            except (RuntimeError, ValueError) as error:
+                raise UnsupportedModelError(
+                    self.model_class,
+                    f"going on after an interrupted forward, as its {type(layer).__name__} cannot"
+                    " be set back; reset() begins anew",
+                ) from error
+        self.session.check_open()
+        self.session.settle()
+        self.session.sequences.crop(self.batch, length)
+        self._is_within = False
 
     @untracked
     def before_layer(
@@ -124,38 +164,12 @@ class Forwards:
                 f"batch must have the {self.batch.batch_size} sequences of the cache, got"
                 f" {batch_size}"
             )
-        self._recover(self.batch)
         if self.is_prefill and not self.in_chunks and self._q_len == 1 and self.seq_len:
             self.is_prefill = False  # the first generated token
         appends = self.in_chunks or self._q_len > 1
         exact = self.is_prefill or (self.session.config.exact_append and appends)
         self.session.begin_forward(self.batch, self._q_len, is_prefill=exact)
         self._is_within = True
-
-    def _recover(self, batch: SequenceBatch) -> None:
-        """Undo in transformers' own layers what an interrupted forward left half done.
-
-        Raises
-        ------
-        UnsupportedModelError
-            If one of them cannot be set back.
-        """
-        for layer in self.layers:
-            if isinstance(layer, DiskLayer):
-                continue
-            try:
-                if hasattr(layer, "get_seq_length"):
-                    surplus = layer.get_seq_length() - batch.seq_len
-                    if surplus > 0:
-                        layer.crop(-surplus)
-                elif self._is_within:
-                    raise RuntimeError("linear attention keeps no past")
-            except (RuntimeError, ValueError) as error:
-                raise UnsupportedModelError(
-                    self.model_class,
-                    f"going on after an interrupted forward, as its {type(layer).__name__} cannot"
-                    " be set back; reset() begins anew",
-                ) from error
 
     def _prefetch_next(
         self, binding: ModelBinding, layer_idx: int, hidden: Tensor, kwargs: dict[str, Any]

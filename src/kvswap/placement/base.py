@@ -58,6 +58,10 @@ class Placement(ABC):
     def end_bytes(self, groups: np.ndarray) -> int:
         """Return how far a device must reach to hold these groups in all layers."""
 
+    @abstractmethod
+    def end_bytes_with(self, groups: np.ndarray) -> int:
+        """Return how far a device would reach if these ids were allocated too."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:

@@ -110,6 +110,12 @@ class SequentialPlacement(Placement):
         last = int(self._stripe_of[groups // self._stripe_groups].max())
         return (last + 1) * self.stripe_bytes
 
+    def end_bytes_with(self, groups: np.ndarray) -> int:
+        """Return how far the device would reach if these groups were allocated too."""
+        stripes = np.unique(groups // self._stripe_groups)
+        new = np.count_nonzero(self._stripe_of[stripes] < 0)
+        return (self._num_stripes + int(new)) * self.stripe_bytes
+
     def state(self) -> dict[str, np.ndarray]:
         """Return what is needed to locate again; who holds a group is not saved."""
         return {"stripe_of": self._stripe_of}

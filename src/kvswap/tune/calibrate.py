@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvswap.core.errors import ConfigError
-from kvswap.hf.geometry import fingerprint, read_shape
+from kvswap.hf.geometry import ModelShape, fingerprint, read_shape
 from kvswap.predict.projection import Projection, fit_projection
 
 
@@ -41,7 +41,8 @@ def calibrate(
     Raises
     ------
     ConfigError
-        If there are fewer tokens than the rank, or the rank is more than a key is long.
+        If there are fewer tokens than the rank, the rank is more than a key is long, or a
+        window is none that the model can read.
     UnsupportedModelError
         If the model's cache cannot be served.
 
@@ -57,6 +58,7 @@ def calibrate(
     covariances = [torch.zeros(dim, dim) for _ in shape.disk_layers]
     done = 0
     for window in windows:
+        _check_window(window, shape)
         cache = DynamicCache(config=model.config)
         model(input_ids=window.to(model.device), past_key_values=cache, logits_to_keep=1)
         for covariance, layer_idx in zip(covariances, shape.disk_layers, strict=True):
@@ -68,3 +70,13 @@ def calibrate(
     if done < rank:
         raise ConfigError(f"calibration needs at least {rank} tokens, got {done}")
     return fit_projection(covariances, rank=rank, fingerprint=fingerprint(model))
+
+
+def _check_window(window: Tensor, shape: ModelShape) -> None:
+    if window.ndim != 2 or window.shape[0] != 1:
+        raise ConfigError(f"windows must be of shape [1, num_tokens], got {list(window.shape)}")
+    if shape.max_positions is not None and window.shape[1] > shape.max_positions:
+        raise ConfigError(
+            f"windows must be at most the model's {shape.max_positions} positions long, got"
+            f" {window.shape[1]}"
+        )

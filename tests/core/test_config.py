@@ -1,0 +1,144 @@
+"""Every setting says its law when it is broken, and survives JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvswap.core.config import CacheConfig, StorageConfig
+from kvswap.core.errors import ConfigError, KVSwapError
+
+
+def storage(**changes) -> StorageConfig:
+    return StorageConfig(**{"directories": ["/somewhere"], **changes})
+
+
+def cache(**changes) -> CacheConfig:
+    return CacheConfig(**{"kv_memory": "1MiB", "storage": storage(), **changes})
+
+
+BAD_STORAGE = [
+    ("directories", "/somewhere", "must be a list of directories, got '/somewhere'"),
+    ("directories", Path("/somewhere"), "must be a list of directories"),
+    ("directories", None, "must be a list of directories, got None"),
+    ("directories", [3], "must be a list of directories, got [3]"),
+    ("directories", [], "must name exactly one directory, got 0"),
+    ("directories", ["/a", "/b"], "must name exactly one directory, got 2"),
+    ("keep", "yes", "must be one of True, False, got 'yes'"),
+    ("disk_limit", "12 apples", "must be a positive size such as 256MiB, got '12 apples'"),
+    ("disk_limit", 0, "must be a positive size such as 256MiB, got 0"),
+    ("direct_io", "maybe", "must be one of auto, on, off, got 'maybe'"),
+    ("num_threads", 0, "must be an integer of at least 1, got 0"),
+    ("num_threads", None, "must be an integer of at least 1, got None"),
+    ("num_threads", 2.0, "must be an integer of at least 1, got 2.0"),
+    ("block_size_bytes", "4096", "must be an integer of at least 512, got '4096'"),
+    ("block_size_bytes", 256, "must be an integer of at least 512, got 256"),
+]
+BAD_CACHE = [
+    ("kv_memory", "12 apples", "must be a positive size such as 256MiB, got '12 apples'"),
+    ("kv_memory", -1, "must be a positive size such as 256MiB, got -1"),
+    ("storage", "/somewhere", "must be a StorageConfig, got '/somewhere'"),
+    ("max_context", 0, "must be an integer of at least 1, got 0"),
+    ("max_batch", 1.5, "must be an integer of at least 1, got 1.5"),
+    ("group_size", 3, "must be a power of two in [1, 256], got 3"),
+    ("group_size", 512, "must be a power of two in [1, 256], got 512"),
+    ("group_size", 0, "must be an integer of at least 1, got 0"),
+    ("budget_tokens", 0, "must be an integer of at least 1, got 0"),
+    ("num_slots", True, "must be an integer of at least 1, got True"),
+    ("rank", -2, "must be an integer of at least 1, got -2"),
+    ("sink_tokens", -1, "must be an integer of at least 0, got -1"),
+    ("sink_tokens", None, "must be an integer of at least 0, got None"),
+    ("recent_tokens", "32", "must be an integer of at least 0, got '32'"),
+    ("prefill_chunk", 0, "must be an integer of at least 1, got 0"),
+    ("prefill_chunk", None, "must be an integer of at least 1, got None"),
+    ("recall_every", -1, "must be an integer of at least 0, got -1"),
+    ("recall_floor", 1.5, "must be a number in [0, 1], got 1.5"),
+    ("recall_floor", float("nan"), "must be a number in [0, 1], got nan"),
+    ("recall_floor", "high", "must be a number in [0, 1], got 'high'"),
+    ("code", "int3", "must be one of bf16, int8, rot4, got 'int3'"),
+    ("index", None, "must be a name, got None"),
+    ("selector", ["topk"], "must be a name, got ['topk']"),
+    ("exact_append", "no", "must be one of True, False, got 'no'"),
+    ("correct_prediction", 2, "must be one of True, False, got 2"),
+    ("on_progress", 5, "must be callable, got 5"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "law"), BAD_STORAGE)
+def test_storage_refuses_with_field_law_and_value(field, value, law):
+    with pytest.raises(ConfigError) as refused:
+        storage(**{field: value})
+    assert str(refused.value).startswith(f"{field} {law}")
+
+
+@pytest.mark.parametrize(("field", "value", "law"), BAD_CACHE)
+def test_cache_refuses_with_field_law_and_value(field, value, law):
+    with pytest.raises(ConfigError) as refused:
+        cache(**{field: value})
+    assert str(refused.value).startswith(f"{field} {law}")
+
+
+def test_a_config_error_is_the_builtin_a_caller_would_expect():
+    assert issubclass(ConfigError, KVSwapError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_configs_cannot_be_changed_once_made():
+    with pytest.raises(FrozenInstanceError):
+        cache().rank = 8  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        storage().keep = True  # type: ignore[misc]
+
+
+settings = st.fixed_dictionaries(
+    {"kv_memory": st.one_of(st.integers(1, 2**50), st.sampled_from(["7MiB", "1.5GB", "4K"]))},
+    optional={
+        "max_context": st.integers(1, 2**20),
+        "max_batch": st.integers(1, 64),
+        "group_size": st.sampled_from([1, 2, 4, 64, 256]),
+        "budget_tokens": st.integers(1, 4096),
+        "num_slots": st.integers(1, 4096),
+        "sink_tokens": st.integers(0, 64),
+        "recent_tokens": st.integers(0, 64),
+        "rank": st.integers(1, 256),
+        "code": st.sampled_from(["bf16", "int8", "rot4"]),
+        "projection": st.sampled_from(["a.safetensors", Path("b/c.safetensors")]),
+        "prefill_chunk": st.integers(1, 4096),
+        "exact_append": st.booleans(),
+        "recall_every": st.integers(0, 100),
+        "recall_floor": st.floats(0, 1),
+    },
+)
+
+
+@given(settings, st.booleans(), st.one_of(st.none(), st.integers(1, 2**40)))
+def test_a_config_survives_json(fields, keep, limit):
+    config = cache(storage=storage(keep=keep, disk_limit=limit), **fields)
+    again = CacheConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert again.kv_memory_bytes == config.kv_memory_bytes
+
+
+def test_the_progress_callback_is_neither_compared_nor_saved():
+    config = cache(on_progress=print)
+    assert config == cache()
+    assert "on_progress" not in config.to_dict()
+
+
+def test_a_foreign_dict_is_refused():
+    named = cache().to_dict()
+    with pytest.raises(ConfigError, match="unknown or missing fields"):
+        CacheConfig.from_dict(named | {"flux": 1})
+    named.pop("storage")
+    with pytest.raises(ConfigError, match="unknown or missing fields"):
+        CacheConfig.from_dict(named)
+
+
+def test_replacing_a_field_validates_again():
+    with pytest.raises(ConfigError, match="rank must be"):
+        replace(cache(), rank=0)

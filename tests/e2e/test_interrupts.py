@@ -1,0 +1,286 @@
+"""A forward that is interrupted anywhere loses nothing stored, and the next one goes on.
+
+Interrupts come where Ctrl-C may come: between any two lines of ours while a forward runs. They
+are raised by a trace function at the n-th line, for many n.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import kvswap
+from kvswap.core.errors import UnsupportedModelError
+from tests.caches import FEWEST_SLOTS, SMALL, config_for, greedy, step, stock_cache
+from tests.families import make_model, padded_prompt, prompt
+
+PACKAGE = Path(kvswap.__file__).parent
+OURS = tuple(str(PACKAGE / part) for part in ("cache", "hf", "kernels", "placement", "predict"))
+
+
+class Tripwire:
+    """Raises at the n-th line of ours within a block; counts lines where n is None."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.lines, self.where = at, 0, ""
+
+    def __enter__(self) -> Tripwire:
+        sys.settrace(self._calls)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _calls(self, frame: FrameType, event: str, arg: Any) -> Any:
+        return self._lines if frame.f_code.co_filename.startswith(OURS) else None
+
+    def _lines(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event != "line":
+            return self._lines
+        self.lines += 1
+        if self.lines == self.at:
+            self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+            raise KeyboardInterrupt
+        return self._lines
+
+
+def lines_of(work: Callable[[], object]) -> int:
+    with Tripwire() as wire:
+        work()
+    return wire.lines
+
+
+def interrupted(work: Callable[[], object], at: int) -> str:
+    """Run until the n-th line; return where that was."""
+    wire = Tripwire(at)
+    with pytest.raises(KeyboardInterrupt), wire:
+        work()
+    return wire.where
+
+
+def points(total: int, count: int, seed: int) -> list[int]:
+    """Choose lines to interrupt, spread over all and different for each test."""
+    return sorted(random.Random(seed).sample(range(1, total + 1), count))
+
+
+def continuation(model: Any, cache: Any) -> torch.Tensor:
+    parts = [step(model, cache, prompt(6, seed=40))]
+    parts += [step(model, cache, prompt(1, seed=seed)) for seed in range(7)]
+    return torch.cat(parts, 1)
+
+
+# 45 tokens in groups of 4: layers differ in what they flushed. One token, a few, and a chunk
+# that flushes several groups.
+CASES = {"a step": (1, 50), "a few tokens": (6, 40), "a chunk": (23, 30)}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("generated", [0, 9])
+def test_a_forward_interrupted_at_any_line(case, generated, tmp_path):
+    model = make_model("llama")
+    length, count = CASES[case]
+    new = prompt(length, seed=8)
+
+    def begun() -> kvswap.KVSwapCache:
+        cache = kvswap.attach(model, config_for(tmp_path, **{**FEWEST_SLOTS, "num_slots": 5}))
+        step(model, cache, prompt(36))
+        for seed in range(generated):
+            step(model, cache, prompt(1, seed=seed))
+        return cache
+
+    stock = stock_cache(model)
+    step(model, stock, prompt(36))
+    for seed in range(generated):
+        step(model, stock, prompt(1, seed=seed))
+    step(model, stock, new)
+    expected = continuation(model, stock)
+    with begun() as cache:
+        total = lines_of(lambda: step(model, cache, new))
+    stored = 36 + generated
+    for at in points(total, count, seed=length):
+        with begun() as cache:
+            where = interrupted(lambda cache=cache: step(model, cache, new), at)
+            if cache.get_seq_length() == stored:
+                step(model, cache, new)
+            assert cache.get_seq_length() == stored + length, where
+            found = continuation(model, cache)
+            torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4, msg=where)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_prefill_interrupted_at_any_line_goes_on_from_its_last_chunk(tmp_path):
+    model, ids = make_model("llama"), prompt(60)
+    expected = greedy(model, stock_cache(model), ids)
+    settings = {**FEWEST_SLOTS, "prefill_chunk": 14}
+    with kvswap.attach(model, config_for(tmp_path, **settings)) as cache:
+        total = lines_of(lambda: cache.prefill(ids[:, :-1]))
+    for at in points(total, 25, seed=1):
+        with kvswap.attach(model, config_for(tmp_path, **settings)) as cache:
+            where = interrupted(lambda cache=cache: cache.prefill(ids[:, :-1]), at)
+            done = cache.get_seq_length()
+            assert done in (0, 14, 28, 42, 56, 59), where
+            cache.prefill(ids[:, done:-1])
+            assert torch.equal(greedy(model, cache, ids), expected), where
+
+
+def test_padded_rows_interrupted_at_any_line(tmp_path):
+    model, padded = make_model("llama"), padded_prompt(40)
+    ids, mask = padded["input_ids"], padded["attention_mask"]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**padded, past_key_values=stock_cache(model), **options)
+
+    def begun() -> kvswap.KVSwapCache:
+        cache = kvswap.attach(model, config_for(tmp_path, **FEWEST_SLOTS))
+        cache.prefill(ids[:, :21], mask[:, :21])
+        return cache
+
+    def work(cache: kvswap.KVSwapCache) -> None:
+        cache.prefill(ids[:, 21:39], mask[:, :39])
+
+    with begun() as cache:
+        total = lines_of(lambda: work(cache))
+    for at in points(total, 20, seed=2):
+        with begun() as cache:
+            where = interrupted(lambda cache=cache: work(cache), at)
+            if cache.get_seq_length() == 21:
+                work(cache)
+            found = model.generate(**padded, past_key_values=cache, **options)
+            assert torch.equal(found, expected), where
+
+
+@pytest.mark.parametrize("act", ["fork", "crop", "select", "reset", "save"])
+def test_after_an_interrupt_the_cache_may_be_used_in_any_way(act, tmp_path):
+    model, new = make_model("llama"), prompt(1, seed=50)
+    keep = act == "save"
+    settings = {**FEWEST_SLOTS, "num_slots": 5, "max_batch": 2, "keep": keep}
+
+    def begun() -> kvswap.KVSwapCache:
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        directory.mkdir()
+        cache = kvswap.attach(model, config_for(directory, **settings))
+        step(model, cache, prompt(36))
+        for seed in range(6):
+            step(model, cache, prompt(1, seed=seed))
+        return cache
+
+    with begun() as cache:
+        total = lines_of(lambda: step(model, cache, new))
+    ids = torch.cat([prompt(36), *(prompt(1, seed=seed) for seed in range(6))], 1)
+    kept = {"crop": 31, "reset": 0}.get(act, 42)
+    stock = stock_cache(model)
+    if kept:
+        step(model, stock, ids[:, :kept])
+    expected = continuation(model, stock)
+    for at in points(total, 14, seed=len(act)):
+        with begun() as cache:
+            where = interrupted(lambda cache=cache: step(model, cache, new), at)
+            if cache.get_seq_length() == 43:
+                cache.crop(-1)
+            used = cache
+            if act == "fork":
+                used = cache.fork()
+            elif act == "crop":
+                cache.crop(-11)
+            elif act == "select":
+                cache.batch_select_indices(torch.tensor([0]))
+            elif act == "reset":
+                cache.reset()
+            else:
+                cache.save()
+                directory = cache.config.storage.directories[0]
+                cache.close()
+                used = kvswap.attach(model, kvswap.KVSwapCache.open(directory))
+            found = continuation(model, used)
+            torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4, msg=where)
+            used.close()
+
+
+def test_fitting_interrupted_at_any_line_is_done_again(tmp_path):
+    model, ids = make_model("llama"), prompt(121)
+    with kvswap.attach(model, config_for(tmp_path, **SMALL)) as cache:
+        cache.prefill(ids[:, :-1])
+        total = lines_of(cache.end_prefill)
+        expected = greedy(model, cache, ids)
+    for at in points(total, 15, seed=3):
+        with kvswap.attach(model, config_for(tmp_path, **SMALL)) as cache:
+            cache.prefill(ids[:, :-1])
+            where = interrupted(cache.end_prefill, at)
+            assert torch.equal(greedy(model, cache, ids), expected), where
+
+
+@pytest.mark.parametrize("where", ["before attention", "after attention", "between layers"])
+@pytest.mark.parametrize("layer_idx", [0, 2, 3])
+def test_a_forward_interrupted_in_the_models_own_code(where, layer_idx, tmp_path):
+    model, ids = make_model("llama"), prompt(45)
+    expected = greedy(model, stock_cache(model), ids)
+    layer = model.model.layers[layer_idx]
+    module = {"before attention": layer.input_layernorm, "after attention": layer.mlp}.get(
+        where, layer
+    )
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with kvswap.attach(model, config_for(tmp_path, **FEWEST_SLOTS)) as cache:
+        cache.prefill(ids[:, :20])
+        hook = module.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.prefill(ids[:, 20:-1])
+        hook.remove()
+        cache.prefill(ids[:, cache.get_seq_length() : -1])
+        hook = module.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            greedy(model, cache, ids)
+        hook.remove()
+        cache.crop(44 - cache.get_seq_length())
+        assert torch.equal(greedy(model, cache, ids), expected)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("stored", [5, 30])
+def test_sliding_layers_go_on_or_say_that_they_cannot(family, stored, tmp_path):
+    # Past its window of 12 tokens a sliding layer of transformers cannot be set back.
+    model, ids = make_model(family), prompt(stored + 4)
+    expected = greedy(model, stock_cache(model), ids)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with kvswap.attach(model, config_for(tmp_path, **FEWEST_SLOTS)) as cache:
+        step(model, cache, ids[:, :stored])
+        hook = model.model.layers[2].mlp.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step(model, cache, ids[:, stored:-1])
+        hook.remove()
+        if stored > 12:
+            with pytest.raises(UnsupportedModelError, match=r"interrupted forward.*reset\(\)"):
+                step(model, cache, ids[:, stored:-1])
+            cache.reset()
+        assert torch.equal(greedy(model, cache, ids), expected)
+
+
+@pytest.mark.newest
+def test_linear_layers_say_that_they_cannot_go_on(tmp_path):
+    model, ids = make_model("qwen3_next"), prompt(30)
+    expected = greedy(model, stock_cache(model), ids)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with kvswap.attach(model, config_for(tmp_path, **FEWEST_SLOTS)) as cache:
+        step(model, cache, ids[:, :20])
+        hook = model.model.layers[3].mlp.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step(model, cache, ids[:, 20:-1])
+        hook.remove()
+        with pytest.raises(UnsupportedModelError, match=r"interrupted forward.*reset\(\)"):
+            step(model, cache, ids[:, 20:-1])
+        cache.reset()
+        assert torch.equal(greedy(model, cache, ids), expected)
