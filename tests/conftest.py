@@ -12,6 +12,8 @@ from kvswap.core.geometry import KVGeometry
 # Nothing is timed: a slow machine is no failure.
 settings.register_profile("kvswap", deadline=None)
 settings.load_profile("kvswap")
+# Models are tiny: a second thread costs more than it computes.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

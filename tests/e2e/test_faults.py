@@ -114,10 +114,6 @@ def right_or_told(model, cache, ids: torch.Tensor) -> None:
     assert_same_logits(found, expected_logits(model, stored, new))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BlockStore.write must forget a record's checksum before it writes over the record",
-)
 @pytest.mark.parametrize("at", range(8))
 def test_a_failed_write_over_a_record_that_was_there_is_never_read_as_the_old_one(
     at, tmp_path, monkeypatch

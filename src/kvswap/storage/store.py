@@ -350,6 +350,8 @@ class BlockStore:
         self._reserve_for(extents)
         batch = plan_batch(self._files, extents, memory, rows, is_write=True)
         self._checksums.cover(int(record_ids.max()))
+        # Until it is written again a record is none: a failed write must not be read as the old.
+        self._checksums.put(record_ids, [0] * len(record_ids))
         done = WriteDone(
             batch,
             record_ids,
