@@ -243,6 +243,7 @@ def test_a_forward_interrupted_in_the_models_own_code(where, layer_idx, tmp_path
         assert torch.equal(greedy(model, cache, ids), expected)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 @pytest.mark.parametrize("stored", [5, 30])
 def test_sliding_layers_go_on_or_say_that_they_cannot(family, stored, tmp_path):

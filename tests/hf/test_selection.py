@@ -248,6 +248,7 @@ def true_mass(model: PreTrainedModel, past: Tensor, token: Tensor, seen: Tensor)
     return float(weights[0, :, -1][:, torch.cat((seen, torch.ones(1).bool()))].sum(-1).mean())
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_sampled_recall_is_the_true_attention_mass(family, tmp_path, monkeypatch):
     changes = {"num_hidden_layers": 1} if family == "llama" else {"num_hidden_layers": 2}
