@@ -69,7 +69,7 @@ class NewestTokens(RuleBasedStateMachine):
     @rule(data=st.data())
     def select(self, data: st.DataObject) -> None:
         rows = data.draw(st.lists(st.integers(0, self.rows - 1), min_size=1, max_size=4))
-        self.buffer.select(np.array(rows))
+        self.buffer = self.buffer.select(np.array(rows))
         self.model = [[list(layer[row]) for row in rows] for layer in self.model]
 
     @rule()

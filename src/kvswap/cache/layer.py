@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvswap.cache.sequence import SequenceBatch
+from kvswap.cache.sequence import SequenceBatch, Undo
 from kvswap.kernels.attention import AttentionParams, RunningMerge, partial_attention
 from kvswap.kernels.records import gather_groups, pack_groups
 
@@ -207,10 +207,11 @@ class LayerCache:
         keys, values = batch.rolling.get(self.layer_idx, row)
         keys, values = torch.cat((keys, given.keys), 1), torch.cat((values, given.values), 1)
         self._flush(batch, row, keys[:, : count * size], values[:, : count * size])
-        # In this order an interrupt between the two is seen as a length that is too long, and
-        # what was flushed is cut back; in the other, as nothing at all.
-        batch.flushed[self.layer_idx, row] += count
+        held, flushed = length - given.keys.shape[1], int(batch.flushed[self.layer_idx, row])
+        batch.undo = Undo(self.layer_idx, row, flushed, keys[:, :held], values[:, :held])
+        batch.flushed[self.layer_idx, row] = flushed + count
         batch.rolling.put(self.layer_idx, row, keys[:, count * size :], values[:, count * size :])
+        batch.undo = None
 
     def _flush(self, batch: SequenceBatch, row: int, keys: Tensor, values: Tensor) -> None:
         session, size = self._session, batch.layout.group_size

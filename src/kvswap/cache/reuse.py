@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from kvswap.storage.buffers import aligned_empty
@@ -25,12 +28,15 @@ class ReuseBuffer:
     ----------
     pool : ndarray [num_layers * num_slots, record_bytes], uint8
         All slots, layer after layer. A row of it is what `lookup` and `admit` return.
+    is_sound : bool
+        False where an interrupt may have left the tables half changed: then only `clear`
+        helps.
     """
 
     def __init__(
         self, *, num_layers: int, num_slots: int, num_groups: int, record_bytes: int
     ) -> None:
-        self.num_slots = num_slots
+        self.num_slots, self.is_sound = num_slots, True
         self.pool = aligned_empty((num_layers * num_slots, record_bytes))
         self._row_of = np.full((num_layers, num_groups), -1, np.int32)
         self._group_in = np.full((num_layers, num_slots), -1, np.int64)
@@ -98,8 +104,16 @@ class ReuseBuffer:
         self._last_used[layer_idx, slots] = -1
         self._row_of[layer_idx, groups] = -1
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Mark it unsound until groups are let go of in all tables, interrupts included."""
+        self.is_sound = False
+        yield
+        self.is_sound = True
+
     def clear(self) -> None:
         """Drop everything."""
+        self.is_sound = True
         self._row_of.fill(-1)
         self._group_in.fill(-1)
         self._last_used.fill(-1)

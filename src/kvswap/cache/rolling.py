@@ -72,17 +72,17 @@ class RollingBuffer:
         """Forget the newest tokens beyond ``length``."""
         self.lengths[layer_idx, row] = length
 
-    def select(self, rows: np.ndarray) -> None:
-        """Make row i a copy of what row ``rows[i]`` was."""
-        self._tokens = self._tokens[:, torch.from_numpy(rows)]
-        self.lengths = self.lengths[:, rows].copy()
+    def select(self, rows: np.ndarray) -> RollingBuffer:
+        """Return a buffer of its own whose row i is a copy of row ``rows[i]``."""
+        twin = object.__new__(RollingBuffer)
+        twin._shape = self._shape
+        twin._tokens = self._tokens[:, torch.from_numpy(rows)]
+        twin.lengths = self.lengths[:, rows].copy()
+        return twin
 
     def copy(self) -> RollingBuffer:
         """Return a buffer of its own with the same tokens."""
-        twin = object.__new__(RollingBuffer)
-        twin._shape = self._shape
-        twin._tokens, twin.lengths = self._tokens.clone(), self.lengths.copy()
-        return twin
+        return self.select(np.arange(self.lengths.shape[1]))
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the buffer as plain arrays."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +12,25 @@ from kvswap.cache.rolling import RollingBuffer
 from kvswap.core.geometry import RecordLayout
 from kvswap.core.units import ceil_div
 from kvswap.placement import Placement
+
+
+class Undo(NamedTuple):
+    """What a layer held of a row before a flush that is under way.
+
+    Attributes
+    ----------
+    layer_idx, row : int
+    flushed : int
+        Groups it had on disk.
+    keys, values : Tensor [num_kv_heads, length, head_dim]
+        Of the rolling buffer; copies.
+    """
+
+    layer_idx: int
+    row: int
+    flushed: int
+    keys: Tensor
+    values: Tensor
 
 
 class SequenceBatch:
@@ -37,6 +58,9 @@ class SequenceBatch:
         Length as transformers counts it, padding included.
     padding : Tensor [batch_size, columns], bool, or None
         Which columns are tokens; None while all are. Padding itself is never stored.
+    undo : Undo or None
+        Set while a flush moves tokens out of the rolling buffer, and left by an interrupted
+        one.
     """
 
     def __init__(self, layout: RecordLayout, batch_size: int) -> None:
@@ -47,6 +71,7 @@ class SequenceBatch:
         self.rolling = RollingBuffer(layout, batch_size)
         self.columns = np.zeros(num_layers, np.int64)
         self.padding: Tensor | None = None
+        self.undo: Undo | None = None
 
     @classmethod
     def plan_table_bytes(cls, layout: RecordLayout, batch_size: int, max_context: int) -> int:
@@ -105,15 +130,18 @@ class SequenceBatch:
 
     def select(self, rows: np.ndarray, placement: Placement) -> np.ndarray:
         """Make row i a reference to what row ``rows[i]`` was; return groups nobody holds now."""
-        before = self.groups
-        self.groups = [before[row].copy() for row in rows]
-        for ids in self.groups:
+        before, padding = self.groups, self.padding
+        groups = [before[row].copy() for row in rows]
+        for ids in groups:
             placement.retain(ids)
+        # All at once: an interrupt between two of them would mix rows up.
+        self.__dict__.update(
+            groups=groups,
+            flushed=self.flushed[:, rows].copy(),
+            rolling=self.rolling.select(rows),
+            padding=None if padding is None else padding[torch.from_numpy(rows)],
+        )
         freed = [placement.release(ids) for ids in before]
-        self.flushed = self.flushed[:, rows].copy()
-        self.rolling.select(rows)
-        if self.padding is not None:
-            self.padding = self.padding[torch.from_numpy(rows)]
         return np.concatenate(freed) if freed else np.empty(0, np.int64)
 
     def fork(self, placement: Placement) -> SequenceBatch:
@@ -126,6 +154,7 @@ class SequenceBatch:
         twin.flushed, twin.columns = self.flushed.copy(), self.columns.copy()
         twin.rolling = self.rolling.copy()
         twin.padding = None if self.padding is None else self.padding.clone()
+        twin.undo = None
         return twin
 
     def state(self) -> dict[str, np.ndarray]:

@@ -60,13 +60,15 @@ class Sequences:
 
     def drop(self, batch: SequenceBatch) -> None:
         """Let go of a batch and of the groups nobody else holds."""
-        for ids in batch.groups:
-            self._free(self._placement.release(ids))
+        with self._reuse.changing():
+            for ids in batch.groups:
+                self._free(self._placement.release(ids))
         batch.groups = []
         self._batches.discard(batch)
 
     def fork(self, batch: SequenceBatch) -> SequenceBatch:
         """Return a batch that refers to the same groups; it is not counted in yet."""
+        self._undo(batch)
         return batch.fork(self._placement)
 
     def groups_for(self, batch: SequenceBatch, row: int, layer_idx: int, count: int) -> np.ndarray:
@@ -100,10 +102,17 @@ class Sequences:
 
     def select_rows(self, batch: SequenceBatch, rows: np.ndarray) -> None:
         """Make row i of a batch a reference to what row ``rows[i]`` was."""
-        self._free(batch.select(rows, self._placement))
+        self._undo(batch)
+        with self._reuse.changing():
+            self._free(batch.select(rows, self._placement))
 
     def crop(self, batch: SequenceBatch, columns: int) -> None:
         """Cut a batch back to its first columns; a cut group is reopened from disk."""
+        self._undo(batch)
+        # First of all: what an interrupt leaves of a crop is then seen, and finished.
+        batch.columns[:] = np.minimum(batch.columns, columns)
+        if batch.padding is not None:
+            batch.padding = batch.padding[:, :columns]
         for row in range(batch.batch_size):
             keep = batch.tokens_within(row, columns)
             for layer_idx in range(self._layout.geometry.num_layers):
@@ -111,13 +120,21 @@ class Sequences:
             longest = int(batch.flushed[:, row].max(initial=0))
             ids = batch.groups[row]
             batch.groups[row] = ids[:longest].copy()  # a view would keep all of them
-            self._free(self._placement.release(ids[longest:]))
-        batch.columns[:] = np.minimum(batch.columns, columns)
-        if batch.padding is not None:
-            batch.padding = batch.padding[:, :columns]
+            with self._reuse.changing():
+                self._free(self._placement.release(ids[longest:]))
+
+    def _undo(self, batch: SequenceBatch) -> None:
+        """Put back what an interrupted flush had taken out of a rolling buffer."""
+        undo = batch.undo
+        if undo is None:
+            return
+        batch.flushed[undo.layer_idx, undo.row] = undo.flushed
+        batch.rolling.put(undo.layer_idx, undo.row, undo.keys, undo.values)
+        batch.undo = None
 
     def make_whole(self, batch: SequenceBatch) -> None:
         """Cut back what an interrupted forward left of itself in some layers or rows."""
+        self._undo(batch)
         columns = batch.seq_len
         expected = [batch.tokens_within(row, columns) for row in range(batch.batch_size)]
         held = batch.flushed * self._layout.group_size + batch.rolling.lengths
@@ -145,8 +162,9 @@ class Sequences:
         before, self._saved = self._saved, [ids.copy() for ids in batch.groups]
         for ids in self._saved:
             self._placement.retain(ids)
-        for ids in before:
-            self._free(self._placement.release(ids))
+        with self._reuse.changing():
+            for ids in before:
+                self._free(self._placement.release(ids))
 
     def resume(self, batch: SequenceBatch) -> None:
         """Count in a batch that comes from a kept store."""

@@ -312,7 +312,7 @@ class CacheSession:
                     self.prefetcher.wait(pending)
             waiting.clear()
         self._foretold.clear()
-        if self._is_within:
+        if self._is_within or not self.reuse.is_sound:
             self._is_within = False
             self.reuse.clear()
 

@@ -293,11 +293,12 @@ class KVSwapCache(Cache):
     def reset(self) -> None:
         """Forget all sequences; the next forward is a prefill."""
         self._check_open()
+        batch, self._forwards.batch = self._forwards.batch, None
+        self._forwards.is_prefill = True
         for layer in self.layers:
             layer.reset()
-        if self._forwards.batch is not None:
-            self._session.forget(self._forwards.batch)
-        self._forwards.batch, self._forwards.is_prefill = None, True
+        if batch is not None:
+            self._session.forget(batch)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i what row ``beam_idx[i]`` was: tables move, groups do not."""

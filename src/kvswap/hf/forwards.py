@@ -157,6 +157,9 @@ class Forwards:
 
     def _begin(self, hidden: Tensor) -> None:
         batch_size, self._q_len = hidden.shape[:2]
+        if self.batch is not None and self.batch.batch_size != batch_size and not self.seq_len:
+            self.session.forget(self.batch)  # a forward that was refused began it
+            self.batch = None
         if self.batch is None:
             self.batch, self._is_within = self.session.new_batch(batch_size), False
         if self.batch.batch_size != batch_size:
