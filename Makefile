@@ -16,6 +16,7 @@ OLDEST_TRANSFORMERS := transformers==4.57.6
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPAT := .compat/oldest
+CMAKE := $(BIN)/cmake
 
 .PHONY: demo test check setup fmt fmt-check lint type arch words bench-smoke compat-test clean
 
@@ -36,8 +37,16 @@ $(VENV)/.torch:
 	$(PIP) $(TORCH_PIP_ARGS) "$(TORCH)"
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+$(VENV)/.packages: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+# The extension lies beside the Python modules.
+$(VENV)/.installed: $(VENV)/.packages CMakeLists.txt $(shell find csrc -type f)
+	$(CMAKE) -S . -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python --log-level=WARNING
+	$(CMAKE) --build build/native
+	$(CMAKE) --install build/native --prefix src >/dev/null
 	touch $@
 
 fmt: $(VENV)/.installed

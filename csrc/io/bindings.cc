@@ -1,0 +1,7 @@
+#include "io/bindings.h"
+
+namespace kvswap {
+
+void bind_io(nanobind::module_& module) { (void)module; }
+
+}  // namespace kvswap
