@@ -26,6 +26,7 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.core.stats import CacheStats
 from kvswap.core.units import format_bytes
 from kvswap.kernels.records import record_view
+from kvswap.kernels.slots import SlotAttention
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES, SELECTORS, KeyIndex
 from kvswap.storage.store import BlockStore
@@ -34,6 +35,7 @@ from kvswap.storage.store import BlockStore
 _HEAVY = (
     "indexes",
     "selection",
+    "attention",
     "slots",
     "reuse",
     "records",
@@ -130,6 +132,7 @@ class CacheSession:
             record_bytes=self.layout.record_bytes,
         )
         self.slots = record_view(self.reuse.pool, self.layout)
+        self.attention = SlotAttention(self.reuse.pool, self.layout)
         self.prefetcher = Prefetcher(self.reuse, self.records, self.counters)
         self.sequences = Sequences(
             self.layout,

@@ -1,0 +1,55 @@
+// One float at a time: what every processor can do, and what the others are tested against.
+//
+// Here and in the other headers of this folder that hold code everything is in an unnamed
+// namespace: each isa_*.cc must keep its own copy, compiled for its own instruction set.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/api.h"
+
+namespace kvswap {
+namespace {
+namespace portable {
+
+inline float widen_f16(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  const uint32_t exponent = (bits >> 10) & 0x1fu;
+  const uint32_t fraction = bits & 0x3ffu;
+  if (exponent == 0) {  // zero or subnormal
+    const float small = std::ldexp(static_cast<float>(fraction), -24);
+    return sign ? -small : small;
+  }
+  const uint32_t wide = exponent == 31 ? 0xffu : exponent + 112u;
+  return std::bit_cast<float>(sign | (wide << 23) | (fraction << 13));
+}
+
+struct Simd {
+  using Reg = float;
+  static constexpr int kLanes = 1;
+  static constexpr int kVectors = 4;  // registers of one row in the weighted sum
+  static constexpr int kRows = 2;     // rows of it at once
+
+  static Reg zero() { return 0.0f; }
+  static Reg set1(float x) { return x; }
+  static Reg load(const float* p) { return *p; }
+  static Reg load(const Bf16* p) {
+    return std::bit_cast<float>(static_cast<uint32_t>(p->bits) << 16);
+  }
+  static Reg load(const F16* p) { return widen_f16(p->bits); }
+  static void store(float* p, Reg x) { *p = x; }
+  static Reg add(Reg a, Reg b) { return a + b; }
+  static Reg sub(Reg a, Reg b) { return a - b; }
+  static Reg mul(Reg a, Reg b) { return a * b; }
+  static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static float sum(Reg x) { return x; }
+  static float largest(Reg x) { return x; }
+  static Reg exp(Reg x) { return std::exp(x); }
+};
+
+}  // namespace portable
+}  // namespace
+}  // namespace kvswap

@@ -1,0 +1,102 @@
+"""Which kernels run: those of the extension, for the best instruction set, or plain torch.
+
+``KVSWAP_KERNEL`` forces one by name: ``torch`` or one of `native_names`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvswap.core.errors import KernelUnavailableError
+
+REFERENCE = "torch"
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""As csrc/kernels/api.h numbers them."""
+
+_forced: list[str] = []
+
+
+@cache
+def extension() -> ModuleType | None:
+    """Return the extension, or None where it cannot be loaded; says so once."""
+    try:
+        from kvswap import _native
+    except ImportError as error:
+        warnings.warn(
+            f"the native kernels cannot be loaded, plain torch takes their place: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return _native
+
+
+def native_names() -> tuple[str, ...]:
+    """Return the instruction sets whose kernels run here, best first."""
+    module = extension()
+    return () if module is None else tuple(module.kernel_names())
+
+
+def kernel_name() -> str:
+    """Return the name of the kernels in use."""
+    module = native()
+    return REFERENCE if module is None else str(module.kernel_name())
+
+
+def native() -> ModuleType | None:
+    """Return the extension with the right kernels chosen, or None for the torch reference.
+
+    Raises
+    ------
+    KernelUnavailableError
+        If ``KVSWAP_KERNEL`` names kernels that do not run here.
+    """
+    return _choose(_forced[-1] if _forced else os.environ.get("KVSWAP_KERNEL", ""))
+
+
+@cache
+def _choose(name: str) -> ModuleType | None:
+    if name == REFERENCE:
+        return None
+    module = extension()
+    if not name:
+        if module is not None:
+            module.use_kernels(module.kernel_names()[0])
+        return module
+    if module is None or not module.use_kernels(name):
+        present = ", ".join((REFERENCE, *native_names()))
+        raise KernelUnavailableError(f"kernels must be one of {present}, got {name!r}")
+    return module
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Use kernels by name within a block, for tests and comparisons."""
+    _forced.append(name)
+    _choose.cache_clear()
+    try:
+        native()
+        yield
+    finally:
+        _forced.pop()
+        _choose.cache_clear()
+
+
+def query_view(query: Tensor) -> tuple[int, int, int, int, int]:
+    """Return address, heads, tokens and their strides of [num_heads, q_len, head_dim]."""
+    return (query.data_ptr(), query.shape[0], query.shape[1], query.stride(0), query.stride(1))
+
+
+def tokens_view(keys: Tensor, values: Tensor) -> tuple[Any, ...]:
+    """Return addresses, count and strides of keys and values [num_kv_heads, count, head_dim]."""
+    strides = (keys.stride(0), keys.stride(1), values.stride(0), values.stride(1))
+    return (keys.data_ptr(), values.data_ptr(), keys.shape[1], *strides)
