@@ -10,6 +10,7 @@
 #include "common/parallel.h"
 #include "kernels/api.h"
 #include "kernels/attend.h"
+#include "kernels/encode.h"
 #include "kernels/scan.h"
 #include "kernels/top.h"
 
@@ -36,7 +37,9 @@ class Scanner {
  public:
   Scanner(int code, uintptr_t codes, uintptr_t scales, uintptr_t basis, int64_t width,
           int64_t rank, int64_t group_size, int64_t num_groups, int64_t kv_heads, int64_t head_dim)
-      : keys_{static_cast<Code>(code), pointer<const uint8_t>(codes),
+      : codes_(pointer<uint8_t>(codes)),
+        scales_(pointer<uint16_t>(scales)),
+        keys_{static_cast<Code>(code), pointer<const uint8_t>(codes),
               pointer<const uint16_t>(scales), pointer<const Bf16>(basis), width, rank,
               group_size, num_groups, kv_heads, head_dim} {}
 
@@ -51,7 +54,18 @@ class Scanner {
     scan_groups(keys_, view, scaling, data, count, pointer<float>(out));
   }
 
+  void encode(uintptr_t tokens, int dtype, Ids ids) const {
+    const auto count = static_cast<int64_t>(ids.shape(0));
+    const int64_t* data = ids.data();
+    nb::gil_scoped_release released;
+    check_below(data, count, keys_.num_groups, "group ids must be those of this index");
+    encode_groups(keys_, codes_, scales_, pointer<const void>(tokens), static_cast<Dtype>(dtype),
+                  data, count);
+  }
+
  private:
+  uint8_t* codes_;
+  uint16_t* scales_;
   CodedKeys keys_;
 };
 
@@ -139,7 +153,8 @@ void bind_kernels(nb::module_& m) {
            nb::arg("num_kv_heads"), nb::arg("head_dim"))
       .def("scan", &Scanner::scan, nb::arg("query"), nb::arg("dtype"), nb::arg("num_heads"),
            nb::arg("q_len"), nb::arg("head_stride"), nb::arg("token_stride"), nb::arg("scaling"),
-           nb::arg("ids"), nb::arg("out"));
+           nb::arg("ids"), nb::arg("out"))
+      .def("encode", &Scanner::encode, nb::arg("tokens"), nb::arg("dtype"), nb::arg("ids"));
   nb::class_<Attender>(m, "Attender", "The slots of all layers, by address.")
       .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int>(),
            nb::arg("pool"), nb::arg("num_slots"), nb::arg("record_bytes"), nb::arg("group_size"),

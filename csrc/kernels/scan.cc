@@ -1,13 +1,13 @@
 #include "kernels/scan.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
 
 #include "common/parallel.h"
+#include "kernels/half.h"
 
 namespace kvswap {
 namespace {
@@ -24,11 +24,6 @@ struct Queries {
   float scale[kMaxQueries];
   int32_t start[kMaxQueries];
 };
-
-uint16_t to_bf16(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 // Carries a query head through its KV head's part of the projection.
 void project_query(const CodedKeys& keys, const QueryView& query, int64_t index, float scaling,

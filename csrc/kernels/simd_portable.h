@@ -9,22 +9,11 @@
 #include <cstdint>
 
 #include "kernels/api.h"
+#include "kernels/half.h"
 
 namespace kvswap {
 namespace {
 namespace portable {
-
-inline float widen_f16(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t exponent = (bits >> 10) & 0x1fu;
-  const uint32_t fraction = bits & 0x3ffu;
-  if (exponent == 0) {  // zero or subnormal
-    const float small = std::ldexp(static_cast<float>(fraction), -24);
-    return sign ? -small : small;
-  }
-  const uint32_t wide = exponent == 31 ? 0xffu : exponent + 112u;
-  return std::bit_cast<float>(sign | (wide << 23) | (fraction << 13));
-}
 
 struct Simd {
   using Reg = float;
@@ -38,7 +27,7 @@ struct Simd {
   static Reg load(const Bf16* p) {
     return std::bit_cast<float>(static_cast<uint32_t>(p->bits) << 16);
   }
-  static Reg load(const F16* p) { return widen_f16(p->bits); }
+  static Reg load(const F16* p) { return from_f16(p->bits); }
   static void store(float* p, Reg x) { *p = x; }
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg sub(Reg a, Reg b) { return a - b; }

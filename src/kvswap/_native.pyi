@@ -39,6 +39,7 @@ class Scanner:
         ids: NDArray[np.int64],
         out: int,
     ) -> None: ...
+    def encode(self, tokens: int, dtype: int, ids: NDArray[np.int64]) -> None: ...
 
 class Attender:
     def __init__(
@@ -62,3 +63,21 @@ class Attender:
         out: int,
         lse: int,
     ) -> None: ...
+
+# -- cache (csrc/cache) -----------------------------------------------------------------------
+
+class SlotTable:
+    def __init__(
+        self,
+        row_of: NDArray[np.int32],
+        group_in: NDArray[np.int64],
+        last_used: NDArray[np.int64],
+    ) -> None: ...
+    def take(
+        self,
+        layer_idx: int,
+        wanted: NDArray[np.int64],
+        step: int,
+        missing: NDArray[np.int64],
+        rows: NDArray[np.int64],
+    ) -> int: ...

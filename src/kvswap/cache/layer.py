@@ -169,6 +169,7 @@ class LayerCache:
                 merges[row].add(
                     session.attention.attend(given.query, slots, rolling, newest, params)
                 )
+        session.attended(pending)
         session.recall.check(batch, self.layer_idx, rows, merges, params)
 
     def append(self, batch: SequenceBatch, rows: list[RowInput]) -> None:

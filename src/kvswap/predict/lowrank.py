@@ -29,6 +29,7 @@ from kvswap.predict.projection import fit_workspace_bytes, leading_basis
 
 _LEAST_BLOCK_TOKENS = 2048  # scored at once; more where fitting takes the memory anyway
 _BLOCK_QUERIES = 8
+_FEW_GROUPS = 16  # encoded one by one: for more a matrix product is faster
 _NATIVE_CODES = {"rot4": 0, "int8": 1, "bf16": 2}  # as csrc/kernels/api.h numbers them
 _WIDE_TOKENS = 512  # tokens held in float32 at once while fitting and encoding
 
@@ -131,6 +132,10 @@ class LowRankIndex(KeyIndex):
 
     def encode(self, groups: np.ndarray, keys: Tensor) -> None:
         """Project, code and keep; see `KeyIndex.encode`."""
+        if self._scanner is not None and len(groups) <= _FEW_GROUPS and keys.dtype in DTYPE_CODES:
+            keys = keys.contiguous()
+            self._scanner.encode(keys.data_ptr(), DTYPE_CODES[keys.dtype], groups)
+            return
         basis = self._basis.float()
         step = max(1, _WIDE_TOKENS // self._group_size)
         for first in range(0, len(groups), step):
