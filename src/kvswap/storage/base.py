@@ -111,6 +111,10 @@ class Batch(Sequence[Transfer]):
         self.memory, self.scratch, self.is_write = memory, scratch, is_write
 
     @cached_property
+    def _bytes(self) -> memoryview:
+        return self.memory.data.cast("B")
+
+    @cached_property
     def transfers(self) -> list[tuple[int, int, int, int, int]]:
         """Device, offset in the file, bytes, first and last record of each transfer."""
         return self.plan.transfers()
@@ -129,6 +133,10 @@ class Batch(Sequence[Transfer]):
     def offsets(self) -> list[int]:
         """Where each record lies in its file."""
         return self.plan.column("offsets")
+
+    def unpack(self) -> None:
+        """Make the columns now: threads that ask for them at once wait for each other."""
+        _ = self._bytes, self.transfers, self.ids, self.rows, self.offsets
 
     def __len__(self) -> int:
         """Return how many transfers there are."""
@@ -149,7 +157,7 @@ class Batch(Sequence[Transfer]):
 
     def _buffers(self, end: int, first: int, last: int) -> list[memoryview]:
         """Return memory in the order of the file: rows that follow each other are one piece."""
-        memory, size = self.memory.data.cast("B"), self.memory.shape[1]
+        memory, size = self._bytes, self.memory.shape[1]
         pieces: list[memoryview] = []
         low = high = self.rows[first]
         for row, offset in zip(self.rows[first:last], self.offsets[first:last], strict=True):

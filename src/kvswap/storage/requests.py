@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,11 +20,10 @@ MAX_TRANSFER_BYTES = 2**20
 """Longer runs are cut, so that several are in flight: beyond this, length gains nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """Records to be moved, as a caller names them.
 
-    Parameters
+    Attributes
     ----------
     record_ids : ndarray [n], int64
     extents : Extents

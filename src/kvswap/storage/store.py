@@ -307,7 +307,11 @@ class BlockStore:
         if not count:
             return FinishedTicket()
         checksums = self._checksums.get(record_ids)
-        if not checksums.all():
+        if np.count_nonzero(checksums) != count:
+            # Never written, or being written by somebody who did not wait for it.
+            self._in_flight.wait()
+            checksums = self._checksums.get(record_ids)
+        if np.count_nonzero(checksums) != count:
             as_ids(record_ids, "record_ids")
             check_memory(out, as_ids(rows, "rows"), self.layout.record_bytes, "out")
             raise CorruptStoreError(
@@ -414,6 +418,8 @@ class BlockStore:
         check_not_forked(self._owner)
 
     def _submit(self, batch: Batch) -> Ticket:
+        if self._backend.has_workers:
+            batch.unpack()
         done = BatchDone(
             batch,
             self._files,
