@@ -74,6 +74,7 @@ class SteppedBackend:
                 if on_done is not None:
                     on_done(index)
             except StoreError as error:
+                error.record_ids = error.record_ids or transfers[index].record_ids
                 first = error
         return first
 
