@@ -158,8 +158,10 @@ class Batch(Sequence[Transfer]):
     def _buffers(self, end: int, first: int, last: int) -> list[memoryview]:
         """Return memory in the order of the file: rows that follow each other are one piece."""
         memory, size = self._bytes, self.memory.shape[1]
-        pieces: list[memoryview] = []
         low = high = self.rows[first]
+        if last == first + 1:
+            return [memory[low * size : (low + 1) * size]]
+        pieces: list[memoryview] = []
         for row, offset in zip(self.rows[first:last], self.offsets[first:last], strict=True):
             if offset != end or row != high:
                 if high > low:

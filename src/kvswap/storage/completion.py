@@ -88,13 +88,15 @@ class BatchDone:
     ) -> None:
         self._batch, self._files, self._meter = batch, files, meter
         self._written, self._owner = written, owner
+        self._is_direct = all(file.is_direct for file in files)
 
     def __call__(self, index: int) -> None:
         """Count, settle and check transfer ``index``."""
         batch = self._batch
-        nbytes, first, last = batch.transfers[index][2:]
+        _, _, nbytes, first, last = batch.transfers[index]
         self._meter.count(nbytes, is_write=batch.is_write)
-        self._settle(index)
+        if not self._is_direct:
+            self._settle(index)
         if self._written is None:
             bad = batch.plan.check(index)
             if bad is not None:
@@ -108,7 +110,7 @@ class BatchDone:
         num_moved, nbytes, failures = ticket.outcome()
         batch = self._batch
         errors = {failure[0]: self._error(*failure) for failure in failures}
-        if not all(file.is_direct for file in self._files):
+        if not self._is_direct:
             for index in range(len(batch)):
                 try:
                     if index not in errors:
