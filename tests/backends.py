@@ -12,8 +12,8 @@ import pytest
 
 from kvswap.core.errors import StoreError
 from kvswap.storage import store as store_module
-from kvswap.storage.base import OnDone, Transfer
-from kvswap.storage.posix import PosixBackend
+from kvswap.storage.base import Transfer
+from kvswap.storage.posix import OnDone, PosixBackend
 
 Fault = Callable[[Transfer], None]
 """Called before each transfer; what it raises is that transfer's error."""
@@ -52,6 +52,8 @@ class SteppedBackend:
         See `Fault`.
     """
 
+    has_workers = False
+
     def __init__(self, *, is_late: bool = False, fault: Fault = no_fault) -> None:
         self.is_late, self.fault = is_late, fault
         self._posix = PosixBackend(1)
@@ -72,6 +74,7 @@ class SteppedBackend:
                 if on_done is not None:
                     on_done(index)
             except StoreError as error:
+                error.record_ids = error.record_ids or transfers[index].record_ids
                 first = error
         return first
 
@@ -81,7 +84,7 @@ class SteppedBackend:
 
 def use_backend(monkeypatch: pytest.MonkeyPatch, backend: SteppedBackend) -> SteppedBackend:
     """Let every store that is made from here on use a backend."""
-    monkeypatch.setattr(store_module, "PosixBackend", lambda num_threads: backend)
+    monkeypatch.setattr(store_module, "make_backend", lambda storage, *, is_direct: backend)
     return backend
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvswap.core.config import CacheConfig as CacheConfig
     from kvswap.core.config import StorageConfig as StorageConfig
+    from kvswap.core.device_model import DeviceModel as DeviceModel
     from kvswap.core.errors import KVSwapError as KVSwapError
     from kvswap.core.stats import CacheStats as CacheStats
     from kvswap.hf.attach import attach as attach
@@ -28,6 +29,7 @@ _HOMES = {
     "CacheConfig": "kvswap.core.config",
     "StorageConfig": "kvswap.core.config",
     "CacheStats": "kvswap.core.stats",
+    "DeviceModel": "kvswap.core.device_model",
     "KVSwapError": "kvswap.core.errors",
     "Selector": "kvswap.predict",
     "register_selector": "kvswap.predict",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvswap.storage.uring import uring_error
+
 pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {
@@ -77,3 +79,11 @@ def test_reader_quality(tmp_path):
     assert_whole(record)
     assert record["metric"] == "reader_points_below_full"
     assert record["extra"]["right"]["memory"] >= 3
+
+
+@pytest.mark.skipif(uring_error() is not None, reason=f"{uring_error()}")
+def test_io_engine(tmp_path):
+    records = run("system/io_engine.py", tmp_path, "--quick")
+    assert [record["metric"] for record in records] == ["uring_cpu_ratio", "uring_wall_ratio"]
+    for record in records:
+        assert_whole(record)

@@ -66,7 +66,7 @@ def test_public_names_are_those_of_the_architecture():
     promised = {
         "attach", "KVSwapCache", "CacheConfig", "StorageConfig", "CacheStats", "Selector",
         "register_selector", "selector_names", "register_index", "index_names", "BlockStore",
-        "calibrate", "KVSwapError",
+        "calibrate", "DeviceModel", "KVSwapError",
     }  # fmt: skip
     assert promised <= set(kvswap.__all__)
 

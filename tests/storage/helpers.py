@@ -37,6 +37,7 @@ def make_store(
     backend: Any = None,
     **settings: Any,
 ) -> BlockStore:
+    settings = {"read_gap_bytes": 0, **settings}  # requests are counted
     storage = StorageConfig(directories=[directory], block_size_bytes=block_size_bytes, **settings)
     return BlockStore.create(storage, make_layout(record_bytes, block_size_bytes), backend=backend)
 

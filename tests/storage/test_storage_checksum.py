@@ -7,9 +7,13 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from kvswap.storage import checksum
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.checksum import ChecksumTable, crc32c, record_checksum
+from kvswap.storage.native import native
 
 
 @pytest.mark.parametrize(
@@ -27,6 +31,13 @@ def test_checksums_are_those_of_the_standard(data: bytes, expected: int) -> None
     assert crc32c(data[7:], crc32c(data[:7])) == expected
 
 
+@pytest.mark.skipif(native is None, reason="the native module is not there")
+@given(data=st.binary(max_size=9000), cut=st.integers(0, 9000))
+def test_the_native_one_is_the_libraries(data: bytes, cut: int) -> None:
+    assert native.crc32c(data) == google_crc32c.value(data)
+    assert native.crc32c(data[cut:], native.crc32c(data[:cut])) == google_crc32c.value(data)
+
+
 def test_the_implementation_is_the_compiled_one() -> None:
     assert google_crc32c.implementation == "c"
 
@@ -34,7 +45,7 @@ def test_the_implementation_is_the_compiled_one() -> None:
 def test_a_computed_zero_is_stored_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     record = aligned_empty((1, 4096))[0]
     assert record_checksum(record) == crc32c(bytes(4096))
-    monkeypatch.setattr(google_crc32c, "value", lambda _: 0)
+    monkeypatch.setattr(checksum, "crc32c", lambda _: 0)
     assert record_checksum(record) == 1
 
 

@@ -116,7 +116,7 @@ def test_closing_waits_for_what_is_in_flight(
 ) -> None:
     gated = Gated()
     backend = PosixBackend(1, preadv=gated)
-    monkeypatch.setattr(store_module, "PosixBackend", lambda _: backend)
+    monkeypatch.setattr(store_module, "make_backend", lambda *_, **__: backend)
     store = make_store(tmp_path, backend=backend if given_backend else None)
     records = fill(store, 2)
     out = aligned_empty((2, 4096))
@@ -142,7 +142,7 @@ def test_a_store_dropped_without_closing_gives_its_file_back(
     """Even where its last reference is the worker's, which cannot wait for itself."""
     gated = Gated()
     monkeypatch.setattr(
-        store_module, "PosixBackend", lambda threads: PosixBackend(threads, preadv=gated)
+        store_module, "make_backend", lambda *_, **__: PosixBackend(4, preadv=gated)
     )
     store = make_store(tmp_path, keep=kept)
     fill(store, 4)

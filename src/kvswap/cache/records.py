@@ -1,18 +1,62 @@
-"""Records of the store, as tensors: large sequential reads and writes through staging."""
+"""Records of the store, as tensors: reads, and writes that go on behind the caller's back."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
+from kvswap.core.errors import StoreError
 from kvswap.core.geometry import RecordLayout
 from kvswap.kernels.records import pack_groups, record_view
 from kvswap.placement import Placement
 from kvswap.storage.base import Ticket
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.store import BlockStore
+
+
+class RecordTicket:
+    """A ticket whose errors name the layer and the groups; see `Ticket`.
+
+    Parameters
+    ----------
+    ticket : Ticket
+    layer_idx : int
+    record_ids, groups : ndarray [n], int64
+        What it moves; the k-th record is that of the k-th group.
+    """
+
+    def __init__(
+        self, ticket: Ticket, layer_idx: int, record_ids: np.ndarray, groups: np.ndarray
+    ) -> None:
+        self._ticket, self.layer_idx = ticket, layer_idx
+        self._record_ids, self.groups = record_ids, groups
+
+    def done(self) -> bool:
+        """Return whether nothing is in flight any more."""
+        return self._ticket.done()
+
+    def wait(self) -> None:
+        """Wait until nothing is in flight; raise the first error."""
+        try:
+            self._ticket.wait()
+        except StoreError as error:
+            failed = np.isin(self._record_ids, error.record_ids)
+            error.layer_idx = self.layer_idx
+            error.groups = tuple((self.groups[failed] if failed.any() else self.groups).tolist())
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """Rows of the staging buffer that are being written."""
+
+    first: int
+    last: int
+    ticket: RecordTicket
 
 
 class RecordIO:
@@ -27,11 +71,13 @@ class RecordIO:
     layout : RecordLayout
         What a record holds.
     staging_rows : int
-        Records in each of two staging buffers: one is used while the other is in flight.
+        Records in each of two staging buffers: reads have one, writes the other.
 
     Notes
     -----
-    Not thread-safe. Reads wait for every write submitted before them.
+    Not thread-safe. Writes are queued, as many as their buffer holds: one that finds no room
+    waits for the oldest. A read waits for those writes that it must see. The error of a write
+    surfaces in the next call that finds it ended.
     """
 
     def __init__(
@@ -42,7 +88,7 @@ class RecordIO:
         self._read_half, self._write_half = np.split(
             aligned_empty((2 * staging_rows, layout.record_bytes)), 2
         )
-        self._writing: Ticket | None = None
+        self._writing: deque[_Written] = deque()  # oldest first
 
     @property
     def nbytes(self) -> int:
@@ -51,12 +97,13 @@ class RecordIO:
 
     def read(self, layer_idx: int, groups: np.ndarray, out: np.ndarray, rows: np.ndarray) -> Ticket:
         """Submit a read of one layer's records into rows of ``out``."""
-        self.drain()
+        self._settle(layer_idx, groups)
         ids = self.placement.record_ids(layer_idx, groups)
-        return self.store.read(ids, self.placement.locate(layer_idx, groups), out, rows)
+        ticket = self.store.read(ids, self.placement.locate(layer_idx, groups), out, rows)
+        return RecordTicket(ticket, layer_idx, ids, groups)
 
     def write(self, layer_idx: int, groups: np.ndarray, keys: Tensor, values: Tensor) -> None:
-        """Pack whole groups and submit their write, in parts of a staging buffer.
+        """Pack whole groups and submit their write, in parts of half the staging buffer.
 
         Parameters
         ----------
@@ -65,22 +112,69 @@ class RecordIO:
         keys, values : Tensor [num_kv_heads, n * group_size, head_dim]
         """
         self.store.reserve(0, self.placement.end_bytes(groups))
-        size = self.layout.group_size
-        for first in range(0, len(groups), self._rows):
-            part = groups[first : first + self._rows]
-            self.drain()
-            records = self._write_half[: len(part)]
-            tokens = slice(first * size, (first + len(part)) * size)
-            pack_groups(keys[:, tokens], values[:, tokens], record_view(records, self.layout))
-            ids = self.placement.record_ids(layer_idx, part)
-            extents = self.placement.locate(layer_idx, part)
-            self._writing = self.store.write(ids, extents, records)
+        self._settle(layer_idx, groups)
+        size, most = self.layout.group_size, (self._rows + 1) // 2
+        for begin in range(0, len(groups), most):
+            part = groups[begin : begin + most]
+            tokens = slice(begin * size, (begin + len(part)) * size)
+            self._write_part(layer_idx, part, keys[:, tokens], values[:, tokens])
 
     def drain(self) -> None:
-        """Wait for the write in flight; its error surfaces here."""
-        ticket, self._writing = self._writing, None
-        if ticket is not None:
-            ticket.wait()
+        """Wait for all writes in flight; their first error surfaces here."""
+        while self._writing:
+            self._end_oldest()
+
+    def _write_part(self, layer_idx: int, groups: np.ndarray, keys: Tensor, values: Tensor) -> None:
+        first = self._room_for(len(groups))
+        last = first + len(groups)
+        records = self._write_half[first:last]
+        pack_groups(keys, values, record_view(records, self.layout))
+        ids = self.placement.record_ids(layer_idx, groups)
+        extents = self.placement.locate(layer_idx, groups)
+        # In one statement: no interruption may come between the submission and the queue.
+        self._writing.append(
+            _Written(
+                first,
+                last,
+                RecordTicket(self.store.write(ids, extents, records), layer_idx, ids, groups),
+            )
+        )
+
+    def _room_for(self, count: int) -> int:
+        """Return the first of so many rows that are not being written; wait for them."""
+        while self._writing:
+            first, free_from = self._writing[0].first, self._writing[-1].last
+            if free_from > first:  # what is in flight lies in one piece
+                if self._rows - free_from >= count:
+                    return free_from
+                if first >= count:
+                    return 0
+            elif first - free_from >= count:
+                return free_from
+            self._end_oldest()
+        return 0
+
+    def _settle(self, layer_idx: int, groups: np.ndarray) -> None:
+        """Let ended writes go, and wait for those of any of these groups."""
+        while self._writing and self._writing[0].ticket.done():
+            self._end_oldest()
+        concerned = [
+            place
+            for place, written in enumerate(self._writing)
+            if written.ticket.layer_idx == layer_idx
+            and np.isin(groups, written.ticket.groups).any()
+        ]
+        for _ in range(concerned[-1] + 1 if concerned else 0):
+            self._end_oldest()
+
+    def _end_oldest(self) -> None:
+        """Wait for the oldest write; only an interruption leaves it in the queue."""
+        try:
+            self._writing[0].ticket.wait()
+        except StoreError:
+            self._writing.popleft()
+            raise
+        self._writing.popleft()
 
     def stream(self, layer_idx: int, groups: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         """Read groups in order, one buffer ahead, and yield their tokens.

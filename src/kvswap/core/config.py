@@ -8,11 +8,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from kvswap.core.device_model import DeviceModel, as_device_model
 from kvswap.core.errors import ConfigError
 from kvswap.core.units import parse_bytes
 
 CODES = ("bf16", "int8", "rot4")
 DIRECT_IO = ("auto", "on", "off")
+
+GAP_BYTES = 8192
+"""Gap that costs less to read than another request, as measured (docs/log.md)."""
+
+MOST_GAP_BYTES = 2**18
+"""No gap beyond this is read through: its bytes need memory to go to."""
 
 Progress = Callable[[str, int, int], None]
 """Called as ``on_progress(stage, done, total)``; the total is 0 where it is not known."""
@@ -49,6 +56,12 @@ class StorageConfig:
         Threads of the pread/pwrite backend.
     block_size_bytes : int
         The device's unit.
+    device_model : DeviceModel or str, optional
+        Be as slow as this device, or as the preset of that name: sdcard, emmc, nvme, ufs31
+        or swarm. For measurements.
+    read_gap_bytes : int, optional
+        Records with at most so many bytes between them are read in one request, gap
+        included. Default: what breaks even on the device model, or as measured.
     """
 
     directories: Sequence[str | os.PathLike[str]]
@@ -57,6 +70,8 @@ class StorageConfig:
     direct_io: str = "auto"
     num_threads: int = 4
     block_size_bytes: int = 4096
+    device_model: DeviceModel | str | None = None
+    read_gap_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.directories, (str, os.PathLike)):
@@ -79,6 +94,17 @@ class StorageConfig:
         _one_of("direct_io", self.direct_io, DIRECT_IO)
         _at_least("num_threads", self.num_threads, 1)
         _at_least("block_size_bytes", self.block_size_bytes, 512)
+        object.__setattr__(self, "device_model", as_device_model(self.device_model))
+        if self.read_gap_bytes is not None:
+            _at_least("read_gap_bytes", self.read_gap_bytes, 0)
+
+    def gap_bytes(self, record_bytes: int) -> int:
+        """Return the largest gap between records of that length that is read through."""
+        if self.read_gap_bytes is not None:
+            return min(self.read_gap_bytes, MOST_GAP_BYTES)
+        if isinstance(self.device_model, DeviceModel):
+            return min(self.device_model.gap_bytes(record_bytes), MOST_GAP_BYTES)
+        return GAP_BYTES if record_bytes <= GAP_BYTES else 0  # gaps are records themselves
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""
@@ -219,6 +245,6 @@ class CacheConfig:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, StorageConfig):
+    if isinstance(value, (StorageConfig, DeviceModel)):
         return value.to_dict()
     return list(value) if isinstance(value, tuple) else value

@@ -62,7 +62,26 @@ class SessionClosedError(KVSwapError, RuntimeError):
 
 
 class StoreError(KVSwapError):
-    """Root of what can go wrong with bytes on a device."""
+    """Root of what can go wrong with bytes on a device.
+
+    Attributes
+    ----------
+    record_ids : tuple of int
+        Records that the failed request was to move, where it was one of records.
+    layer_idx : int or None
+    groups : tuple of int
+        Whose records they are, where a cache asked for them.
+    """
+
+    record_ids: tuple[int, ...] = ()
+    layer_idx: int | None = None
+    groups: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.layer_idx is None:
+            return super().__str__()
+        some = ", ".join(map(str, self.groups[:8])) + (", ..." if len(self.groups) > 8 else "")
+        return f"{super().__str__()} (layer {self.layer_idx}, groups {some})"
 
 
 class DeviceIOError(StoreError, OSError):

@@ -1,6 +1,6 @@
 """Bytes in, bytes out: records on a device, checked and counted."""
 
-from kvswap.storage.base import Extents, IOBackend, Ticket, Transfer
+from kvswap.storage.base import Batch, Extents, IOBackend, Ticket, Transfer
 from kvswap.storage.store import BlockStore
 
-__all__ = ["BlockStore", "Extents", "IOBackend", "Ticket", "Transfer"]
+__all__ = ["Batch", "BlockStore", "Extents", "IOBackend", "Ticket", "Transfer"]

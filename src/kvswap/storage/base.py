@@ -1,15 +1,15 @@
-"""Contract of storage: where records lie, one system call's worth of work, and who does it."""
+"""Contract of storage: where records lie, what one submit moves, and who moves it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-OnDone = Callable[[int], None]
-"""Called with the index of each transfer that has moved all its bytes."""
+from kvswap.core.errors import StoreError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,8 @@ class Transfer(NamedTuple):
         Sum of the buffers' lengths.
     is_write : bool
         Memory to device.
+    record_ids : tuple of int
+        Records that it moves, for errors.
     """
 
     fd: int
@@ -53,6 +55,150 @@ class Transfer(NamedTuple):
     buffers: list[memoryview]
     nbytes: int
     is_write: bool
+    record_ids: tuple[int, ...] = ()
+
+
+class Plan(Protocol):
+    """Records in order of place, joined to transfers; see `kvswap.storage.requests`."""
+
+    def __len__(self) -> int:
+        """Return how many transfers there are."""
+        ...
+
+    def transfers(self) -> list[tuple[int, int, int, int, int]]:
+        """Return device, offset in the file, bytes, first and last record of each."""
+        ...
+
+    def column(self, name: str) -> list[int]:
+        """Return ids, rows, offsets in the file or checksums of the records."""
+        ...
+
+    def check(self, transfer: int) -> tuple[int, int] | None:
+        """Return the first record of a transfer that is not as it must be, and its checksum."""
+        ...
+
+
+class Batch(Sequence[Transfer]):
+    """All that one submit moves.
+
+    Nothing is made for a record or a transfer unless a backend asks for it: the native
+    engine takes the plan as it is, and the thread pool asks for each `Transfer` in turn.
+
+    Parameters
+    ----------
+    plan : Plan
+    fds, paths : sequence
+        Files, by device.
+    memory : ndarray [num_rows, record_bytes], uint8
+        Rows that records go to or come from.
+    scratch : ndarray, uint8
+        Takes what lies between records that are read in one transfer.
+    is_write : bool
+        Memory to device.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        fds: Sequence[int],
+        paths: Sequence[str],
+        memory: np.ndarray,
+        scratch: np.ndarray,
+        *,
+        is_write: bool,
+    ) -> None:
+        self.plan, self.fds, self.paths = plan, fds, paths
+        self.memory, self.scratch, self.is_write = memory, scratch, is_write
+
+    @cached_property
+    def _bytes(self) -> memoryview:
+        return self.memory.data.cast("B")
+
+    @cached_property
+    def transfers(self) -> list[tuple[int, int, int, int, int]]:
+        """Device, offset in the file, bytes, first and last record of each transfer."""
+        return self.plan.transfers()
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """Record ids, in order of place."""
+        return self.plan.column("ids")
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Row of each record."""
+        return self.plan.column("rows")
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Where each record lies in its file."""
+        return self.plan.column("offsets")
+
+    def unpack(self) -> None:
+        """Make the columns now: threads that ask for them at once wait for each other."""
+        _ = self._bytes, self.transfers, self.ids, self.rows, self.offsets
+
+    def __len__(self) -> int:
+        """Return how many transfers there are."""
+        return len(self.plan)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one transfer."""
+        device, offset, nbytes, first, last = self.transfers[index]
+        return Transfer(
+            self.fds[device],
+            self.paths[device],
+            offset,
+            self._buffers(offset, first, last),
+            nbytes,
+            self.is_write,
+            tuple(self.ids[first:last]),
+        )
+
+    def _buffers(self, end: int, first: int, last: int) -> list[memoryview]:
+        """Return memory in the order of the file: rows that follow each other are one piece."""
+        memory, size = self._bytes, self.memory.shape[1]
+        low = high = self.rows[first]
+        if last == first + 1:
+            return [memory[low * size : (low + 1) * size]]
+        pieces: list[memoryview] = []
+        for row, offset in zip(self.rows[first:last], self.offsets[first:last], strict=True):
+            if offset != end or row != high:
+                if high > low:
+                    pieces.append(memory[low * size : high * size])
+                if offset != end:
+                    pieces.append(self.scratch.data[: offset - end])
+                low = row
+            high, end = row + 1, offset + size
+        return [*pieces, memory[low * size : high * size]]
+
+
+class Outcome(Protocol):
+    """What a native ticket says when it has ended."""
+
+    def outcome(self) -> tuple[int, int, list[tuple[int, str, int, int, int]]]:
+        """Return transfers moved, their bytes, and what failed.
+
+        A failure is the transfer, its kind (device, truncated, stuck or corrupt), the errno,
+        length of the file or checksum found, the bytes that had moved, and the record.
+        """
+        ...
+
+    def checksums(self) -> bytes:
+        """Return those of written records in order of place, uint32."""
+        ...
+
+
+class Completion(Protocol):
+    """What is done where transfers have moved, before their ticket is done."""
+
+    def __call__(self, index: int, /) -> None:
+        """Count and check one transfer; a `StoreError` that it raises becomes its error."""
+        ...
+
+    def ended(self, ticket: Outcome, /) -> StoreError | None:
+        """Count a batch that was checked natively; return its first error."""
+        ...
 
 
 class Ticket(Protocol):
@@ -75,29 +221,38 @@ class Ticket(Protocol):
         ------
         StoreError
             The first error, in the order of the transfers.
+        SessionClosedError
+            In a process forked while this was in flight: what becomes of it is not known here.
         """
         ...
 
 
 class IOBackend(Protocol):
-    """Moves bytes between buffers and files."""
+    """Moves bytes between buffers and files.
 
-    def submit(self, transfers: Sequence[Transfer], on_done: OnDone | None = None) -> Ticket:
+    Attributes
+    ----------
+    has_workers : bool
+        Whether work ends by itself; else it ends where somebody waits or asks.
+    """
+
+    has_workers: bool
+
+    def submit(self, batch: Batch, on_done: Completion) -> Ticket:
         """Begin some transfers, in no promised order.
 
         Parameters
         ----------
-        transfers : sequence of Transfer
+        batch : Batch
             Not changed until the ticket is done.
-        on_done : callable, optional
-            ``on_done(index)`` from whichever thread completed a transfer, before the ticket
-            is done; a `StoreError` that it raises becomes that transfer's. Not called for
-            transfers that failed.
+        on_done : Completion
+            Called for each transfer that has moved, from whichever thread completed it; or
+            once, by a backend that checks records itself.
 
         Raises
         ------
         SessionClosedError
-            If closed.
+            If closed, or made by another process.
         """
         ...
 

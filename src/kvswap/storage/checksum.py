@@ -7,6 +7,8 @@ import threading
 import google_crc32c
 import numpy as np
 
+from kvswap.storage.native import native
+
 ALGORITHM = "crc32c"
 """Name in manifests: CRC-32C (Castagnoli), reflected, initial value and final xor ~0."""
 
@@ -27,12 +29,14 @@ def crc32c(data: bytes | np.ndarray, crc: int = 0) -> int:
     -----
     Holds the GIL: about 0.04 us a KiB where the processor has the instruction.
     """
+    if native is not None:
+        return int(native.crc32c(data, crc))
     return int(google_crc32c.extend(crc, data))
 
 
 def record_checksum(record: np.ndarray) -> int:
     """Return a record's checksum as the table holds it: 0 means never written, so 0 is 1."""
-    return google_crc32c.value(record) or 1
+    return crc32c(record) or 1
 
 
 class ChecksumTable:
@@ -81,7 +85,7 @@ class ChecksumTable:
                 found[held] = self._values[record_ids[held]]
             return found
 
-    def put(self, record_ids: np.ndarray, checksums: list[int]) -> None:
+    def put(self, record_ids: np.ndarray, checksums: list[int] | np.ndarray) -> None:
         """Remember checksums; the ids are in the table already."""
         with self._lock:
             self._values[record_ids] = checksums

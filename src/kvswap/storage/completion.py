@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
 
-from kvswap.core.errors import CorruptStoreError, StoreError
+from kvswap.core.errors import CorruptStoreError, SessionClosedError, StoreError
 from kvswap.core.stats import IOStats
-from kvswap.storage.base import Ticket
+from kvswap.storage.base import Batch, Outcome, Ticket
 from kvswap.storage.checksum import ALGORITHM, ChecksumTable, record_checksum
-from kvswap.storage.requests import Batch
+from kvswap.storage.device import DeviceFile
+from kvswap.storage.faults import store_error, stuck, truncated
 
 _PRUNE_AT = 16
 
@@ -23,15 +27,15 @@ class Meter:
         self.stats = IOStats()
         self._lock = threading.Lock()
 
-    def count(self, nbytes: int, *, is_write: bool) -> None:
-        """Count one transfer."""
+    def count(self, nbytes: int, *, is_write: bool, requests: int = 1) -> None:
+        """Count some transfers."""
         with self._lock:
             if is_write:
                 self.stats.bytes_written += nbytes
-                self.stats.writes += 1
+                self.stats.writes += requests
             else:
                 self.stats.bytes_read += nbytes
-                self.stats.reads += 1
+                self.stats.reads += requests
 
 
 class InFlight:
@@ -53,22 +57,21 @@ class InFlight:
         with self._lock:
             tickets, self._tickets = self._tickets, []
         for ticket in tickets:
-            with suppress(StoreError):
+            with suppress(StoreError, SessionClosedError):
                 ticket.wait()
 
 
-class ReadDone:
-    """Checks the records of each transfer read.
+class BatchDone:
+    """Counts the transfers of a batch, checks records read and remembers those written.
 
     Parameters
     ----------
     batch : Batch
-    record_ids : ndarray [n], int64
-    checksums : ndarray [n], uint32
-        As they must be.
-    out : ndarray [num_rows, record_bytes], uint8
-    rows : ndarray [n], int64
+    files : sequence of DeviceFile
+        By device.
     meter : Meter
+    written : ChecksumTable, optional
+        Covers the ids of records written. Default: records are read.
     owner : object
         Kept alive while anything is in flight, so that its end never runs on a worker that
         it would have to wait for.
@@ -77,74 +80,87 @@ class ReadDone:
     def __init__(
         self,
         batch: Batch,
-        record_ids: np.ndarray,
-        checksums: np.ndarray,
-        out: np.ndarray,
-        rows: np.ndarray,
-        *,
+        files: Sequence[DeviceFile],
         meter: Meter,
-        owner: object,
+        *,
+        written: ChecksumTable | None = None,
+        owner: object = None,
     ) -> None:
-        self._batch, self._out, self._meter, self._owner = batch, out, meter, owner
-        self._ids = record_ids[batch.order]
-        self._rows: list[int] = rows[batch.order].tolist()
-        self._checksums: list[int] = checksums[batch.order].tolist()
+        self._batch, self._files, self._meter = batch, files, meter
+        self._written, self._owner = written, owner
+        self._is_direct = all(file.is_direct for file in files)
 
     def __call__(self, index: int) -> None:
-        """Check transfer ``index``."""
-        batch, out, rows, expected = self._batch, self._out, self._rows, self._checksums
-        transfer = batch.transfers[index]
-        self._meter.count(transfer.nbytes, is_write=False)
-        batch.files[index].settle(transfer.offset_bytes, transfer.nbytes, is_written=False)
-        for k in range(batch.bounds[index], batch.bounds[index + 1]):
-            found = record_checksum(out[rows[k]])
-            if found != expected[k]:
-                raise self._corrupt(index, k, found)
+        """Count, settle and check transfer ``index``."""
+        batch = self._batch
+        _, _, nbytes, first, last = batch.transfers[index]
+        self._meter.count(nbytes, is_write=batch.is_write)
+        if not self._is_direct:
+            self._settle(index)
+        if self._written is None:
+            bad = batch.plan.check(index)
+            if bad is not None:
+                raise self._corrupt(*bad)
+        else:
+            mine = [record_checksum(batch.memory[row]) for row in batch.rows[first:last]]
+            self._written.put(np.array(batch.ids[first:last]), mine)
 
-    def _corrupt(self, index: int, k: int, found: int) -> CorruptStoreError:
-        transfer = self._batch.transfers[index]
-        offset = transfer.offset_bytes + (k - self._batch.bounds[index]) * self._out.shape[1]
-        return CorruptStoreError(
-            transfer.path,
-            f"{ALGORITHM} of record {int(self._ids[k])} at offset {offset}",
-            expected=f"{self._checksums[k]:08x}",
+    def ended(self, ticket: Outcome) -> StoreError | None:
+        """Count and settle a batch whose records were checked already; return its error."""
+        num_moved, nbytes, failures = ticket.outcome()
+        batch = self._batch
+        errors = {failure[0]: self._error(*failure) for failure in failures}
+        if not self._is_direct:
+            for index in range(len(batch)):
+                try:
+                    if index not in errors:
+                        self._settle(index)
+                except StoreError as error:
+                    errors[index] = error
+        if self._written is not None:
+            checksums = np.frombuffer(ticket.checksums(), np.uint32).copy()
+            for index in errors:
+                first, last = batch.transfers[index][3:]
+                checksums[first:last] = 0
+            self._written.put(np.array(batch.ids), checksums)
+        self._meter.count(nbytes, is_write=batch.is_write, requests=num_moved)
+        return errors[min(errors)] if errors else None
+
+    def _settle(self, index: int) -> None:
+        device, offset, nbytes = self._batch.transfers[index][:3]
+        self._files[device].settle(offset, nbytes, is_written=self._batch.is_write)
+
+    def _error(self, index: int, kind: str, value: int, moved: int, record: int) -> StoreError:
+        """Return the error that a native failure means."""
+        batch = self._batch
+        device, offset, nbytes, first, last = batch.transfers[index]
+        path, error = self._files[device].path, StoreError()
+        if kind == "corrupt":
+            return self._corrupt(record, value)
+        if kind == "truncated":
+            error = truncated(path, offset, nbytes, value)
+        elif kind == "stuck":
+            error = stuck(path, offset + moved, nbytes - moved)
+        else:
+            cause = OSError(value or errno.EIO, os.strerror(value or errno.EIO))
+            error = store_error(
+                cause,
+                path,
+                offset_bytes=offset + moved,
+                nbytes=nbytes - moved,
+                target=self._files[device].fd,
+            )
+        error.record_ids = tuple(batch.ids[first:last])
+        return error
+
+    def _corrupt(self, record: int, found: int) -> CorruptStoreError:
+        batch = self._batch
+        (device,) = (t[0] for t in batch.transfers if t[3] <= record < t[4])
+        error = CorruptStoreError(
+            self._files[device].path,
+            f"{ALGORITHM} of record {batch.ids[record]} at offset {batch.offsets[record]}",
+            expected=f"{batch.plan.column('checksums')[record]:08x}",
             found=f"{found:08x}",
         )
-
-
-class WriteDone:
-    """Remembers the checksums of each transfer written.
-
-    Parameters
-    ----------
-    batch : Batch
-    record_ids : ndarray [n], int64
-    records : ndarray [n, record_bytes], uint8
-    checksums : ChecksumTable
-        Covers the ids.
-    meter, owner
-        As in `ReadDone`.
-    """
-
-    def __init__(
-        self,
-        batch: Batch,
-        record_ids: np.ndarray,
-        records: np.ndarray,
-        *,
-        checksums: ChecksumTable,
-        meter: Meter,
-        owner: object,
-    ) -> None:
-        self._batch, self._records, self._meter, self._owner = batch, records, meter, owner
-        self._ids, self._table = record_ids[batch.order], checksums
-
-    def __call__(self, index: int) -> None:
-        """Remember transfer ``index``."""
-        batch = self._batch
-        transfer = batch.transfers[index]
-        self._meter.count(transfer.nbytes, is_write=True)
-        batch.files[index].settle(transfer.offset_bytes, transfer.nbytes, is_written=True)
-        mine = slice(batch.bounds[index], batch.bounds[index + 1])
-        rows = batch.order[mine].tolist()
-        self._table.put(self._ids[mine], [record_checksum(self._records[row]) for row in rows])
+        error.record_ids = (batch.ids[record],)
+        return error

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvswap.core.errors import DeviceIOError, StoreError, StoreFullError
+from kvswap.core.errors import CorruptStoreError, DeviceIOError, StoreError, StoreFullError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """No blocks, no quota, no larger file: all mean that there is no room."""
@@ -52,6 +52,23 @@ def store_error(
         return StoreFullError(path, need_bytes=nbytes, have_bytes=have, limit=limit)
     number = errno.EIO if error.errno is None else error.errno
     return DeviceIOError(number, path, offset_bytes=offset_bytes, nbytes=nbytes)
+
+
+def truncated(path: str, offset_bytes: int, nbytes: int, size_bytes: int) -> CorruptStoreError:
+    """Return the error of a read beyond the end of a file."""
+    return CorruptStoreError(
+        path,
+        f"file is truncated: read of {nbytes} bytes at {offset_bytes}",
+        expected=f"{offset_bytes + nbytes} bytes",
+        found=f"{size_bytes} bytes",
+    )
+
+
+def stuck(path: str, offset_bytes: int, nbytes: int) -> DeviceIOError:
+    """Return the error of a write that moves nothing, and would for ever."""
+    return DeviceIOError(
+        errno.EIO, path, offset_bytes=offset_bytes, nbytes=nbytes, what="wrote nothing"
+    )
 
 
 @contextmanager

@@ -7,12 +7,15 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from kvswap.core.errors import CorruptStoreError, DeviceIOError, SessionClosedError, StoreError
-from kvswap.storage.base import FinishedTicket, OnDone, Ticket, Transfer
-from kvswap.storage.faults import store_error
+from kvswap.core.errors import SessionClosedError, StoreError
+from kvswap.storage.base import FinishedTicket, Ticket, Transfer
+from kvswap.storage.faults import store_error, stuck, truncated
 
 VectoredCall = Callable[[int, list[memoryview], int], int]
 """``call(fd, buffers, offset_bytes)`` returns the bytes moved, as `os.preadv` does."""
+
+OnDone = Callable[[int], None]
+"""Called with the index of each transfer that has moved all its bytes."""
 
 Failure = tuple[int, StoreError]
 
@@ -41,6 +44,8 @@ class PosixBackend:
     has: thread k takes every ``num_threads``-th transfer, in order.
     """
 
+    has_workers = True
+
     def __init__(
         self,
         num_threads: int,
@@ -52,6 +57,7 @@ class PosixBackend:
         self._preadv, self._pwritev = preadv, pwritev
         self._workers: set[int] = set()
         self._is_closed = False
+        self._owner = os.getpid()
         self._pool = ThreadPoolExecutor(
             num_threads, thread_name_prefix="kvswap-io", initializer=self._note_worker
         )
@@ -60,6 +66,7 @@ class PosixBackend:
         """Begin some transfers; see `IOBackend.submit`."""
         if self._is_closed:
             raise SessionClosedError("the I/O backend is closed")
+        check_not_forked(self._owner)
         tasks = min(self._num_threads, len(transfers))
         futures: list[Future[Failure | None]] = []
         try:
@@ -74,6 +81,8 @@ class PosixBackend:
     def close(self) -> None:
         """Finish what is queued and end the threads; safe to call again."""
         self._is_closed = True
+        if os.getpid() != self._owner:  # its threads are the other process's
+            return
         # The last reference to a store may die on a worker, which cannot wait for itself.
         self._pool.shutdown(wait=threading.get_ident() not in self._workers)
 
@@ -84,11 +93,13 @@ class PosixBackend:
         self, transfers: Sequence[Transfer], mine: range, on_done: OnDone | None
     ) -> Failure | None:
         for index in mine:
+            transfer = transfers[index]
             try:
-                self._move(transfers[index])
+                self._move(transfer)
                 if on_done is not None:
                     on_done(index)
             except StoreError as error:
+                error.record_ids = error.record_ids or transfer.record_ids
                 return index, error
         return None
 
@@ -122,6 +133,7 @@ class PosixTicket:
 
     def __init__(self, futures: list[Future[Failure | None]]) -> None:
         self._futures = futures
+        self._owner = os.getpid()
 
     def done(self) -> bool:
         """Return whether nothing is in flight any more."""
@@ -129,6 +141,8 @@ class PosixTicket:
 
     def wait(self) -> None:
         """Wait until nothing is in flight; raise the first error."""
+        if not self.done():
+            check_not_forked(self._owner)
         try:
             for future in self._futures:
                 future.exception()
@@ -141,24 +155,30 @@ class PosixTicket:
             raise min(failures, key=lambda failure: failure[0])[1]
 
 
+def check_not_forked(owner: int) -> None:
+    """Refuse a process that did not make what it uses: nothing would ever end here.
+
+    Raises
+    ------
+    SessionClosedError
+        Naming the process that did.
+    """
+    if os.getpid() != owner:
+        raise SessionClosedError(
+            f"the store belongs to process {owner}, which forked this one: open another here"
+        )
+
+
 def _check_progress(transfer: Transfer, done: int, moved: int) -> None:
     """Tell a short transfer, to be finished, from one that cannot go on."""
     if transfer.is_write:
         if moved == 0:
-            offset, left = transfer.offset_bytes + done, transfer.nbytes - done
-            raise DeviceIOError(
-                5, transfer.path, offset_bytes=offset, nbytes=left, what="wrote nothing"
-            )
+            raise stuck(transfer.path, transfer.offset_bytes + done, transfer.nbytes - done)
         return
     # At the end of the file O_DIRECT may stop between blocks, where going on is EINVAL.
     size = os.fstat(transfer.fd).st_size
     if moved == 0 or size < transfer.offset_bytes + transfer.nbytes:
-        raise CorruptStoreError(
-            transfer.path,
-            f"file is truncated: read of {transfer.nbytes} bytes at {transfer.offset_bytes}",
-            expected=f"{transfer.offset_bytes + transfer.nbytes} bytes",
-            found=f"{size} bytes",
-        )
+        raise truncated(transfer.path, transfer.offset_bytes, transfer.nbytes, size)
 
 
 def _rest(buffers: list[memoryview], moved: int) -> list[memoryview]:

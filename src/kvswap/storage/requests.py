@@ -1,129 +1,182 @@
-"""From records to transfers: sorted by place, joined where adjacent, checked when they end."""
+"""From records to transfers: sorted by place, joined where adjacent, checked before."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import reduce
-from itertools import pairwise
 from operator import or_
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kvswap.core.errors import ConfigError
-from kvswap.storage.base import Extents, Transfer
+from kvswap.storage.base import Batch, Extents
+from kvswap.storage.checksum import record_checksum
 from kvswap.storage.device import DeviceFile
+from kvswap.storage.native import native
 from kvswap.storage.posix import IOV_MAX
 
 MAX_TRANSFER_BYTES = 2**20
 """Longer runs are cut, so that several are in flight: beyond this, length gains nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Transfers of one call, and which records each one carries.
+class Demand(NamedTuple):
+    """Records to be moved, as a caller names them.
 
     Attributes
     ----------
-    order : ndarray [n], int64
-        The caller's records in order of device and offset.
-    bounds : list of int
-        Transfer i carries records ``order[bounds[i]:bounds[i + 1]]``.
-    files : list of DeviceFile
-        File of each transfer.
-    transfers : list of Transfer
+    record_ids : ndarray [n], int64
+    extents : Extents
+        Where the records lie.
+    memory : ndarray [num_rows, record_bytes], uint8
+    rows : ndarray [n], int64, optional
+        Row of each record. Default: record k is row k of ``n``, and they are written.
+    checksums : ndarray [n], uint32, optional
+        As the records read must be.
     """
 
-    order: np.ndarray
-    bounds: list[int]
-    files: list[DeviceFile]
-    transfers: list[Transfer]
+    record_ids: np.ndarray
+    extents: Extents
+    memory: np.ndarray
+    rows: np.ndarray | None = None
+    checksums: np.ndarray | None = None
+
+    @property
+    def is_write(self) -> bool:
+        """Whether memory goes to the device."""
+        return self.rows is None
 
 
-def plan_batch(
-    files: Sequence[DeviceFile],
-    extents: Extents,
-    memory: memoryview,
-    rows: np.ndarray,
-    *,
-    is_write: bool,
-) -> Batch:
-    """Sort records by place and join neighbours.
+def plan_batch(files: Sequence[DeviceFile], demand: Demand, scratch: np.ndarray) -> Batch:
+    """Check records, sort them by place and join neighbours.
 
     Parameters
     ----------
     files : sequence of DeviceFile
         By device.
-    extents : Extents
-        Where the records lie.
-    memory : memoryview, bytes
-        Rows of one record each.
-    rows : ndarray [n], int64
-        Row of each record.
-    is_write : bool
-        Memory to device.
+    demand : Demand
+    scratch : ndarray, uint8
+        As long as the largest gap to read through; takes what lies there.
 
     Raises
     ------
     ConfigError
-        If an extent is not within what is reserved, or not on a block.
+        If an extent is not within what is reserved, or not on a block, or the memory is none
+        that a device can use.
     """
-    record_bytes = files[0].header.record_bytes
-    if len(files) == 1:
-        order = np.argsort(extents.offsets)
-    else:
+    plan = native_plan(files, demand, scratch)
+    if plan is None:
+        demand = _checked(files, demand)
+        plan = native_plan(files, demand, scratch) or PlainPlan(files, demand, len(scratch))
+    fds, paths = [file.fd for file in files], [file.path for file in files]
+    return Batch(plan, fds, paths, demand.memory, scratch, is_write=demand.is_write)
+
+
+def native_plan(files: Sequence[DeviceFile], demand: Demand, scratch: np.ndarray) -> Any:
+    """Return a plan made and checked in one native pass, or None where something is amiss."""
+    if native is None:
+        return None
+    header = files[0].header
+    return native.plan(
+        demand.record_ids,
+        demand.extents.devices,
+        demand.extents.offsets,
+        demand.rows,
+        demand.checksums,
+        demand.memory,
+        scratch,
+        tuple((file.fd, file.record_start, file.reserved_bytes) for file in files),
+        header.record_bytes,
+        header.block_size_bytes,
+        len(scratch),
+        MAX_TRANSFER_BYTES,
+        demand.is_write,
+    )
+
+
+class PlainPlan:
+    """What `native_plan` gives, in Python; see `Plan`."""
+
+    def __init__(self, files: Sequence[DeviceFile], demand: Demand, gap_bytes: int) -> None:
+        extents, self._memory = demand.extents, demand.memory
         order = np.lexsort((extents.offsets, extents.devices))
-    devices: list[int] = extents.devices[order].tolist()
-    offsets: list[int] = extents.offsets[order].tolist()
-    _check_extents(files, devices, offsets)
-    bounds, buffers = _join(devices, offsets, rows[order].tolist(), memory, record_bytes)
-    owners = [files[devices[first]] for first in bounds[:-1]]
-    transfers = [
-        Transfer(
-            file.fd,
-            file.path,
-            file.record_start + offsets[first],
-            pieces,
-            (last - first) * record_bytes,
-            is_write,
+        starts = np.array([file.record_start for file in files])
+        devices = extents.devices[order]
+        rows = order if demand.rows is None else demand.rows[order]
+        self._columns: dict[str, list[int]] = {
+            "ids": demand.record_ids[order].tolist(),
+            "rows": rows.tolist(),
+            "offsets": (extents.offsets[order] + starts[devices]).tolist(),
+            "checksums": [] if demand.checksums is None else demand.checksums[order].tolist(),
+        }
+        size = demand.memory.shape[1]
+        self._transfers = _join(
+            list(zip(devices.tolist(), self._columns["offsets"], rows.tolist(), strict=True)),
+            size,
+            0 if demand.is_write else gap_bytes,
         )
-        for file, pieces, (first, last) in zip(owners, buffers, pairwise(bounds), strict=True)
-    ]
-    return Batch(order, bounds, owners, transfers)
+
+    def __len__(self) -> int:
+        """Return how many transfers there are."""
+        return len(self._transfers)
+
+    def transfers(self) -> list[tuple[int, int, int, int, int]]:
+        """Return device, offset in the file, bytes, first and last record of each."""
+        return self._transfers
+
+    def column(self, name: str) -> list[int]:
+        """Return a column of the records, in order of place."""
+        return self._columns[name]
+
+    def check(self, transfer: int) -> tuple[int, int] | None:
+        """Return the first record of a transfer that is not as it must be, and its checksum."""
+        first, last = self._transfers[transfer][3:]
+        rows, checksums = self._columns["rows"], self._columns["checksums"]
+        for k in range(first, last):
+            found = record_checksum(self._memory[rows[k]])
+            if found != checksums[k]:
+                return k, found
+        return None
 
 
 def _join(
-    devices: list[int],
-    offsets: list[int],
-    rows: list[int],
-    memory: memoryview,
-    record_bytes: int,
-) -> tuple[list[int], list[list[memoryview]]]:
-    """Return where transfers begin and end, and the memory of each.
+    records: list[tuple[int, int, int]], record_bytes: int, gap_bytes: int
+) -> list[tuple[int, int, int, int, int]]:
+    """Join records, given by device, offset and row, that follow each other, or nearly so."""
+    transfers: list[tuple[int, int, int, int, int]] = []
+    first = start = pieces = end = next_row = 0
+    next_device = -1
+    for k, (device, offset, row) in enumerate(records):
+        gap = offset - end
+        more = 2 if gap > 0 else int(row != next_row)
+        joins = (
+            device == next_device
+            and 0 <= gap <= gap_bytes
+            and offset + record_bytes - start <= MAX_TRANSFER_BYTES
+            and pieces + more <= IOV_MAX
+        )
+        if not joins:
+            first, start, pieces, more = k, offset, 0, 1
+            transfers.append((device, start, 0, k, k))
+        pieces, end, next_row, next_device = pieces + more, offset + record_bytes, row + 1, device
+        transfers[-1] = (device, start, end - start, first, k + 1)
+    return transfers
 
-    Records that follow each other on a device share a transfer; those of them whose rows do
-    too share a buffer. A loop over plain numbers: at the tens of records of a decode step it
-    costs a fraction of array operations, and at the thousands of a prefill less than the disk.
-    """
-    most = max(1, min(IOV_MAX, MAX_TRANSFER_BYTES // record_bytes))
-    bounds: list[int] = []
-    buffers: list[list[memoryview]] = []
-    pieces: list[memoryview] = []
-    first = low = next_row = next_offset = next_device = -1
-    for k, (device, offset, row) in enumerate(zip(devices, offsets, rows, strict=True)):
-        begins = offset != next_offset or device != next_device or k - first == most
-        if begins or row != next_row:
-            if k:
-                pieces.append(memory[low * record_bytes : next_row * record_bytes])
-            low = row
-        if begins:
-            first, pieces = k, []
-            bounds.append(k)
-            buffers.append(pieces)
-        next_device, next_offset, next_row = device, offset + record_bytes, row + 1
-    pieces.append(memory[low * record_bytes : next_row * record_bytes])
-    bounds.append(len(rows))
-    return bounds, buffers
+
+def _checked(files: Sequence[DeviceFile], demand: Demand) -> Demand:
+    """Return the same as arrays of the right kind, or say what does not fit."""
+    ids = as_ids(demand.record_ids, "record_ids")
+    name, rows = "records", np.arange(len(ids))
+    if demand.rows is not None:
+        name, rows = "out", as_ids(demand.rows, "rows")
+    check_memory(demand.memory, rows, files[0].header.record_bytes, name)
+    devices, offsets = demand.extents.devices, demand.extents.offsets
+    _check_extents(files, devices, offsets)
+    extents = Extents(
+        np.ascontiguousarray(devices, np.int16), np.ascontiguousarray(offsets, np.int64)
+    )
+    plain = None if demand.rows is None else np.ascontiguousarray(rows)
+    return Demand(np.ascontiguousarray(ids), extents, demand.memory, plain, demand.checksums)
 
 
 def as_ids(ids: np.ndarray, name: str) -> np.ndarray:
@@ -134,8 +187,8 @@ def as_ids(ids: np.ndarray, name: str) -> np.ndarray:
     return plain
 
 
-def as_memory(array: np.ndarray, rows: np.ndarray, record_bytes: int, name: str) -> memoryview:
-    """Return the bytes of an array of records, ready for direct I/O.
+def check_memory(array: np.ndarray, rows: np.ndarray, record_bytes: int, name: str) -> None:
+    """Refuse an array of records that is not ready for direct I/O.
 
     Raises
     ------
@@ -148,27 +201,25 @@ def as_memory(array: np.ndarray, rows: np.ndarray, record_bytes: int, name: str)
         raise ConfigError(f"{law}, got {array.dtype} {list(array.shape)}")
     if not array.flags.c_contiguous:
         raise ConfigError(f"{law}, got one with strides {list(array.strides)}")
+    if name == "out" and not array.flags.writeable:
+        raise ConfigError(f"{law}, got one that may not be written")
     if int(rows.max()) >= len(array):
         raise ConfigError(f"rows must be below {len(array)}, got {int(rows.max())}")
     if array.__array_interface__["data"][0] % min(record_bytes & -record_bytes, 4096):
         raise ConfigError(f"{name} must begin on a page or block boundary (aligned_empty)")
-    return array.data.cast("B")
 
 
-def _check_extents(files: Sequence[DeviceFile], devices: list[int], offsets: list[int]) -> None:
-    """Check places, given in order of device and offset where there are several devices."""
+def _check_extents(files: Sequence[DeviceFile], devices: np.ndarray, offsets: np.ndarray) -> None:
     header = files[0].header
-    if min(devices) < 0 or max(devices) >= len(files):
-        raise ConfigError(f"devices must be in [0, {len(files)}), got {devices}")
-    unaligned = header.block_size_bytes - 1
-    if reduce(or_, offsets) & unaligned:
+    if int(devices.min()) < 0 or int(devices.max()) >= len(files):
+        raise ConfigError(f"devices must be in [0, {len(files)}), got {devices.tolist()}")
+    if reduce(or_, offsets.tolist()) & (header.block_size_bytes - 1):
         raise ConfigError(f"offsets must be multiples of {header.block_size_bytes}")
-    ends = [len(devices)]
-    if len(files) > 1:
-        ends = [k for k in range(1, len(devices)) if devices[k] != devices[k - 1]] + ends
-    for first, end in pairwise([0, *ends]):
-        file = files[devices[first]]
-        low, high = offsets[first], offsets[end - 1] + header.record_bytes
+    for device, file in enumerate(files):
+        mine = offsets[devices == device]
+        if not len(mine):
+            continue
+        low, high = int(mine.min()), int(mine.max()) + header.record_bytes
         if low < 0 or high > file.reserved_bytes:
             raise ConfigError(
                 f"extents must lie in the {file.reserved_bytes} bytes reserved, got"

@@ -16,9 +16,11 @@ from kvswap.core.config import StorageConfig
 from kvswap.core.errors import ConfigError, CorruptStoreError, SessionClosedError
 from kvswap.core.geometry import RecordLayout
 from kvswap.core.stats import IOStats
-from kvswap.storage.base import Extents, FinishedTicket, IOBackend, OnDone, Ticket
+from kvswap.storage.base import Batch, Extents, FinishedTicket, IOBackend, Ticket
+from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.checksum import ChecksumTable
-from kvswap.storage.completion import InFlight, Meter, ReadDone, WriteDone
+from kvswap.storage.choose import make_backend
+from kvswap.storage.completion import BatchDone, InFlight, Meter
 from kvswap.storage.device import DeviceFile
 from kvswap.storage.directory import KeptDirectory, check_directory, open_unnamed
 from kvswap.storage.keeping import (
@@ -30,8 +32,8 @@ from kvswap.storage.keeping import (
     saved_storage,
 )
 from kvswap.storage.manifest import Manifest, SavedState
-from kvswap.storage.posix import PosixBackend
-from kvswap.storage.requests import Batch, as_ids, as_memory, plan_batch
+from kvswap.storage.posix import check_not_forked
+from kvswap.storage.requests import Demand, as_ids, check_memory, plan_batch
 
 
 class BlockStore:
@@ -71,8 +73,10 @@ class BlockStore:
         self._identity, self._files, self._backend = identity, files, backend
         self._kept, self._meter, self._in_flight = kept, Meter(), InFlight()
         self._save_lock = threading.Lock()
+        self._scratch = aligned_empty(identity.storage.gap_bytes(self.layout.record_bytes))
+        self._owner = os.getpid()
         resources.callback(self._in_flight.wait)
-        self._release = weakref.finalize(self, resources.close)
+        self._release = weakref.finalize(self, _release, resources, self._owner)
 
     # -- life -----------------------------------------------------------------------------
 
@@ -89,7 +93,7 @@ class BlockStore:
         layout : RecordLayout
             Shape of a record.
         backend : IOBackend, optional
-            Moves the bytes; the caller closes it. Default: a `PosixBackend` of its own.
+            Moves the bytes; the caller closes it. Default: one of its own, see `make_backend`.
 
         Raises
         ------
@@ -115,7 +119,7 @@ class BlockStore:
                 disk_limit=_limit(storage),
             )
             stack.callback(file.close)
-            backend = _backend(stack, backend, storage.num_threads)
+            backend = _backend(stack, backend, storage, [file])
             return cls(identity, [file], backend, stack.pop_all(), kept=kept)
 
     @classmethod
@@ -178,7 +182,7 @@ class BlockStore:
                 )
                 stack.callback(file.close)
                 files.append(file)
-            backend = _backend(stack, backend, storage.num_threads)
+            backend = _backend(stack, backend, storage, files)
             saved = manifest, checksums, tables
             return cls(identity, files, backend, stack.pop_all(), kept=kept, saved=saved)
 
@@ -230,8 +234,8 @@ class BlockStore:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of memory that the checksum table takes."""
-        return self._checksums.nbytes
+        """Bytes of memory that the checksum table and the gaps' scratch buffer take."""
+        return self._checksums.nbytes + self._scratch.nbytes
 
     def reserve_records(self, num_records: int) -> None:
         """Size the checksum table for record ids below ``num_records``, to the entry.
@@ -297,22 +301,27 @@ class BlockStore:
             If the arguments do not fit together.
         """
         self._check_open()
-        record_ids, rows = as_ids(record_ids, "record_ids"), as_ids(rows, "rows")
-        _same_length(len(record_ids), rows=rows, devices=extents.devices, offsets=extents.offsets)
-        if not len(record_ids):
+        record_ids, rows = np.asarray(record_ids, np.int64), np.asarray(rows, np.int64)
+        count = len(record_ids)
+        _same_length(count, rows=rows, devices=extents.devices, offsets=extents.offsets)
+        if not count:
             return FinishedTicket()
-        memory = as_memory(out, rows, self.layout.record_bytes, "out")
         checksums = self._checksums.get(record_ids)
-        if not checksums.all():
+        if np.count_nonzero(checksums) != count:
+            # Never written, or being written by somebody who did not wait for it.
+            self._in_flight.wait()
+            checksums = self._checksums.get(record_ids)
+        if np.count_nonzero(checksums) != count:
+            as_ids(record_ids, "record_ids")
+            check_memory(out, as_ids(rows, "rows"), self.layout.record_bytes, "out")
             raise CorruptStoreError(
                 self._files[0].path,
                 "records read must have been written",
                 expected="all",
                 found=f"never: {record_ids[checksums == 0].tolist()}",
             )
-        batch = plan_batch(self._files, extents, memory, rows, is_write=False)
-        done = ReadDone(batch, record_ids, checksums, out, rows, meter=self._meter, owner=self)
-        return self._submit(batch, done)
+        demand = Demand(record_ids, extents, out, rows, checksums)
+        return self._submit(plan_batch(self._files, demand, self._scratch))
 
     def write(self, record_ids: np.ndarray, extents: Extents, records: np.ndarray) -> Ticket:
         """Begin to write records; a read submitted once the ticket is done finds them.
@@ -345,22 +354,13 @@ class BlockStore:
         _same_length(count, devices=extents.devices, offsets=extents.offsets, records=records)
         if not count:
             return FinishedTicket()
-        rows = np.arange(count)
-        memory = as_memory(records, rows, self.layout.record_bytes, "records")
+        check_memory(records, np.arange(count), self.layout.record_bytes, "records")
         self._reserve_for(extents)
-        batch = plan_batch(self._files, extents, memory, rows, is_write=True)
+        batch = plan_batch(self._files, Demand(record_ids, extents, records), self._scratch)
         self._checksums.cover(int(record_ids.max()))
         # Until it is written again a record is none: a failed write must not be read as the old.
         self._checksums.put(record_ids, [0] * len(record_ids))
-        done = WriteDone(
-            batch,
-            record_ids,
-            records,
-            checksums=self._checksums,
-            meter=self._meter,
-            owner=self,
-        )
-        return self._submit(batch, done)
+        return self._submit(batch)
 
     # -- keeping --------------------------------------------------------------------------
 
@@ -415,9 +415,20 @@ class BlockStore:
     def _check_open(self) -> None:
         if not self._release.alive:
             raise SessionClosedError("the store is closed")
+        check_not_forked(self._owner)
 
-    def _submit(self, batch: Batch, on_done: OnDone) -> Ticket:
-        ticket = self._backend.submit(batch.transfers, on_done)
+    def _submit(self, batch: Batch) -> Ticket:
+        if self._backend.has_workers:
+            batch.unpack()
+        done = BatchDone(
+            batch,
+            self._files,
+            self._meter,
+            written=self._checksums if batch.is_write else None,
+            # Work that ends by itself may outlive the last use of the store.
+            owner=self if self._backend.has_workers else None,
+        )
+        ticket = self._backend.submit(batch, done)
         self._in_flight.add(ticket)
         return ticket
 
@@ -429,12 +440,22 @@ class BlockStore:
             self._files[device].reserve(furthest + self.layout.record_bytes)
 
 
-def _backend(stack: ExitStack, backend: IOBackend | None, num_threads: int) -> IOBackend:
+def _backend(
+    stack: ExitStack, backend: IOBackend | None, storage: StorageConfig, files: list[DeviceFile]
+) -> IOBackend:
     """Return the backend given, or a new one that is closed with the store."""
     if backend is None:
-        backend = PosixBackend(num_threads)
+        backend = make_backend(storage, is_direct=all(file.is_direct for file in files))
         stack.callback(backend.close)
     return backend
+
+
+def _release(resources: ExitStack, owner: int) -> None:
+    """Give everything back; in a forked child, where it is the parent's, nothing."""
+    if os.getpid() == owner:
+        resources.close()
+    else:
+        resources.pop_all()
 
 
 def _limit(storage: StorageConfig) -> int | None:
