@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from kvswap.core.errors import KernelUnavailableError
+from kvswap.core.extension import native as extension
+from kvswap.core.extension import warn_once
 
 REFERENCE = "torch"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -25,25 +26,9 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _forced: list[str] = []
 
 
-@cache
-def extension() -> ModuleType | None:
-    """Return the extension, or None where it cannot be loaded; says so once."""
-    try:
-        from kvswap import _native
-    except ImportError as error:
-        warnings.warn(
-            f"the native kernels cannot be loaded, plain torch takes their place: {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return _native
-
-
 def native_names() -> tuple[str, ...]:
     """Return the instruction sets whose kernels run here, best first."""
-    module = extension()
-    return () if module is None else tuple(module.kernel_names())
+    return () if extension is None else tuple(extension.kernel_names())
 
 
 def kernel_name() -> str:
@@ -67,15 +52,16 @@ def native() -> ModuleType | None:
 def _choose(name: str) -> ModuleType | None:
     if name == REFERENCE:
         return None
-    module = extension()
     if not name:
-        if module is not None:
-            module.use_kernels(module.kernel_names()[0])
-        return module
-    if module is None or not module.use_kernels(name):
+        if extension is None:
+            warn_once("plain torch computes what native kernels would, as they were not built")
+        else:
+            extension.use_kernels(extension.kernel_names()[0])
+        return extension
+    if extension is None or not extension.use_kernels(name):
         present = ", ".join((REFERENCE, *native_names()))
-        raise KernelUnavailableError(f"kernels must be one of {present}, got {name!r}")
-    return module
+        raise KernelUnavailableError(f"KVSWAP_KERNEL must be one of {present}, got {name!r}")
+    return extension
 
 
 @contextmanager
