@@ -9,7 +9,7 @@ namespace {
 
 // In the order of the floats; what is no number comes first.
 uint32_t ordered(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t bits = std::bit_cast<uint32_t>(x + 0.0f);  // of the two zeros the positive one
   if (x != x) return 0;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
