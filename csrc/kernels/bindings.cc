@@ -1,7 +1,167 @@
 #include "kernels/bindings.h"
 
-namespace kvswap {
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
-void bind_kernels(nanobind::module_& module) { (void)module; }
+#include <algorithm>
+#include <stdexcept>
+
+#include "common/parallel.h"
+#include "kernels/api.h"
+#include "kernels/attend.h"
+#include "kernels/encode.h"
+#include "kernels/scan.h"
+#include "kernels/top.h"
+
+namespace nb = nanobind;
+
+namespace kvswap {
+namespace {
+
+// Tensors cross as addresses: what Python checks once need not be unpacked at every call.
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Ids = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void check_below(const int64_t* ids, int64_t count, int64_t end, const char* what) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= end) throw std::invalid_argument(what);
+  }
+}
+
+class Scanner {
+ public:
+  Scanner(int code, uintptr_t codes, uintptr_t scales, uintptr_t basis, int64_t width,
+          int64_t rank, int64_t group_size, int64_t num_groups, int64_t kv_heads, int64_t head_dim)
+      : codes_(pointer<uint8_t>(codes)),
+        scales_(pointer<uint16_t>(scales)),
+        keys_{static_cast<Code>(code), pointer<const uint8_t>(codes),
+              pointer<const uint16_t>(scales), pointer<const Bf16>(basis), width, rank,
+              group_size, num_groups, kv_heads, head_dim} {}
+
+  void scan(uintptr_t query, int dtype, int64_t num_heads, int64_t q_len, int64_t head_stride,
+            int64_t token_stride, float scaling, Ids ids, uintptr_t out) const {
+    const auto count = static_cast<int64_t>(ids.shape(0));
+    const int64_t* data = ids.data();
+    const QueryView view{pointer<const void>(query), static_cast<Dtype>(dtype), num_heads, q_len,
+                         head_stride, token_stride};
+    nb::gil_scoped_release released;
+    check_below(data, count, keys_.num_groups, "group ids must be those of this index");
+    scan_groups(keys_, view, scaling, data, count, pointer<float>(out));
+  }
+
+  void encode(uintptr_t tokens, int dtype, Ids ids) const {
+    const auto count = static_cast<int64_t>(ids.shape(0));
+    const int64_t* data = ids.data();
+    nb::gil_scoped_release released;
+    check_below(data, count, keys_.num_groups, "group ids must be those of this index");
+    encode_groups(keys_, codes_, scales_, pointer<const void>(tokens), static_cast<Dtype>(dtype),
+                  data, count);
+  }
+
+ private:
+  uint8_t* codes_;
+  uint16_t* scales_;
+  CodedKeys keys_;
+};
+
+
+class Attender {
+ public:
+  Attender(uintptr_t pool, int64_t num_slots, int64_t record_bytes, int64_t group_size,
+           int64_t kv_heads, int64_t head_dim, int dtype)
+      : slots_{pointer<const char>(pool), record_bytes, group_size,
+               kv_heads, head_dim, static_cast<Dtype>(dtype)},
+        num_slots_(num_slots) {}
+
+  // query: address, num_heads, q_len, strides of head and token.
+  // tokens: address of keys, of values, count, strides of keys' heads and tokens, of values'.
+
+  void attend(const nb::tuple& query, Ids rows, const nb::tuple& rolling, const nb::tuple& newest,
+              float scaling, float softcap, uintptr_t out, uintptr_t lse) const {
+    Attend a;
+    a.query = {pointer<const void>(nb::cast<uintptr_t>(query[0])), slots_.dtype,
+               nb::cast<int64_t>(query[1]), nb::cast<int64_t>(query[2]),
+               nb::cast<int64_t>(query[3]), nb::cast<int64_t>(query[4])};
+    a.rows = rows.data();
+    a.num_rows = static_cast<int64_t>(rows.shape(0));
+    a.rolling = view(rolling);
+    a.newest = view(newest);
+    a.scaling = scaling;
+    a.softcap = softcap;
+    a.out = pointer<float>(out);
+    a.lse = pointer<float>(lse);
+    nb::gil_scoped_release released;
+    check_below(a.rows, a.num_rows, num_slots_, "rows must be slots");
+    kvswap::attend(slots_, a);
+  }
+
+ private:
+  static TokensView view(const nb::tuple& t) {
+    return {pointer<const void>(nb::cast<uintptr_t>(t[0])),
+            pointer<const void>(nb::cast<uintptr_t>(t[1])), nb::cast<int64_t>(t[2]),
+            nb::cast<int64_t>(t[3]), nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5]),
+            nb::cast<int64_t>(t[6])};
+  }
+
+  Slots slots_;
+  int64_t num_slots_;
+};
+
+using Positions = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void top(uintptr_t scores, int64_t num_scores, Ids pinned, Positions out) {
+  const auto count = static_cast<int64_t>(out.shape(0));
+  const auto num_pinned = static_cast<int64_t>(pinned.shape(0));
+  const int64_t* first = pinned.data();
+  int64_t* target = out.data();
+  nb::gil_scoped_release released;
+  if (count > num_scores || num_pinned > count) {
+    throw std::invalid_argument("count must lie between the pinned and all positions");
+  }
+  check_below(first, num_pinned, num_scores, "pinned must be positions of scores");
+  top_positions(pointer<const float>(scores), num_scores, count, first, num_pinned, target);
+}
+
+std::vector<std::string> names() {
+  std::vector<std::string> found;
+  for (const Kernels* const* each = all_kernels(); *each; ++each) {
+    if ((*each)->is_there()) found.emplace_back((*each)->name);
+  }
+  return found;
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  m.def("kernel_names", names, "Instruction sets whose kernels run here, best first.");
+  m.def("kernel_name", [] { return std::string(kernels().name); }, "The one in use.");
+  m.def("use_kernels", [](const std::string& name) { return use_kernels(name.c_str()); },
+        nb::arg("name"), "Use another; False where it does not run here.");
+  m.def("num_threads", num_threads, "Threads that kernels share their work over.");
+  m.def("top", top, nb::arg("scores"), nb::arg("num_scores"), nb::arg("pinned"), nb::arg("out"),
+        "Fill out with the positions of the pinned and the largest scores, ascending.");
+  nb::class_<Scanner>(m, "Scanner", "One layer's coded keys, by address.")
+      .def(nb::init<int, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t,
+                    int64_t, int64_t>(),
+           nb::arg("code"), nb::arg("codes"), nb::arg("scales"), nb::arg("basis"),
+           nb::arg("width"), nb::arg("rank"), nb::arg("group_size"), nb::arg("num_groups"),
+           nb::arg("num_kv_heads"), nb::arg("head_dim"))
+      .def("scan", &Scanner::scan, nb::arg("query"), nb::arg("dtype"), nb::arg("num_heads"),
+           nb::arg("q_len"), nb::arg("head_stride"), nb::arg("token_stride"), nb::arg("scaling"),
+           nb::arg("ids"), nb::arg("out"))
+      .def("encode", &Scanner::encode, nb::arg("tokens"), nb::arg("dtype"), nb::arg("ids"));
+  nb::class_<Attender>(m, "Attender", "The slots of all layers, by address.")
+      .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int>(),
+           nb::arg("pool"), nb::arg("num_slots"), nb::arg("record_bytes"), nb::arg("group_size"),
+           nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("dtype"))
+      .def("attend", &Attender::attend, nb::arg("query"), nb::arg("rows"), nb::arg("rolling"),
+           nb::arg("newest"), nb::arg("scaling"), nb::arg("softcap"), nb::arg("out"),
+           nb::arg("lse"));
+}
 
 }  // namespace kvswap

@@ -23,11 +23,11 @@ from kvswap.core.errors import (
     StoreError,
     StoreFullError,
 )
+from kvswap.core.extension import native, warn_once
 from kvswap.storage import BlockStore, IOBackend
 from kvswap.storage import choose as choose_module
 from kvswap.storage import paced as paced_module
 from kvswap.storage.buffers import aligned_empty
-from kvswap.storage.native import native, warn_once
 from kvswap.storage.paced import PacedBackend, PlainPacer
 from kvswap.storage.posix import PosixBackend
 from kvswap.storage.uring import UringBackend, uring_error

@@ -36,16 +36,7 @@ def check(cache: kvswap.KVSwapCache, *others: kvswap.KVSwapCache) -> None:
     report = cache.memory_report()
     parts = {name: report[name] for name in report if name not in ("total", "budget")}
     assert report["total"] == sum(parts.values()) <= report["budget"]
-    held = held_by(cache, *others)
-    assert held <= report["total"] - report["workspace"]
-    # The selection of the step before is a view of a sequence's own ids where it is all of it.
-    views = sum(
-        ids.nbytes
-        for chosen in cache.session._previous.values()
-        for ids in chosen
-        if ids.base is not None
-    )
-    assert held >= report["total"] - report["workspace"] - views
+    assert held_by(cache, *others) == report["total"] - report["workspace"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

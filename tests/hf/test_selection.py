@@ -228,8 +228,7 @@ def test_counters_agree_with_the_store(tmp_path):
 
 
 def test_without_speculation_what_is_read_is_what_was_missed(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvswap.hf.forwards.Forwards._prefetch_next", lambda *_: None)
-    monkeypatch.setattr("kvswap.cache.session.CacheSession.speculate_previous", lambda *_: None)
+    monkeypatch.setattr("kvswap.hf.forwards.Forwards.attention_added", lambda *_: None)
     model = make_model("llama")
     storage = storage_in(tmp_path, read_gap_bytes=0)  # gaps read through are bytes too
     with kvswap.attach(model, config_for(tmp_path, num_slots=8, storage=storage, **SMALL)) as cache:

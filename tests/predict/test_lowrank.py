@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from kvswap.core.geometry import KVGeometry
+from kvswap.kernels.native import forced
 from kvswap.predict.lowrank import LowRankIndex
 
 SIZE, GROUPS, HEAD_DIM = 4, 50, 16
@@ -52,9 +54,14 @@ def test_query_heads_look_at_the_keys_of_their_own_kv_head():
 
 
 def test_many_tokens_are_scored_in_blocks_as_in_one(monkeypatch):
+    with forced("torch"):
+        check_blocks(monkeypatch)
+
+
+def check_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, query = torch.randn(GROUPS * SIZE, 2 * HEAD_DIM), torch.randn(4, 1, HEAD_DIM)
     index = index_of(keys, heads=4, kv_heads=2, rank=8)
     groups = np.array([3, 4, 5, 6, 7, 20, 21, 49, 0, 1])
     whole = index.score(query, groups, scaling=0.5)
-    monkeypatch.setattr("kvswap.predict.lowrank._BLOCK_TOKENS", 8)
+    monkeypatch.setattr(index, "_block_groups", 2)
     torch.testing.assert_close(index.score(query, groups, scaling=0.5), whole)

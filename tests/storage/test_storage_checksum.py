@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvswap.core.extension import native
 from kvswap.storage import checksum
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.checksum import ChecksumTable, crc32c, record_checksum
-from kvswap.storage.native import native
 
 
 @pytest.mark.parametrize(

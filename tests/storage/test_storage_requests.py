@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvswap.core.extension import native
 from kvswap.storage import Batch, Extents
 from kvswap.storage import requests as requests_module
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.device import DeviceFile
 from kvswap.storage.directory import open_unnamed
 from kvswap.storage.header import DeviceHeader
-from kvswap.storage.native import native
 from kvswap.storage.posix import IOV_MAX
 from kvswap.storage.requests import MAX_TRANSFER_BYTES, Demand, plan_batch
 

@@ -28,6 +28,7 @@ class ReplaySelector(TopKSelector):
     foresees: bool
 
     def __init__(self) -> None:
+        super().__init__()
         self._steps = [0] * self.num_layers
         self._next_real = 0  # layers ask for their real queries in order
         self._chosen: dict[int, np.ndarray] = {}

@@ -1,18 +1,18 @@
-"""Where prediction pays: layers whose reads it foresees go on being predicted, others rest."""
+"""Where prediction pays: every layer tries with and without, and goes on with what cost less."""
 
 from __future__ import annotations
 
-_ENOUGH = 0.25  # of the groups a layer had to read, the share that was foreseen
-_MEMORY = 0.75  # weight of the past in the running share
-_REST_STEPS = 32  # then a resting layer is tried again
+_WARM_STEPS = 2  # after a prefill everything is read, whatever was foreseen
+_TRIAL_STEPS = 8  # in turn with and without
+_HOLD_STEPS = 64  # then both are tried again
 
 
 class Foresight:
-    """Keeps score, layer by layer, of what prediction read ahead and was then selected.
+    """Sets, layer by layer, the time that prediction takes against the stall that it saves.
 
-    A prediction costs a scoring of its own. Where the residual changes much from one layer to
-    the next it foresees little, and last step's selection serves as well for nothing. Only
-    what is read ahead depends on it, never what is attended to.
+    On a fast device a read costs less than the estimate and the scoring that would foresee it;
+    on a slow one the reads of a step are most of its time. What is read ahead depends on it,
+    never what is attended to.
 
     Parameters
     ----------
@@ -20,22 +20,31 @@ class Foresight:
     """
 
     def __init__(self, num_layers: int) -> None:
-        self._share = [1.0] * num_layers
-        self._rest = [0] * num_layers
+        self._turn = [0] * num_layers
+        self._spent = [[0.0, 0.0] for _ in range(num_layers)]  # without and with prediction
+        self._pays = [True] * num_layers
 
     def is_worth_it(self, layer_idx: int) -> bool:
-        """Whether to predict a layer in this step; called once a step and layer."""
-        if self._rest[layer_idx]:
-            self._rest[layer_idx] -= 1
-            return False
-        return True
+        """Whether to predict a layer in this step."""
+        turn = self._turn[layer_idx]
+        if _WARM_STEPS <= turn < _WARM_STEPS + _TRIAL_STEPS:
+            return turn % 2 == 1
+        return self._pays[layer_idx]
 
-    def learn(self, layer_idx: int, *, foreseen: int, late: int) -> None:
-        """Note how many groups of a predicted layer were read ahead in time, and how many late."""
-        if not foreseen + late:
-            return
-        share = foreseen / (foreseen + late)
-        self._share[layer_idx] += (1 - _MEMORY) * (share - self._share[layer_idx])
-        if self._share[layer_idx] < _ENOUGH:
-            self._rest[layer_idx] = _REST_STEPS
-            self._share[layer_idx] = _ENOUGH  # one good step brings it back, one bad step not
+    def spend(self, layer_idx: int, seconds: float) -> None:
+        """Note what the prediction for a layer took in this step."""
+        self._spent[layer_idx][1] += seconds
+
+    def learn(self, layer_idx: int, stall_s: float) -> None:
+        """Note how long a layer waited for its reads; called once a step."""
+        turn, spent = self._turn[layer_idx], self._spent[layer_idx]
+        spent[self.is_worth_it(layer_idx)] += stall_s
+        turn += 1
+        if turn == _WARM_STEPS:
+            spent[:] = [0.0, 0.0]
+        if turn == _WARM_STEPS + _TRIAL_STEPS:
+            self._pays[layer_idx] = spent[1] < spent[0]
+        if turn == _WARM_STEPS + _TRIAL_STEPS + _HOLD_STEPS:
+            turn = _WARM_STEPS
+            spent[:] = [0.0, 0.0]
+        self._turn[layer_idx] = turn

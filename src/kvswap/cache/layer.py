@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvswap.cache.sequence import SequenceBatch, Undo
 from kvswap.kernels.attention import AttentionParams, RunningMerge, partial_attention
-from kvswap.kernels.records import gather_groups, pack_groups
+from kvswap.kernels.records import pack_groups
+from kvswap.kernels.slots import Tokens
 
 if TYPE_CHECKING:
     from kvswap.cache.session import CacheSession
@@ -153,36 +154,23 @@ class LayerCache:
         session = self._session
         queries = [given.query for given in rows]
         pending = session.selected(batch, self.layer_idx, queries, scaling=params.scaling)
-        waiting = [given.query.shape[1] > 0 for given in rows]
-        for part in session.prefetcher.rounds(pending):
+        for turn, part in enumerate(session.prefetcher.rounds(pending)):
             for row, given in enumerate(rows):
+                if not given.query.shape[1]:
+                    continue
                 mine = pending.groups[row]
                 mine = mine if pending.fits else np.intersect1d(mine, part, assume_unique=True)
-                if not len(mine) or not given.query.shape[1]:
+                if turn and not len(mine):
                     continue
-                keys, values = self._gather(mine)
-                if pending.fits and given.query.shape[1] == 1:
-                    keys, values = self._with_new(batch, row, given, keys, values)
-                    waiting[row] = False
-                merges[row].add(partial_attention(given.query, keys, values, params))
-        for row, given in enumerate(rows):
-            if waiting[row]:
-                self._attend_new(batch, row, given, merges[row], params)
+                slots = session.reuse.lookup(self.layer_idx, mine)
+                rolling, newest = batch.rolling.get(self.layer_idx, row), (given.keys, given.values)
+                if turn:  # they were attended to with the first part
+                    rolling, newest = _none_of(rolling), _none_of(newest)
+                merges[row].add(
+                    session.attention.attend(given.query, slots, rolling, newest, params)
+                )
+        session.attended(pending)
         session.recall.check(batch, self.layer_idx, rows, merges, params)
-
-    def _gather(self, groups: np.ndarray) -> tuple[Tensor, Tensor]:
-        slots = self._session.reuse.lookup(self.layer_idx, groups)
-        return gather_groups(self._session.slots, torch.from_numpy(slots))
-
-    def _with_new(
-        self, batch: SequenceBatch, row: int, given: RowInput, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Join gathered, rolling and new tokens: one query token sees them all."""
-        newest_keys, newest_values = batch.rolling.get(self.layer_idx, row)
-        return (
-            torch.cat((keys, newest_keys, given.keys), 1),
-            torch.cat((values, newest_values, given.values), 1),
-        )
 
     def append(self, batch: SequenceBatch, rows: list[RowInput]) -> None:
         """Keep the new tokens of every row."""
@@ -234,3 +222,7 @@ class LayerCache:
         packed = torch.empty_like(session.slots[: len(rows)])
         pack_groups(keys[:, tokens], values[:, tokens], packed)
         session.slots[torch.from_numpy(rows)] = packed
+
+
+def _none_of(tokens: Tokens) -> Tokens:
+    return tokens[0][:, :0], tokens[1][:, :0]

@@ -256,12 +256,11 @@ class _Shape:
             index = layers * self.index.plan_bytes(self.geometry, rank=rank, code=self.code, **kind)
             workspace = self.index.workspace_bytes(self.geometry, rank=rank, code=self.code, **kind)
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
-        # holders and stripe; its place in a sequence and in the saved one; what was selected;
-        # what lies in gaps that are read through.
+        # holders and stripe; its place in a sequence and in the saved one; what lies in gaps
+        # that are read through.
         tables = self.num_groups * 8 * layers + SequentialPlacement.plan_bytes(self.num_groups)
         tables += SequenceBatch.plan_table_bytes(layout, self.batch_size, self.max_context)
         tables += 8 * self.num_groups * int(self.config.storage.keep)
-        tables += 8 * layers * budget_groups * self.batch_size
         tables += self.config.storage.gap_bytes(layout.record_bytes)
         staging = 2 * staging_rows * layout.record_bytes
         return {

@@ -33,6 +33,10 @@ class Pending:
         How many of the needed groups had to be read, ahead or now.
     fits : bool
         Whether all of it has slots at once.
+    ahead : Pending or None
+        What was read ahead for this layer and may still be on its way.
+    stall_s : float
+        Time that was spent waiting for it.
     """
 
     layer_idx: int
@@ -42,6 +46,8 @@ class Pending:
     ticket: Ticket | None
     missed: int
     fits: bool
+    ahead: Pending | None = None
+    stall_s: float = 0.0
 
 
 class Prefetcher:
@@ -79,18 +85,27 @@ class Prefetcher:
         ahead : Pending, optional
             What was speculated for this layer: what it read does not count as a hit.
         """
-        step = self.tick()
         needed = groups[0] if len(groups) == 1 else np.unique(np.concatenate(groups))
-        rows = self._reuse.lookup(layer_idx, needed)
-        held = rows >= 0
-        missing = needed[~held]
-        self._reuse.touch(layer_idx, rows[held], step=step)
-        fits = len(missing) <= self._reuse.available(layer_idx, step=step)
-        ticket = self._read(layer_idx, missing, step) if fits and len(missing) else None
-        missed = len(missing)
+        step = self.tick()
+        if ahead is not None:
+            self._hold(ahead, step)
+        missing, rows = self._reuse.take(layer_idx, needed, step=step)
+        if rows is None and ahead is not None:
+            self.wait(ahead)
+            missing, rows = self._reuse.take(layer_idx, needed, step=self.tick())
+        missed, fits = len(missing), rows is not None
         if ahead is not None and ahead.fits:
-            missed += int(np.isin(ahead.missing, needed, assume_unique=True).sum())
-        return Pending(layer_idx, groups, needed, missing, ticket, missed, fits)
+            missed += _num_common(ahead.missing, needed)
+        pending = Pending(layer_idx, groups, needed, missing, None, missed, fits, ahead)
+        if rows is not None and len(missing):
+            pending.ticket = self._read(layer_idx, missing, rows)
+        return pending
+
+    def _hold(self, ahead: Pending, step: int) -> None:
+        """Keep the slots of reads on their way: nothing else may be read to there."""
+        if ahead.ticket is not None:
+            rows = self._reuse.lookup(ahead.layer_idx, ahead.missing)
+            self._reuse.touch(ahead.layer_idx, rows[rows >= 0], step=step)
 
     def wait(self, pending: Pending) -> None:
         """Wait until a submitted read is in memory; the one place that may stall.
@@ -100,17 +115,26 @@ class Prefetcher:
         StoreError
             If the read failed; its slots are given back.
         """
-        ticket, pending.ticket = pending.ticket, None
-        if ticket is None:
-            return
         begin = time.perf_counter()
         try:
-            ticket.wait()
+            if pending.ahead is not None:
+                self._finish(pending.ahead)
+        finally:
+            self._finish(pending)
+            spent = time.perf_counter() - begin
+            pending.stall_s += spent
+            self._stats.stall_s += spent
+
+    def _finish(self, pending: Pending) -> None:
+        if pending.ticket is None:
+            return
+        try:
+            pending.ticket.wait()
         except BaseException:
             self._reuse.forget(pending.layer_idx, pending.missing)
             raise
-        finally:
-            self._stats.stall_s += time.perf_counter() - begin
+        finally:  # not before: whoever cleans up after an interrupt must find it
+            pending.ticket = None
 
     def rounds(self, pending: Pending) -> Iterator[np.ndarray]:
         """Yield the needed groups in as many parts as the slots ask for, each in memory.
@@ -136,19 +160,23 @@ class Prefetcher:
         ordered = np.concatenate((here, pending.missing))
         for first in range(0, len(ordered), size):
             part = ordered[first : first + size]
-            rows = self._reuse.lookup(layer_idx, part)
-            step = self.tick()  # what the part before used may be given away now
-            self._reuse.touch(layer_idx, rows[rows >= 0], step=step)
-            pending.missing = part[rows < 0]
+            # What the part before used may be given away now.
+            pending.missing, rows = self._reuse.take(layer_idx, part, step=self.tick())
+            assert rows is not None, "a part has slots"
             if len(pending.missing):
-                pending.ticket = self._read(layer_idx, pending.missing, step)
+                pending.ticket = self._read(layer_idx, pending.missing, rows)
                 self.wait(pending)
             yield part
 
-    def _read(self, layer_idx: int, groups: np.ndarray, step: int) -> Ticket:
-        rows = self._reuse.admit(layer_idx, groups, step=step)
+    def _read(self, layer_idx: int, groups: np.ndarray, rows: np.ndarray) -> Ticket:
         try:
             return self._records.read(layer_idx, groups, self._reuse.pool, rows)
         except BaseException:
             self._reuse.forget(layer_idx, groups)
             raise
+
+
+def _num_common(some: np.ndarray, ascending: np.ndarray) -> int:
+    """Return how many of some groups are among others."""
+    places = np.minimum(np.searchsorted(ascending, some), len(ascending) - 1)
+    return int(np.count_nonzero(ascending[places] == some))

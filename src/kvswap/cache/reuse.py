@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
+from kvswap.kernels.native import native
 from kvswap.storage.buffers import aligned_empty
 
 
@@ -41,6 +43,10 @@ class ReuseBuffer:
         self._row_of = np.full((num_layers, num_groups), -1, np.int32)
         self._group_in = np.full((num_layers, num_slots), -1, np.int64)
         self._last_used = np.full((num_layers, num_slots), -1, np.int64)
+        module = native()
+        self._native: Any = module and module.SlotTable(
+            self._row_of, self._group_in, self._last_used
+        )
 
     @property
     def slots_nbytes(self) -> int:
@@ -63,6 +69,39 @@ class ReuseBuffer:
     def available(self, layer_idx: int, *, step: int) -> int:
         """Return how many slots are not used in this step."""
         return int(np.count_nonzero(self._last_used[layer_idx] < step))
+
+    def take(
+        self, layer_idx: int, groups: np.ndarray, *, step: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Touch the groups that are in memory, and admit the others if all of them fit.
+
+        Parameters
+        ----------
+        layer_idx : int
+        groups : ndarray [n], int64
+        step : int
+            Now.
+
+        Returns
+        -------
+        missing : ndarray, int64
+            Groups that were not in memory, in the order given.
+        rows : ndarray, int64, or None
+            Their rows, see `admit`; None where there are too few slots, and none is given.
+        """
+        if self._native is None:
+            rows = self.lookup(layer_idx, groups)
+            held = rows >= 0
+            self.touch(layer_idx, rows[held], step=step)
+            missing = groups[~held]
+            if len(missing) > self.available(layer_idx, step=step):
+                return missing, None
+            return missing, self.admit(layer_idx, missing, step=step)
+        missing, rows = np.empty_like(groups), np.empty_like(groups)
+        count = self._native.take(layer_idx, groups, step, missing, rows)
+        if count < 0:
+            return missing[: -count - 1], None
+        return missing[:count], rows[:count]
 
     def admit(self, layer_idx: int, groups: np.ndarray, *, step: int) -> np.ndarray:
         """Give slots to groups that have none, taking those unused for longest.

@@ -26,6 +26,7 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.core.stats import CacheStats
 from kvswap.core.units import format_bytes
 from kvswap.kernels.records import record_view
+from kvswap.kernels.slots import SlotAttention
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES, SELECTORS, KeyIndex
 from kvswap.storage.store import BlockStore
@@ -34,6 +35,7 @@ from kvswap.storage.store import BlockStore
 _HEAVY = (
     "indexes",
     "selection",
+    "attention",
     "slots",
     "reuse",
     "records",
@@ -90,8 +92,6 @@ class CacheSession:
         self.prefill_total = 0  # tokens that a prefill will have stored; 0 while unknown
         self._pending: dict[int, Pending] = {}
         self._speculated: dict[int, Pending] = {}
-        self._previous: dict[int, list[np.ndarray]] = {}
-        self._foretold: set[int] = set()
         self.foresight = Foresight(geometry.num_layers)
         self._decode_base = (0, 0)
         self._is_closed = False
@@ -130,6 +130,7 @@ class CacheSession:
             record_bytes=self.layout.record_bytes,
         )
         self.slots = record_view(self.reuse.pool, self.layout)
+        self.attention = SlotAttention(self.reuse.pool, self.layout)
         self.prefetcher = Prefetcher(self.reuse, self.records, self.counters)
         self.sequences = Sequences(
             self.layout,
@@ -178,7 +179,6 @@ class CacheSession:
             batches = list(self.sequences)
             tables = self.reuse.table_nbytes + self.placement.nbytes + self.store.table_bytes
             tables += self.sequences.saved_nbytes + sum(b.table_nbytes for b in batches)
-            tables += sum(ids.nbytes for chosen in self._previous.values() for ids in chosen)
             parts |= {
                 "index": sum(index.nbytes for index in self.indexes),
                 "slots": self.reuse.slots_nbytes,
@@ -228,7 +228,6 @@ class CacheSession:
     def select_rows(self, batch: SequenceBatch, rows: np.ndarray) -> None:
         """Make row i of a batch a reference to what row ``rows[i]`` was."""
         self.sequences.select_rows(batch, rows)
-        self._previous.clear()
 
     # -- forwards -------------------------------------------------------------------------
 
@@ -292,9 +291,10 @@ class CacheSession:
     def apart_from_decode(self) -> Iterator[None]:
         """Keep the reads inside out of the decode counters; they stay in the engine's own."""
         for pending in (*self._pending.values(), *self._speculated.values()):
-            if pending.ticket is not None:  # the step's own reads must be counted before
-                with suppress(KVSwapError):  # its layer's wait will say it
-                    pending.ticket.wait()
+            for each in (pending, pending.ahead):
+                if each is not None and each.ticket is not None:  # the step's own, not counted yet
+                    with suppress(KVSwapError):  # its layer's wait will say it
+                        each.ticket.wait()
         before = (self.store.stats.bytes_read, self.store.stats.reads)
         yield
         bytes_read = self.store.stats.bytes_read - before[0]
@@ -311,7 +311,6 @@ class CacheSession:
                 with suppress(KVSwapError):  # their slots are given back; nobody waits for them
                     self.prefetcher.wait(pending)
             waiting.clear()
-        self._foretold.clear()
         if self._is_within or not self.reuse.is_sound:
             self._is_within = False
             self.reuse.clear()
@@ -321,53 +320,61 @@ class CacheSession:
         """Whether flushed groups are to be encoded at once."""
         return bool(self.indexes) and self.indexes[0].is_fitted
 
-    def predicted(self, layer_idx: int, groups: list[np.ndarray]) -> None:
-        """Submit the reads of a predicted selection before its layer begins."""
-        into = self._speculated if self.config.correct_prediction else self._pending
-        into[layer_idx] = self.prefetcher.submit(layer_idx, groups)
-        self._foretold.add(layer_idx)
-
     def is_to_predict(self, layer_idx: int) -> bool:
         """Whether a layer's query is to be estimated in this step; called once in it."""
         if not self.config.correct_prediction:
             return True
         return self.foresight.is_worth_it(layer_idx)
 
-    def speculate_previous(self, batch: SequenceBatch, layer_idx: int) -> None:
-        """Submit what the layer selected last time; its real query corrects it."""
-        previous = self._previous.get(layer_idx)
-        if previous is None or len(previous) != batch.batch_size:
-            return
-        held = [batch.flushed_groups(layer_idx, row) for row in range(batch.batch_size)]
-        likely = [np.intersect1d(a, b) for a, b in zip(previous, held, strict=True)]
-        self._speculated[layer_idx] = self.prefetcher.submit(layer_idx, likely)
+    @contextmanager
+    def predicting(self, layer_idx: int) -> Iterator[None]:
+        """Count the time of a prediction against what it saves."""
+        begin = time.perf_counter()
+        yield
+        self.foresight.spend(layer_idx, time.perf_counter() - begin)
 
-    def selected(
+    def predict(
         self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], *, scaling: float
-    ) -> Pending:
-        """Return a layer's selection on its way: the predicted one, or its real query's.
+    ) -> None:
+        """Submit the reads of an estimated query's selection before its layer begins."""
+        groups = self.selection.select(batch, layer_idx, queries, scaling=scaling)
+        into = self._speculated if self.config.correct_prediction else self._pending
+        into[layer_idx] = self.prefetcher.submit(layer_idx, groups)
+
+    def is_selected(self, layer_idx: int) -> bool:
+        """Whether a layer's selection is on its way in this forward."""
+        return layer_idx in self._pending
+
+    def select_ahead(
+        self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], *, scaling: float
+    ) -> None:
+        """Select by a layer's real query and submit what is missing; `selected` returns it.
 
         Parameters
         ----------
         batch : SequenceBatch
         layer_idx : int
         queries : list of Tensor [num_heads, q_len, head_dim]
-            The layer's real queries, one a row.
+            One a row.
         scaling : float
         """
-        pending = self._pending.pop(layer_idx, None)
-        if pending is None:
-            groups = self.selection.select(batch, layer_idx, queries, scaling=scaling)
-            speculated = self._speculated.pop(layer_idx, None)
-            if speculated is not None:
-                self.prefetcher.wait(speculated)
-            pending = self.prefetcher.submit(layer_idx, groups, ahead=speculated)
-            if layer_idx in self._foretold:
-                self._foretold.discard(layer_idx)
-                late = len(pending.missing)
-                self.foresight.learn(layer_idx, foreseen=pending.missed - late, late=late)
-        self._previous[layer_idx] = pending.groups
-        return pending
+        groups = self.selection.select(batch, layer_idx, queries, scaling=scaling)
+        ahead = self._speculated.get(layer_idx)
+        self._pending[layer_idx] = self.prefetcher.submit(layer_idx, groups, ahead=ahead)
+        self._speculated.pop(layer_idx, None)  # the new one waits for it
+
+    def selected(
+        self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], *, scaling: float
+    ) -> Pending:
+        """Return a layer's selection on its way: the one submitted, or its real query's now."""
+        if layer_idx not in self._pending:
+            self.select_ahead(batch, layer_idx, queries, scaling=scaling)
+        return self._pending[layer_idx]
+
+    def attended(self, pending: Pending) -> None:
+        """Learn from a layer that has waited for its groups; its selection is done with."""
+        self._pending.pop(pending.layer_idx, None)
+        self.foresight.learn(pending.layer_idx, pending.stall_s)
 
     # -- life -----------------------------------------------------------------------------
 
@@ -397,7 +404,6 @@ class CacheSession:
                 self.records.drain()
         finally:
             self.store.close()
-            self._previous.clear()
             for name in _HEAVY:
                 self.__dict__.pop(name, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -44,6 +45,7 @@ class ModelBinding:
             )
             for layer in layers
         ]
+        self._active = threading.local()  # what follows the forward that this thread runs
         self._model = weakref.ref(model)
         self._layers = layers
         self._holders = 0
@@ -89,6 +91,9 @@ class ModelBinding:
             layer.register_forward_pre_hook(self._hook_for(index), with_kwargs=True)
             for index, layer in enumerate(self._layers)
         ]
+        for index, estimator in enumerate(self.estimators):
+            if estimator is not None:
+                self._watch_query(index, estimator)
         owner = _owner_of(model, self._layers[0])
         self._hooks.append(owner.register_forward_pre_hook(self._before, with_kwargs=True))
         self._hooks.append(self._layers[-1].register_forward_hook(self._after, with_kwargs=True))
@@ -119,12 +124,30 @@ class ModelBinding:
 
     def _hook_for(self, index: int) -> Any:
         def before_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            forwards = _forwards_in(args, kwargs)
+            self._active.forwards = forwards = _forwards_in(args, kwargs)
             if forwards is not None:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 forwards.before_layer(self, index, hidden, kwargs)
 
         return before_layer
+
+    def _watch_query(self, index: int, estimator: QueryEstimator) -> None:
+        """Follow a layer's query from where it is made, and the residual after attention."""
+        watched = estimator.modules()
+
+        def query_made(module: nn.Module, _: Any, output: Any) -> None:
+            forwards = getattr(self._active, "forwards", None)
+            # Within an adapter that has taken its place the output is not yet the query.
+            if forwards is not None and module is estimator.modules().last:
+                forwards.query_made(index, estimator, output)
+
+        def attention_added(_: nn.Module, args: tuple[Any, ...]) -> None:
+            forwards = getattr(self._active, "forwards", None)
+            if forwards is not None and args:
+                forwards.attention_added(index, args[0])
+
+        self._hooks.append(watched.last.register_forward_hook(query_made))
+        self._hooks.append(watched.after_attention.register_forward_pre_hook(attention_added))
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forwards = _forwards_in(args, kwargs)
@@ -133,6 +156,7 @@ class ModelBinding:
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
         forwards = _forwards_in(args, kwargs)
+        self._active.forwards = None
         if forwards is not None:
             forwards.after_layers()
 

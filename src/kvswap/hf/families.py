@@ -1,8 +1,7 @@
 """What prediction needs from a family: norm, query projection, query norm and RoPE.
 
 A row names a decoder layer's own modules, which are then called, never read: adapters and
-quantised weights work. A family without a row is served by the previous step's selection as
-prefetch and its real query.
+quantised weights work. A family without a row selects when its query reaches attention.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,8 @@ class QueryRecipe:
     ----------
     norm : str
         Module of the decoder layer applied to the residual first.
+    after_attention : str
+        Module of the decoder layer that is given the residual once attention has added to it.
     attention : str
         Module of the decoder layer that holds the rest.
     projection : str
@@ -35,10 +36,21 @@ class QueryRecipe:
     """
 
     norm: str = "input_layernorm"
+    after_attention: str = "post_attention_layernorm"
     attention: str = "self_attn"
     projection: str = "q_proj"
     head_norm: str | None = None
     rope_flag: str | None = None
+
+
+class QueryModules(NamedTuple):
+    """A decoder layer's modules by their part in its query; `last` is the last before RoPE."""
+
+    norm: nn.Module
+    projection: nn.Module
+    head_norm: nn.Module | None
+    last: nn.Module
+    after_attention: nn.Module
 
 
 _PLAIN = QueryRecipe()
@@ -52,7 +64,7 @@ RECIPES: dict[str, QueryRecipe] = {
     "qwen2": _PLAIN,
     "qwen2_moe": _PLAIN,
     "gemma": _PLAIN,
-    "gemma2": _PLAIN,
+    "gemma2": QueryRecipe(after_attention="pre_feedforward_layernorm"),
     "granite": _PLAIN,
     "gpt_oss": _PLAIN,
     "qwen3": _HEAD_NORM,
@@ -63,7 +75,7 @@ RECIPES: dict[str, QueryRecipe] = {
 
 
 class QueryEstimator:
-    """Estimates a layer's query from the residual that enters the layer before it.
+    """Estimates a layer's query from the residual of the layer before it, after its attention.
 
     Parameters
     ----------
@@ -74,6 +86,11 @@ class QueryEstimator:
     num_heads, head_dim : int
         Shape of the query.
 
+    Notes
+    -----
+    The papers take the input of the layer before. What its attention adds is what often
+    decides where the next layer looks; only what its MLP adds is missing here.
+
     References
     ----------
     InfiniGen, https://arxiv.org/abs/2406.19707, and KVSwap, https://arxiv.org/abs/2511.11907:
@@ -83,12 +100,10 @@ class QueryEstimator:
     def __init__(
         self, layer: nn.Module, recipe: QueryRecipe, *, num_heads: int, head_dim: int
     ) -> None:
-        attention: nn.Module = getattr(layer, recipe.attention)
-        for owner, name in ((layer, recipe.norm), (attention, recipe.projection)):
-            getattr(owner, name)  # AttributeError now rather than in a forward
-        if recipe.head_norm:
-            getattr(attention, recipe.head_norm)
-        self._layer, self._attention, self._recipe = layer, attention, recipe
+        self._layer, self._recipe = layer, recipe
+        self._attention: nn.Module = getattr(layer, recipe.attention)
+        self.modules()  # AttributeError now rather than in a forward
+        attention = self._attention
         self._rotates = bool(getattr(attention, recipe.rope_flag)) if recipe.rope_flag else True
         self._rope: Callable[..., tuple[Tensor, Tensor]] = sys.modules[
             type(attention).__module__
@@ -108,6 +123,19 @@ class QueryEstimator:
         except AttributeError:  # a variant of the family: its real query serves
             return None
 
+    def modules(self) -> QueryModules:
+        """Return the modules as they are now: an adapter may have taken the place of one."""
+        recipe, attention = self._recipe, self._attention
+        projection: nn.Module = getattr(attention, recipe.projection)
+        head_norm = getattr(attention, recipe.head_norm) if recipe.head_norm else None
+        return QueryModules(
+            norm=getattr(self._layer, recipe.norm),
+            projection=projection,
+            head_norm=head_norm,
+            last=projection if head_norm is None else head_norm,
+            after_attention=getattr(self._layer, recipe.after_attention),
+        )
+
     @torch.no_grad()
     def estimate(self, residual: Tensor, position_embeddings: Any) -> Tensor:
         """Return the query [batch, num_heads, q_len, head_dim] after RoPE.
@@ -115,20 +143,27 @@ class QueryEstimator:
         Parameters
         ----------
         residual : Tensor [batch, q_len, hidden_size]
-            Input of the decoder layer before.
+            In the place of this layer's input.
         position_embeddings : tuple of Tensor
-            The cosines and sines that the forward gave that layer.
+            The cosines and sines of the forward.
         """
-        num_heads, head_dim = self._shape
-        recipe = self._recipe
-        # Looked up each time: an adapter may have taken a module's place since.
-        projection = getattr(self._attention, recipe.projection)
-        flat = projection(getattr(self._layer, recipe.norm)(residual))
-        query = flat[..., : num_heads * head_dim].unflatten(-1, (num_heads, head_dim))
-        if recipe.head_norm is not None:
-            query = getattr(self._attention, recipe.head_norm)(query)
-        query = query.transpose(1, 2)
+        modules = self.modules()
+        query = self._by_head(modules.projection(modules.norm(residual)))
+        if modules.head_norm is not None:
+            query = modules.head_norm(query)
+        return self.finish(query, position_embeddings)
+
+    @torch.no_grad()
+    def finish(self, output: Tensor, position_embeddings: Any) -> Tensor:
+        """Return the query after RoPE from what the last module before it put out."""
+        query = self._by_head(output).transpose(1, 2)
         if self._rotates:
             cos, sin = position_embeddings
             query, _ = self._rope(query, query[:, :1], cos, sin)
         return query
+
+    def _by_head(self, output: Tensor) -> Tensor:
+        num_heads, head_dim = self._shape
+        if output.ndim == 4:
+            return output
+        return output[..., : num_heads * head_dim].unflatten(-1, (num_heads, head_dim))

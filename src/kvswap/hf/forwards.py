@@ -12,6 +12,7 @@ from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.session import CacheSession
 from kvswap.core.errors import ConfigError, SessionClosedError, UnsupportedModelError
 from kvswap.hf.binding import ModelBinding
+from kvswap.hf.families import QueryEstimator
 from kvswap.hf.layer import DiskLayer
 from kvswap.kernels.attention import AttentionParams
 
@@ -71,6 +72,8 @@ class Forwards:
         self._armed: int | None = None
         self._waiting: DiskLayer | None = None
         self._q_len = 0
+        self._positions: Any = None
+        self._mask: Tensor | None = None
         self._is_within = False  # a forward, or what an interrupted one left
 
     @property
@@ -124,7 +127,7 @@ class Forwards:
     def before_layer(
         self, binding: ModelBinding, layer_idx: int, hidden: Tensor, kwargs: dict[str, Any]
     ) -> None:
-        """Begin a layer: open the forward at the first one, prefetch for the next one.
+        """Begin a layer, and at the first one the forward.
 
         Raises
         ------
@@ -143,17 +146,60 @@ class Forwards:
         if layer_idx == 0:
             self._begin(hidden)
         self._armed = layer_idx
-        if not self.session.is_selecting:
+        self._positions = kwargs.get("position_embeddings")
+        self._mask = kwargs.get("attention_mask")
+
+    @untracked
+    def query_made(self, layer_idx: int, estimator: QueryEstimator, output: Tensor) -> None:
+        """Select as soon as a layer's query is known, while its keys are still being made."""
+        if self._armed != layer_idx or not self._selects(layer_idx):
             return
-        if layer_idx == 0 and layer_idx in self.disk:
-            self.session.speculate_previous(self._rows(), 0)
-        if layer_idx + 1 in self.disk:
-            self._prefetch_next(binding, layer_idx + 1, hidden, kwargs)
+        disk_idx = self.disk.index(layer_idx)
+        if not self.session.is_selected(disk_idx):
+            self.session.select_ahead(
+                self._rows(),
+                disk_idx,
+                self._by_row(estimator.finish(output, self._positions)),
+                scaling=self._scaling(layer_idx),
+            )
+
+    @untracked
+    def attention_added(self, layer_idx: int, residual: Tensor) -> None:
+        """Estimate the next layer's query, and read ahead what it would select."""
+        following = layer_idx + 1
+        if following not in self.disk or not self._selects(following):
+            return
+        disk_idx = self.disk.index(following)
+        binding = self.binding
+        estimator = binding.estimators[following] if binding is not None else None
+        if estimator is None or not self.session.is_to_predict(disk_idx):
+            return
+        with self.session.predicting(disk_idx):
+            query = self._by_row(estimator.estimate(residual, self._positions))
+            self.session.predict(self._rows(), disk_idx, query, scaling=self._scaling(following))
+
+    def _selects(self, layer_idx: int) -> bool:
+        return (
+            self.session.is_selecting
+            and self._is_within
+            and layer_idx in self.disk
+            and isinstance(self._positions, tuple)
+        )
+
+    def _scaling(self, layer_idx: int) -> float:
+        assert self.binding is not None, "a forward runs on the model that the cache is tied to"
+        return self.binding.scaling(layer_idx)
+
+    def _by_row(self, query: Tensor) -> list[Tensor]:
+        """Split a query [batch, num_heads, q_len, head_dim] into rows without their padding."""
+        real = self._real(self._mask)
+        return [row if real is None else row[:, real[i]] for i, row in enumerate(query.unbind(0))]
 
     def after_layers(self) -> None:
         """End the layers of a forward; raises as `before_layer` does."""
         self._check_consumed(len(self.layers))
         self._is_within = False
+        self._positions = self._mask = None
 
     def _begin(self, hidden: Tensor) -> None:
         batch_size, self._q_len = hidden.shape[:2]
@@ -173,29 +219,6 @@ class Forwards:
         exact = self.is_prefill or (self.session.config.exact_append and appends)
         self.session.begin_forward(self.batch, self._q_len, is_prefill=exact)
         self._is_within = True
-
-    def _prefetch_next(
-        self, binding: ModelBinding, layer_idx: int, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        batch, disk_idx = self._rows(), self.disk.index(layer_idx)
-        positions = kwargs.get("position_embeddings")
-        estimator = binding.estimators[layer_idx]
-        if (
-            estimator is None
-            or not isinstance(positions, tuple)
-            or not self.session.is_to_predict(disk_idx)
-        ):
-            self.session.speculate_previous(batch, disk_idx)
-            return
-        query = estimator.estimate(hidden, positions)
-        real = self._real(kwargs.get("attention_mask"))
-        queries = [
-            row if real is None else row[:, real[i]] for i, row in enumerate(query.unbind(0))
-        ]
-        groups = self.session.selection.select(
-            batch, disk_idx, queries, scaling=binding.scaling(layer_idx)
-        )
-        self.session.predicted(disk_idx, groups)
 
     def _check_consumed(self, layer_idx: int) -> None:
         """Raise if the layer before never reached attention with its handle."""

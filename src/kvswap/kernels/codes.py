@@ -19,13 +19,17 @@ import torch
 from torch import Tensor
 
 from kvswap.core.errors import ConfigError
+from kvswap.core.units import align_up
+
+CHUNK_BYTES = 4
+"""A token's codes are a whole number of these; see `kvswap.kernels.tiles`."""
 
 GAUSSIAN_STEP_4BIT = 0.3352  # Max 1960, table II, 16 levels, in standard deviations
 _SCALE_LIMIT = 6.0e4  # float16's largest is 65504
 
 
 class Code(ABC):
-    """A way to store coefficients.
+    """A way to store coefficients as bytes.
 
     Parameters
     ----------
@@ -34,7 +38,6 @@ class Code(ABC):
     """
 
     name: str
-    dtype: torch.dtype
     has_scale: bool = True
 
     def __init__(self, rank: int) -> None:
@@ -43,12 +46,12 @@ class Code(ABC):
     @property
     @abstractmethod
     def width(self) -> int:
-        """Elements stored for a token."""
+        """Bytes stored for a token without its scale; a multiple of `CHUNK_BYTES`."""
 
     @property
     def token_bytes(self) -> int:
         """Bytes of a token, its scale included."""
-        return self.width * self.dtype.itemsize + (2 if self.has_scale else 0)
+        return self.width + (2 if self.has_scale else 0)
 
     @abstractmethod
     def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -60,7 +63,7 @@ class Code(ABC):
 
         Returns
         -------
-        codes : Tensor [num_tokens, width], the code's dtype
+        codes : Tensor [num_tokens, width], uint8
         scales : Tensor [num_tokens], float16, or None
         """
 
@@ -85,65 +88,66 @@ class Bf16Code(Code):
     """Coefficients as they are, in bfloat16 (the paper's form)."""
 
     name = "bf16"
-    dtype = torch.bfloat16
     has_scale = False
 
     @property
     def width(self) -> int:
-        """Elements stored for a token."""
-        return self.rank
+        """Bytes stored for a token."""
+        return align_up(2 * self.rank, CHUNK_BYTES)
 
     def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
         """Round to bfloat16."""
-        return coefficients.to(torch.bfloat16), None
+        return _padded(coefficients.to(torch.bfloat16).view(torch.uint8), self.width), None
 
     def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
         """Multiply in bfloat16, accumulated in float32 by the library."""
-        return (codes @ queries.to(torch.bfloat16).t()).float()
+        coefficients = codes.view(torch.bfloat16)[:, : self.rank]
+        return (coefficients @ queries.to(torch.bfloat16).t()).float()
 
 
 class Int8Code(Code):
-    """Eight bits a coefficient and one scale a token."""
+    """Eight bits a coefficient, 128 above its value, and one scale a token."""
 
     name = "int8"
-    dtype = torch.int8
 
     @property
     def width(self) -> int:
-        """Elements stored for a token."""
-        return self.rank
+        """Bytes stored for a token."""
+        return align_up(self.rank, CHUNK_BYTES)
 
     def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale the largest coefficient to 127 and round."""
         scales = _as_scale(coefficients.abs().amax(1) / 127)
-        codes = torch.round(coefficients / _divisor(scales)).clamp_(-127, 127)
-        return codes.to(torch.int8), scales
+        codes = torch.round(coefficients / _divisor(scales.float())).clamp_(-127, 127)
+        return _padded((codes + 128).to(torch.uint8), self.width), scales
 
     def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
         """Multiply in integers; queries are rounded to eight bits too."""
         assert scales is not None
-        query_codes, query_scales = self.encode(queries)
-        assert query_scales is not None
-        products = torch._int_mm(codes, query_codes.t()).float()
-        return products.mul_(query_scales.float()).mul_(scales.float()[:, None])
+        query_codes, query_scales = round_queries(queries)
+        signed = (codes[:, : self.rank] ^ 128).view(torch.int8)
+        products = torch._int_mm(signed, query_codes.t()).float()
+        return products.mul_(query_scales).mul_(scales.float()[:, None])
 
 
 class Rot4Code(Code):
-    """Four bits a coefficient on a uniform Gaussian grid and one norm a token."""
+    """Four bits a coefficient on a uniform Gaussian grid and one norm a token.
+
+    A byte holds a coefficient of the first half in its low bits, one of the second half in
+    its high ones.
+    """
 
     name = "rot4"
-    dtype = torch.uint8
 
     def __init__(self, rank: int) -> None:
         if rank % 2:
             raise ConfigError(f"rank must be even for the rot4 code, got {rank}")
         super().__init__(rank)
-        self._int8 = Int8Code(rank)
 
     @property
     def width(self) -> int:
-        """Elements stored for a token."""
-        return self.rank // 2
+        """Bytes stored for a token."""
+        return align_up(self.rank // 2, CHUNK_BYTES)
 
     def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
         """Round to sixteen levels; the scale is the one that fits the levels best."""
@@ -154,20 +158,26 @@ class Rot4Code(Code):
         scales = (coefficients * levels).sum(1) / (levels * levels).sum(1)
         codes = (codes + 8).to(torch.uint8)
         half = self.rank // 2
-        return codes[:, :half] | (codes[:, half:] << 4), _as_scale(scales)
+        return _padded(codes[:, :half] | (codes[:, half:] << 4), self.width), _as_scale(scales)
 
     def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
-        """Multiply nibbles in integers; the grid's half-step offset is added once a query."""
+        """Multiply nibbles in integers; the grid's offset, made whole, is added once a query."""
         assert scales is not None
-        query_codes, query_scales = self._int8.encode(queries)
-        assert query_scales is not None
+        query_codes, query_scales = round_queries(queries)
         half = self.rank // 2
+        codes = codes[:, :half]
         low, high = (codes & 15).view(torch.int8), (codes >> 4).view(torch.int8)
         products = torch._int_mm(low, query_codes[:, :half].t())
         products += torch._int_mm(high, query_codes[:, half:].t())
-        offset = query_codes.sum(1, dtype=torch.float32) * 7.5
-        scored = torch.sub(products, offset).mul_(query_scales.float())
+        products -= (query_codes.sum(1, dtype=torch.int32) * 15) >> 1
+        scored = products.float().mul_(query_scales)
         return scored.mul_(scales.float()[:, None])
+
+
+def round_queries(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each query to eight bits: int8 [num_queries, rank] and float32 [num_queries]."""
+    scales = queries.abs().amax(1) / 127
+    return torch.round(queries / _divisor(scales)).to(torch.int8), scales
 
 
 CODES: dict[str, type[Code]] = {code.name: code for code in (Bf16Code, Int8Code, Rot4Code)}
@@ -179,5 +189,8 @@ def _as_scale(scales: Tensor) -> Tensor:
 
 def _divisor(scales: Tensor) -> Tensor:
     # A token of zeros has scale 0: divide by anything, its codes are zeros.
-    wide = scales.float()[:, None]
-    return torch.where(wide == 0, torch.ones_like(wide), wide)
+    return torch.where(scales == 0, torch.ones_like(scales), scales)[:, None]
+
+
+def _padded(codes: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(codes, (0, width - codes.shape[1]))

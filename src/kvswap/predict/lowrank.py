@@ -11,19 +11,26 @@ projection is fitted to the prompt itself where none was calibrated.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import KVGeometry
+from kvswap.core.units import align_up
 from kvswap.kernels.codes import CODES
+from kvswap.kernels.native import DTYPE_CODES, native, query_view
 from kvswap.kernels.scores import group_maximum, reduce_heads
+from kvswap.kernels.tiles import TILE_TOKENS, put_codes, take_codes, tiled_zeros
 from kvswap.predict.base import KeyIndex, register_index
 from kvswap.predict.projection import fit_workspace_bytes, leading_basis
 
 _LEAST_BLOCK_TOKENS = 2048  # scored at once; more where fitting takes the memory anyway
 _BLOCK_QUERIES = 8
+_FEW_GROUPS = 16  # encoded one by one: for more a matrix product is faster
+_NATIVE_CODES = {"rot4": 0, "int8": 1, "bf16": 2}  # as csrc/kernels/api.h numbers them
 _WIDE_TOKENS = 512  # tokens held in float32 at once while fitting and encoding
 
 
@@ -39,21 +46,39 @@ class LowRankIndex(KeyIndex):
         self._geometry = geometry
         self._group_size = group_size
         self._code = CODES[code](rank)
-        shape = (num_groups, group_size)
-        self._codes = torch.zeros((*shape, self._code.width), dtype=self._code.dtype)
-        self._scales = torch.zeros(shape, dtype=torch.float16) if self._code.has_scale else None
+        num_tokens = num_groups * group_size
+        self._tiles = tiled_zeros(num_tokens, self._code.width)
+        room = len(self._tiles) * TILE_TOKENS
+        self._scales = torch.zeros(room, dtype=torch.float16) if self._code.has_scale else None
         self._basis = torch.zeros(geometry.key_dim, rank, dtype=torch.bfloat16)
         self._covariance: Tensor | None = None
         self._is_fitted = False
         tokens = _block_tokens(geometry, rank, code, num_groups, group_size)
         self._block_groups = max(1, tokens // group_size)
+        self._scanner = self._make_scanner(num_groups)
+
+    def _make_scanner(self, num_groups: int) -> Any:
+        module = native()
+        return module and module.Scanner(
+            code=_NATIVE_CODES[self._code.name],
+            codes=self._tiles.data_ptr(),
+            scales=0 if self._scales is None else self._scales.data_ptr(),
+            basis=self._basis.data_ptr(),
+            width=self._code.width,
+            rank=self._code.rank,
+            group_size=self._group_size,
+            num_groups=num_groups,
+            num_kv_heads=self._geometry.num_kv_heads,
+            head_dim=self._geometry.head_dim,
+        )
 
     @classmethod
     def plan_bytes(
         cls, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
     ) -> int:
         """Codes of every group and the projection in bfloat16."""
-        return num_groups * group_size * CODES[code](rank).token_bytes + geometry.key_dim * rank * 2
+        tokens = align_up(num_groups * group_size, TILE_TOKENS)
+        return tokens * CODES[code](rank).token_bytes + geometry.key_dim * rank * 2
 
     @classmethod
     def workspace_bytes(
@@ -69,7 +94,7 @@ class LowRankIndex(KeyIndex):
     def nbytes(self) -> int:
         """Codes, scales and projection."""
         scales = self._scales.nbytes if self._scales is not None else 0
-        return self._codes.nbytes + scales + self._basis.nbytes
+        return self._tiles.nbytes + scales + self._basis.nbytes
 
     @property
     def is_fitted(self) -> bool:
@@ -107,19 +132,48 @@ class LowRankIndex(KeyIndex):
 
     def encode(self, groups: np.ndarray, keys: Tensor) -> None:
         """Project, code and keep; see `KeyIndex.encode`."""
+        if self._scanner is not None and len(groups) <= _FEW_GROUPS and keys.dtype in DTYPE_CODES:
+            keys = keys.contiguous()
+            self._scanner.encode(keys.data_ptr(), DTYPE_CODES[keys.dtype], groups)
+            return
         basis = self._basis.float()
         step = max(1, _WIDE_TOKENS // self._group_size)
         for first in range(0, len(groups), step):
-            ids = torch.from_numpy(groups[first : first + step])
-            tokens = slice(first * self._group_size, (first + len(ids)) * self._group_size)
-            codes, scales = self._code.encode(keys[tokens].float() @ basis)
-            shape = (len(ids), self._group_size)
-            self._codes[ids] = codes.unflatten(0, shape)
+            ids = groups[first : first + step]
+            begin = first * self._group_size
+            wide = keys[begin : begin + len(ids) * self._group_size].float()
+            codes, scales = self._code.encode(wide @ basis)
+            tokens = self._tokens_of(ids)
+            put_codes(self._tiles, tokens, codes)
             if self._scales is not None and scales is not None:
-                self._scales[ids] = scales.unflatten(0, shape)
+                self._scales[tokens] = scales
+
+    def _tokens_of(self, groups: np.ndarray) -> Tensor:
+        tokens = groups[:, None] * self._group_size + np.arange(self._group_size)
+        return torch.from_numpy(tokens.reshape(-1))
 
     def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
         """Score each query head against every token; see `KeyIndex.score`."""
+        if self._scanner is None or query.dtype not in DTYPE_CODES:
+            return self._score_plainly(query, groups, scaling)
+        if query.stride(2) != 1:
+            query = query.contiguous()
+        address, heads, q_len, head_stride, token_stride = query_view(query)
+        scores = torch.empty(len(groups), dtype=torch.float32)
+        self._scanner.scan(
+            address,
+            DTYPE_CODES[query.dtype],
+            heads,
+            q_len,
+            head_stride,
+            token_stride,
+            scaling,
+            groups,
+            scores.data_ptr(),
+        )
+        return scores
+
+    def _score_plainly(self, query: Tensor, groups: np.ndarray, scaling: float) -> Tensor:
         projected = self._project(query) * scaling
         per_pass = max(1, _BLOCK_QUERIES // query.shape[0])
         best: Tensor | None = None
@@ -140,18 +194,18 @@ class LowRankIndex(KeyIndex):
 
     def _score_groups(self, queries: Tensor, groups: np.ndarray) -> Tensor:
         scored = []
-        for first, last in _runs(groups, self._block_groups):
-            codes = self._codes[first:last].flatten(0, 1)
-            scales = None if self._scales is None else self._scales[first:last].flatten()
-            tokens = self._code.score(queries, codes, scales)
-            scored.append(group_maximum(tokens, self._group_size))
+        for first in range(0, len(groups), self._block_groups):
+            tokens = self._tokens_of(groups[first : first + self._block_groups])
+            scales = None if self._scales is None else self._scales[tokens]
+            products = self._code.score(queries, take_codes(self._tiles, tokens), scales)
+            scored.append(group_maximum(products, self._group_size))
         return torch.cat(scored) if len(scored) > 1 else scored[0]
 
     def state(self) -> dict[str, np.ndarray]:
         """Return projection, codes and scales as plain arrays."""
         arrays = {
             "basis": self._basis.view(torch.uint16).numpy(),
-            "codes": _plain_bytes(self._codes),
+            "tiles": self._tiles.numpy(),
         }
         if self._scales is not None:
             arrays["scales"] = _plain_bytes(self._scales)
@@ -161,7 +215,7 @@ class LowRankIndex(KeyIndex):
         """Take back what `state` gave."""
         if not state:
             return
-        for name, held in (("codes", self._codes), ("scales", self._scales)):
+        for name, held in (("tiles", self._tiles), ("scales", self._scales)):
             if held is None:
                 continue
             target = _plain_bytes(held)
@@ -179,9 +233,9 @@ def _fit_bytes(geometry: KVGeometry, rank: int) -> int:
 
 
 def _token_scratch_bytes(geometry: KVGeometry, rank: int, code: str) -> int:
-    """Products in integers and floats, one more of them in flight, and the unpacked codes."""
+    """Products in integers and floats, one more of them in flight; the codes, plain and split."""
     columns = max(_BLOCK_QUERIES, geometry.num_heads)
-    return 12 * columns + 2 * CODES[code](rank).token_bytes
+    return 12 * columns + 4 * CODES[code](rank).token_bytes + 3 * 8
 
 
 def _group_scratch_bytes(geometry: KVGeometry) -> int:
@@ -199,15 +253,3 @@ def _block_tokens(
 
 def _plain_bytes(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.uint8).numpy()
-
-
-def _runs(groups: np.ndarray, longest: int) -> list[tuple[int, int]]:
-    """Split ids into runs of consecutive ones, each at most ``longest``."""
-    breaks = np.flatnonzero(np.diff(groups) != 1) + 1
-    starts = np.concatenate(([0], breaks))
-    stops = np.concatenate((breaks, [len(groups)]))
-    return [
-        (int(groups[first]), int(groups[min(first + longest, stop) - 1]) + 1)
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
-        for first in range(start, stop, longest)
-    ]

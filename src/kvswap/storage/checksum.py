@@ -7,7 +7,7 @@ import threading
 import google_crc32c
 import numpy as np
 
-from kvswap.storage.native import native
+from kvswap.core.extension import native
 
 ALGORITHM = "crc32c"
 """Name in manifests: CRC-32C (Castagnoli), reflected, initial value and final xor ~0."""

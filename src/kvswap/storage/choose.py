@@ -7,8 +7,8 @@ import os
 from kvswap.core.config import StorageConfig
 from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import ConfigError
+from kvswap.core.extension import warn_once
 from kvswap.storage.base import IOBackend
-from kvswap.storage.native import warn_once
 from kvswap.storage.paced import PacedBackend
 from kvswap.storage.posix import PosixBackend
 from kvswap.storage.uring import UringBackend, uring_error

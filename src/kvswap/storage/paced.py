@@ -7,8 +7,8 @@ import time
 
 from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import StoreError
+from kvswap.core.extension import native
 from kvswap.storage.base import Batch, Completion, IOBackend, Plan, Ticket
-from kvswap.storage.native import native
 
 _SPIN_S = 0.0002
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvswap.core.errors import ConfigError
+from kvswap.core.extension import native
 from kvswap.storage.base import Batch, Extents
 from kvswap.storage.checksum import record_checksum
 from kvswap.storage.device import DeviceFile
-from kvswap.storage.native import native
 from kvswap.storage.posix import IOV_MAX
 
 MAX_TRANSFER_BYTES = 2**20

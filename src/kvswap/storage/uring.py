@@ -6,8 +6,8 @@ import threading
 from typing import Any
 
 from kvswap.core.errors import SessionClosedError, StoreError
+from kvswap.core.extension import native
 from kvswap.storage.base import Batch, Completion, Ticket
-from kvswap.storage.native import native
 
 DEPTH = 128
 """Requests that the kernel has at once; more wait until some have completed."""

@@ -1,7 +1,7 @@
 """The native module, where it was built and is not switched off.
 
-``KVSWAP_NATIVE=0`` hides it. Without it records are planned and checked in Python, and moved
-by the thread pool.
+``KVSWAP_NATIVE=0`` hides it. Without it everything still works, slower: plain torch takes the
+place of its kernels, Python and a pool of threads that of its I/O engine.
 """
 
 from __future__ import annotations

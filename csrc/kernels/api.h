@@ -1,0 +1,106 @@
+// What a kernel is given, and the table of an instruction set's kernels.
+//
+// The plain torch code of src/kvswap/kernels defines what each one computes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvswap {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+// Tokens whose keys and values lie one after another, of one KV head.
+struct Segment {
+  const void* keys;
+  const void* values;
+  int64_t count;                     // tokens
+  int64_t key_stride, value_stride;  // elements from one token to the next
+};
+
+// Attention of one KV head's query rows to all its segments.
+struct AttendHead {
+  const Segment* segments;
+  int64_t num_segments;
+  int64_t num_tokens;  // of all segments
+  int64_t head_dim;
+  const void* const* query;  // num_rows pointers to [head_dim], dtype
+  int64_t num_rows;
+  const int64_t* hidden;  // num_rows: newest tokens that the row does not see; null for none
+  float scaling;
+  float softcap;  // 0 for none
+  Dtype dtype;
+  float* const* out;  // num_rows pointers to [head_dim]
+  float* lse;         // [num_rows]
+  float* scratch;     // scratch_floats(num_rows, num_tokens, head_dim)
+};
+
+static constexpr int64_t padded_tokens(int64_t num_tokens) { return (num_tokens + 15) / 16 * 16; }
+static constexpr int64_t scratch_floats(int64_t num_rows, int64_t num_tokens, int64_t head_dim) {
+  return num_rows * (padded_tokens(num_tokens) + head_dim);
+}
+
+// -- codes of keys ------------------------------------------------------------------------
+
+constexpr int kTileTokens = 16;
+constexpr int kMaxQueries = 16;  // scored together
+
+enum class Code : int { rot4 = 0, int8 = 1, bf16 = 2 };
+
+// A tile holds sixteen tokens: [chunks][16 tokens][4 bytes], so that one register holds the
+// same four bytes of every token. Queries come in fours, and so do their scores: a tile's are
+// [quads][groups of the tile][4 queries].
+struct TileScore {
+  const uint8_t* codes;  // the tile
+  int64_t chunks;        // of four bytes of a token
+  int num_quads;         // at most kMaxQueries / 4
+  // rot4: [2 * chunks][kMaxQueries] of four int8, low nibbles' coefficients then high ones'.
+  // int8: [chunks][kMaxQueries] of four int8. bf16: [chunks][kMaxQueries] of two bfloat16.
+  const uint32_t* query;
+  const int32_t* start;   // [kMaxQueries]: product sums begin here; not for bf16
+  const uint16_t* scale;  // [16] float16, a token each; not for bf16
+  int group_size;         // 1, 2, 4, 8 or 16
+  float* out;
+};
+
+// Rows of scores, each of `length` floats: [rows][length].
+struct ScoreRows {
+  const float* scores;
+  int64_t num_rows;
+  int64_t length;
+  const float* scale;  // [length]
+};
+
+struct Kernels {
+  const char* name;
+  bool (*is_there)();
+  void (*attend_head)(const AttendHead&);
+  void (*score_tile)(Code, const TileScore&);
+  // out[rank] += sum over i of x[i] * basis[i][rank]
+  void (*project)(const float* x, int64_t count, const Bf16* basis, int64_t rank, float* out);
+  // Of each column: the largest scaled score, and the sum of exponentials relative to it.
+  void (*column_sums)(const ScoreRows&, float* largest, float* sum);
+  // best[row][i] = the larger of itself and scaled scores less shift, over columns
+  // i, i + best_length, i + 2 * best_length, ...
+  void (*best_shifted)(const ScoreRows&, const float* shift, int64_t best_length, float* best);
+  // To float32.
+  void (*widen)(const void* x, Dtype dtype, int64_t count, float* out);
+};
+
+// The kernels in use; `use_kernels` returns false where the name is unknown or not there.
+const Kernels& kernels();
+bool use_kernels(const char* name);
+
+// All that were built, best first, ended by null.
+const Kernels* const* all_kernels();
+
+extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16, kNeon;
+
+}  // namespace kvswap

@@ -1,0 +1,38 @@
+// Decode attention straight over reuse slots, rolling buffer and new tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/api.h"
+#include "kernels/scan.h"
+
+namespace kvswap {
+
+// Groups in slots: [kv_head, token, head_dim] of keys, then of values.
+struct Slots {
+  const char* pool;
+  int64_t record_bytes, group_size, kv_heads, head_dim;
+  Dtype dtype;
+};
+
+// [kv_heads, count, head_dim] with strides in elements, the last one 1.
+struct TokensView {
+  const void* keys;
+  const void* values;
+  int64_t count, key_head_stride, key_stride, value_head_stride, value_stride;
+};
+
+struct Attend {
+  QueryView query;
+  const int64_t* rows;  // slots attended to
+  int64_t num_rows;
+  TokensView rolling;
+  TokensView newest;  // the query's own tokens: none sees a later one
+  float scaling, softcap;
+  float* out;  // [num_heads, q_len, head_dim]
+  float* lse;  // [num_heads, q_len]
+};
+
+void attend(const Slots& slots, const Attend& a);
+
+}  // namespace kvswap

@@ -1,0 +1,226 @@
+// Attention of a few query rows to scattered tokens, written once for every instruction set.
+//
+// Included by the isa_*.cc files alone, each with its own `Simd`.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/api.h"
+#include "kernels/simd_portable.h"
+
+namespace kvswap {
+namespace {
+
+// The dot product of a row with a key. An instruction set with a product of its own for some
+// dtype specialises it.
+template <class S, class T>
+struct Dot {
+  // Rows are widened once to float32.
+  static void prepare(const T* query, int64_t head_dim, float* row) {
+    int64_t i = 0;
+    for (; i + S::kLanes <= head_dim; i += S::kLanes) S::store(row + i, S::load(query + i));
+    for (; i < head_dim; ++i) row[i] = portable::Simd::load(query + i);
+  }
+  template <int Rows>
+  static void run(const T* key, const float* rows, int64_t head_dim, float* out) {
+    typename S::Reg sums[Rows];
+    for (int r = 0; r < Rows; ++r) sums[r] = S::zero();
+    int64_t i = 0;
+    for (; i + S::kLanes <= head_dim; i += S::kLanes) {
+      const auto k = S::load(key + i);
+      for (int r = 0; r < Rows; ++r) sums[r] = S::fma(k, S::load(rows + r * head_dim + i), sums[r]);
+    }
+    for (int r = 0; r < Rows; ++r) out[r] = S::sum(sums[r]);
+    for (; i < head_dim; ++i) {
+      const float k = portable::Simd::load(key + i);
+      for (int r = 0; r < Rows; ++r) out[r] += k * rows[r * head_dim + i];
+    }
+  }
+};
+
+// The next segment's first lines are asked for while this one is worked on: slots lie
+// scattered, and no hardware foresees where the next one is.
+inline void prefetch(const void* begin, int64_t nbytes) {
+  const char* at = static_cast<const char*>(begin);
+  for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(at + i);
+}
+
+template <class S, class T, int Rows>
+void score_rows(const AttendHead& a, const float* rows, float* scores, int64_t stride) {
+  int64_t place = 0;
+  for (int64_t s = 0; s < a.num_segments; ++s) {
+    const Segment& segment = a.segments[s];
+    const T* key = static_cast<const T*>(segment.keys);
+    if (s + 2 < a.num_segments) {
+      const int64_t near = std::min<int64_t>(a.segments[s + 2].count, 4);
+      prefetch(a.segments[s + 2].keys, near * a.head_dim * static_cast<int64_t>(sizeof(T)));
+    }
+    for (int64_t t = 0; t < segment.count; ++t, key += segment.key_stride, ++place) {
+      float dots[Rows];
+      Dot<S, T>::template run<Rows>(key, rows, a.head_dim, dots);
+      for (int r = 0; r < Rows; ++r) scores[r * stride + place] = dots[r];
+    }
+  }
+}
+
+// Scores become weights that sum to one; returns the log of their sum before that.
+template <class S>
+float soften(const AttendHead& a, float* scores, int64_t hidden) {
+  const int64_t seen = a.num_tokens - hidden, padded = padded_tokens(a.num_tokens);
+  const float lowest = -std::numeric_limits<float>::infinity();
+  if (a.softcap > 0) {
+    for (int64_t i = 0; i < seen; ++i) {
+      scores[i] = a.softcap * std::tanh(scores[i] * a.scaling / a.softcap);
+    }
+  } else {
+    const auto scaling = S::set1(a.scaling);
+    for (int64_t i = 0; i < padded; i += S::kLanes) {
+      S::store(scores + i, S::mul(S::load(scores + i), scaling));
+    }
+  }
+  std::fill(scores + seen, scores + padded, lowest);
+  auto tops = S::set1(lowest);
+  for (int64_t i = 0; i < padded; i += S::kLanes) tops = S::max(tops, S::load(scores + i));
+  const float top = S::largest(tops);
+  auto sums = S::zero();
+  for (int64_t i = 0; i < padded; i += S::kLanes) {
+    const auto weight = S::exp(S::sub(S::load(scores + i), S::set1(top)));
+    S::store(scores + i, weight);
+    sums = S::add(sums, weight);
+  }
+  const float sum = S::sum(sums);
+  const auto share = S::set1(1.0f / sum);
+  for (int64_t i = 0; i < padded; i += S::kLanes) {
+    S::store(scores + i, S::mul(S::load(scores + i), share));
+  }
+  return top + std::log(sum);
+}
+
+// out[r] = sum over tokens of weight[r] * value, for elements [begin, begin + Vectors * lanes).
+template <class S, class T, int Rows, int Vectors>
+void weigh_values(const AttendHead& a, const float* weights, int64_t stride, int64_t begin,
+                  float* const* out) {
+  typename S::Reg sums[Rows][Vectors];
+  for (int r = 0; r < Rows; ++r) {
+    for (int v = 0; v < Vectors; ++v) sums[r][v] = S::zero();
+  }
+  int64_t place = 0;
+  for (int64_t s = 0; s < a.num_segments; ++s) {
+    const Segment& segment = a.segments[s];
+    const T* value = static_cast<const T*>(segment.values) + begin;
+    if (begin == 0 && s + 2 < a.num_segments) {
+      const int64_t near = std::min<int64_t>(a.segments[s + 2].count, 4);
+      prefetch(a.segments[s + 2].values, near * a.head_dim * static_cast<int64_t>(sizeof(T)));
+    }
+    for (int64_t t = 0; t < segment.count; ++t, value += segment.value_stride, ++place) {
+      typename S::Reg wide[Vectors];
+      for (int v = 0; v < Vectors; ++v) wide[v] = S::load(value + v * S::kLanes);
+      for (int r = 0; r < Rows; ++r) {
+        const auto weight = S::set1(weights[r * stride + place]);
+        for (int v = 0; v < Vectors; ++v) sums[r][v] = S::fma(weight, wide[v], sums[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    for (int v = 0; v < Vectors; ++v) S::store(out[r] + begin + v * S::kLanes, sums[r][v]);
+  }
+}
+
+template <class S, class T, int Rows>
+void weigh_rows(const AttendHead& a, const float* weights, int64_t stride, float* const* out) {
+  constexpr int64_t kWide = S::kVectors * S::kLanes;
+  int64_t begin = 0;
+  for (; begin + kWide <= a.head_dim; begin += kWide) {
+    weigh_values<S, T, Rows, S::kVectors>(a, weights, stride, begin, out);
+  }
+  for (; begin + S::kLanes <= a.head_dim; begin += S::kLanes) {
+    weigh_values<S, T, Rows, 1>(a, weights, stride, begin, out);
+  }
+  for (; begin < a.head_dim; ++begin) {
+    weigh_values<portable::Simd, T, Rows, 1>(a, weights, stride, begin, out);
+  }
+}
+
+// Rows of one block: their scores, their weights, their sums.
+template <class S, class T, int Rows>
+void attend_rows(const AttendHead& a, int64_t first, float* rows) {
+  const int64_t stride = padded_tokens(a.num_tokens);
+  float* scores = a.scratch;
+  for (int r = 0; r < Rows; ++r) {
+    Dot<S, T>::prepare(static_cast<const T*>(a.query[first + r]), a.head_dim,
+                       rows + r * a.head_dim);
+  }
+  score_rows<S, T, Rows>(a, rows, scores, stride);
+  for (int r = 0; r < Rows; ++r) {
+    const int64_t hidden = a.hidden ? a.hidden[first + r] : 0;
+    a.lse[first + r] = soften<S>(a, scores + r * stride, hidden);
+  }
+  weigh_rows<S, T, Rows>(a, scores, stride, a.out + first);
+}
+
+template <class S, class T>
+void attend_dtype(const AttendHead& a) {
+  float* rows = a.scratch + a.num_rows * padded_tokens(a.num_tokens);
+  int64_t first = 0;
+  if constexpr (S::kRows >= 4) {
+    for (; first + 4 <= a.num_rows; first += 4) attend_rows<S, T, 4>(a, first, rows);
+  }
+  for (; first + 2 <= a.num_rows; first += 2) attend_rows<S, T, 2>(a, first, rows);
+  for (; first < a.num_rows; ++first) attend_rows<S, T, 1>(a, first, rows);
+}
+
+template <class S>
+void attend_head(const AttendHead& a) {
+  switch (a.dtype) {
+    case Dtype::f32: return attend_dtype<S, float>(a);
+    case Dtype::bf16: return attend_dtype<S, Bf16>(a);
+    case Dtype::f16: return attend_dtype<S, F16>(a);
+  }
+}
+
+// -- small loops --------------------------------------------------------------------------
+
+template <class S>
+void project(const float* x, int64_t count, const Bf16* basis, int64_t rank, float* out) {
+  constexpr int kRegs = 8;
+  int64_t first = 0;
+  const auto block = [&]<int Regs>() {
+    typename S::Reg sums[Regs];
+    for (int v = 0; v < Regs; ++v) sums[v] = S::load(out + first + v * S::kLanes);
+    for (int64_t i = 0; i < count; ++i) {
+      const auto each = S::set1(x[i]);
+      const Bf16* row = basis + i * rank + first;
+      for (int v = 0; v < Regs; ++v) sums[v] = S::fma(each, S::load(row + v * S::kLanes), sums[v]);
+    }
+    for (int v = 0; v < Regs; ++v) S::store(out + first + v * S::kLanes, sums[v]);
+    first += Regs * S::kLanes;
+  };
+  while (first + kRegs * S::kLanes <= rank) block.template operator()<kRegs>();
+  while (first + S::kLanes <= rank) block.template operator()<1>();
+  for (; first < rank; ++first) {
+    for (int64_t i = 0; i < count; ++i) {
+      out[first] += x[i] * portable::Simd::load(basis + i * rank + first);
+    }
+  }
+}
+
+template <class S, class T>
+void widen_dtype(const T* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + S::kLanes <= count; i += S::kLanes) S::store(out + i, S::load(x + i));
+  for (; i < count; ++i) out[i] = portable::Simd::load(x + i);
+}
+
+template <class S>
+void widen(const void* x, Dtype dtype, int64_t count, float* out) {
+  switch (dtype) {
+    case Dtype::f32: return widen_dtype<S>(static_cast<const float*>(x), count, out);
+    case Dtype::bf16: return widen_dtype<S>(static_cast<const Bf16*>(x), count, out);
+    case Dtype::f16: return widen_dtype<S>(static_cast<const F16*>(x), count, out);
+  }
+}
+
+}  // namespace
+}  // namespace kvswap

@@ -1,0 +1,13 @@
+#include "common/cpu.h"
+#include "kernels/attend_head.h"
+#include "kernels/score_rows.h"
+#include "kernels/score_tile.h"
+#include "kernels/simd_avx2.h"
+
+namespace kvswap {
+
+using S = avx2::Simd;
+const Kernels kAvx2 = {"avx2",     has_avx2,   attend_head<S>, score_tile<S, avx2::Tile>,
+                       project<S>, column_sums<S>, best_shifted<S>, widen<S>};
+
+}  // namespace kvswap

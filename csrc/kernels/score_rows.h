@@ -1,0 +1,65 @@
+// From scores a group and query to one a group: every query against its own log-sum-exp.
+//
+// Included by the isa_*.cc files alone, each with its own `Simd`.
+#pragma once
+
+#include <limits>
+
+#include "kernels/api.h"
+#include "kernels/simd_portable.h"
+
+namespace kvswap {
+namespace {
+
+template <class S>
+void column_sum(const ScoreRows& a, int64_t i, float* largest, float* sum) {
+  const auto scale = S::load(a.scale + i);
+  auto top = S::set1(-std::numeric_limits<float>::infinity());
+  for (int64_t row = 0; row < a.num_rows; ++row) {
+    top = S::max(top, S::mul(S::load(a.scores + row * a.length + i), scale));
+  }
+  // Where nothing was asked for all are minus infinity, and so is what is written.
+  const auto finite = S::max(top, S::set1(-std::numeric_limits<float>::max()));
+  auto total = S::zero();
+  for (int64_t row = 0; row < a.num_rows; ++row) {
+    const auto x = S::mul(S::load(a.scores + row * a.length + i), scale);
+    total = S::add(total, S::exp(S::sub(x, finite)));
+  }
+  S::store(largest + i, top);
+  S::store(sum + i, total);
+}
+
+template <class S>
+void column_sums(const ScoreRows& a, float* largest, float* sum) {
+  int64_t i = 0;
+  for (; i + S::kLanes <= a.length; i += S::kLanes) column_sum<S>(a, i, largest, sum);
+  for (; i < a.length; ++i) column_sum<portable::Simd>(a, i, largest, sum);
+}
+
+template <class S>
+void best_of_row(const ScoreRows& a, const float* row, const float* shift, int64_t best_length,
+                 int64_t i, float* best) {
+  auto top = S::load(best + i);
+  for (int64_t j = i; j < a.length; j += best_length) {
+    const auto x = S::mul(S::load(row + j), S::load(a.scale + j));
+    top = S::max(top, S::sub(x, S::load(shift + j)));
+  }
+  S::store(best + i, top);
+}
+
+template <class S>
+void best_shifted(const ScoreRows& a, const float* shift, int64_t best_length, float* best) {
+  for (int64_t r = 0; r < a.num_rows; ++r, best += best_length) {
+    const float* row = a.scores + r * a.length;
+    int64_t i = 0;
+    for (; i + S::kLanes <= best_length; i += S::kLanes) {
+      best_of_row<S>(a, row, shift, best_length, i, best);
+    }
+    for (; i < best_length; ++i) {
+      best_of_row<portable::Simd>(a, row, shift, best_length, i, best);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvswap

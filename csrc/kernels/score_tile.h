@@ -1,0 +1,106 @@
+// Dot products of coded keys with queries, a tile of sixteen tokens at a time.
+//
+// Included by the isa_*.cc files alone, each with its own `Simd` and `Tile`.
+#pragma once
+
+#include "kernels/api.h"
+
+namespace kvswap {
+namespace {
+
+// Integer codes: product sums of every token and query, as floats times the token's scale.
+template <class S, class Tile, Code kCode, int kQueries>
+void multiply(const TileScore& a, int first, typename S::Reg (*out)[kQueries]) {
+  constexpr int kParts = Tile::kParts, kBytes = 64 / Tile::kParts;
+  const uint32_t* query = a.query + first;
+  for (int part = 0; part < kParts; ++part) {
+    typename Tile::Sum sums[kQueries];
+    for (int q = 0; q < kQueries; ++q) sums[q] = Tile::start(a.start[first + q]);
+    for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+      const uint32_t* low = query + chunk * kMaxQueries;
+      const uint32_t* high = low + a.chunks * kMaxQueries;
+      const auto codes = Tile::load(a.codes + chunk * 64 + part * kBytes);
+      if constexpr (kCode == Code::rot4) {
+        const auto first_half = Tile::low(codes), second_half = Tile::high(codes);
+        for (int q = 0; q < kQueries; ++q) {
+          sums[q] = Tile::dot_small(sums[q], first_half, Tile::spread(low[q]));
+          sums[q] = Tile::dot_small(sums[q], second_half, Tile::spread(high[q]));
+        }
+      } else {
+        for (int q = 0; q < kQueries; ++q) {
+          sums[q] = Tile::dot(sums[q], codes, Tile::spread(low[q]));
+        }
+      }
+    }
+    const auto scale = S::load(reinterpret_cast<const F16*>(a.scale) + part * S::kLanes);
+    for (int q = 0; q < kQueries; ++q) out[part][q] = S::mul(Tile::to_float(sums[q]), scale);
+  }
+}
+
+template <class S, class Tile, int kQueries>
+void multiply_bf16(const TileScore& a, int first, typename S::Reg (*out)[kQueries]) {
+  constexpr int kParts = Tile::kParts, kBytes = 64 / Tile::kParts;
+  for (int part = 0; part < kParts; ++part) {
+    typename S::Reg sums[kQueries];
+    for (int q = 0; q < kQueries; ++q) sums[q] = S::zero();
+    for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+      const uint32_t* query = a.query + chunk * kMaxQueries + first;
+      const auto codes = Tile::load(a.codes + chunk * 64 + part * kBytes);
+      for (int q = 0; q < kQueries; ++q) {
+        sums[q] = Tile::dot_bf16(sums[q], codes, Tile::spread(query[q]));
+      }
+    }
+    for (int q = 0; q < kQueries; ++q) out[part][q] = sums[q];
+  }
+}
+
+template <class S, class Tile, Code kCode, int kGroup, int kQuads>
+void score_quads(const TileScore& a, int quad) {
+  constexpr int kQueries = 4 * kQuads;
+  typename S::Reg scores[Tile::kParts][kQueries];
+  if constexpr (kCode == Code::bf16) {
+    multiply_bf16<S, Tile, kQueries>(a, 4 * quad, scores);
+  } else {
+    multiply<S, Tile, kCode, kQueries>(a, 4 * quad, scores);
+  }
+  for (int i = 0; i < kQuads; ++i) {
+    typename S::Reg four[Tile::kParts][4];
+    for (int part = 0; part < Tile::kParts; ++part) {
+      for (int q = 0; q < 4; ++q) four[part][q] = scores[part][4 * i + q];
+    }
+    Tile::template store_groups<kGroup>(four, a.out + (quad + i) * (kTileTokens / kGroup) * 4);
+  }
+}
+
+template <class S, class Tile, Code kCode, int kGroup>
+void score_groups(const TileScore& a) {
+  int quad = 0;
+  if constexpr (Tile::kQuads >= 4) {
+    for (; quad + 4 <= a.num_quads; quad += 4) score_quads<S, Tile, kCode, kGroup, 4>(a, quad);
+    for (; quad + 2 <= a.num_quads; quad += 2) score_quads<S, Tile, kCode, kGroup, 2>(a, quad);
+  }
+  for (; quad < a.num_quads; ++quad) score_quads<S, Tile, kCode, kGroup, 1>(a, quad);
+}
+
+template <class S, class Tile, Code kCode>
+void score_code(const TileScore& a) {
+  switch (a.group_size) {
+    case 1: return score_groups<S, Tile, kCode, 1>(a);
+    case 2: return score_groups<S, Tile, kCode, 2>(a);
+    case 4: return score_groups<S, Tile, kCode, 4>(a);
+    case 8: return score_groups<S, Tile, kCode, 8>(a);
+    default: return score_groups<S, Tile, kCode, 16>(a);
+  }
+}
+
+template <class S, class Tile>
+void score_tile(Code code, const TileScore& a) {
+  switch (code) {
+    case Code::rot4: return score_code<S, Tile, Code::rot4>(a);
+    case Code::int8: return score_code<S, Tile, Code::int8>(a);
+    case Code::bf16: return score_code<S, Tile, Code::bf16>(a);
+  }
+}
+
+}  // namespace
+}  // namespace kvswap

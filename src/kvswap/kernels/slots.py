@@ -1,0 +1,112 @@
+"""Decode attention over what lies in memory: slots, rolling buffer, new tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvswap.core.geometry import RecordLayout
+from kvswap.kernels.attention import AttentionParams, Partial, RunningMerge, partial_attention
+from kvswap.kernels.native import DTYPE_CODES, native, query_view, tokens_view
+from kvswap.kernels.records import DTYPES, gather_groups, record_view
+
+_FEW_ROWS = 64  # query rows of a KV head: beyond this a matrix product is faster
+
+Tokens = tuple[Tensor, Tensor]
+"""Keys and values, each [num_kv_heads, count, head_dim]; the last stride is 1."""
+
+
+class SlotAttention:
+    """Attends to records in place.
+
+    Parameters
+    ----------
+    pool : ndarray [num_slots, record_bytes], uint8
+        Kept alive as long as this is.
+    layout : RecordLayout
+        What a slot holds.
+    """
+
+    def __init__(self, pool: np.ndarray, layout: RecordLayout) -> None:
+        self._pool = pool
+        self._slots = record_view(pool, layout)
+        self._dtype = DTYPES[layout.geometry.dtype]
+        self._shared = layout.geometry.num_heads // layout.geometry.num_kv_heads
+        module = native()
+        self._native: Any = module and module.Attender(
+            pool=pool.__array_interface__["data"][0],
+            num_slots=len(pool),
+            record_bytes=layout.record_bytes,
+            group_size=layout.group_size,
+            num_kv_heads=layout.geometry.num_kv_heads,
+            head_dim=layout.geometry.head_dim,
+            dtype=DTYPE_CODES[self._dtype],
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        rows: np.ndarray,
+        rolling: Tokens,
+        newest: Tokens,
+        params: AttentionParams,
+    ) -> Partial:
+        """Attend to some slots, then to the rolling buffer, then to the new tokens.
+
+        Parameters
+        ----------
+        query : Tensor [num_heads, q_len, head_dim]
+        rows : ndarray [n], int64
+            Slots.
+        rolling : pair of Tensor [num_kv_heads, count, head_dim]
+            May be empty.
+        newest : pair of Tensor [num_kv_heads, q_len, head_dim]
+            The query's own tokens, of which none sees a later one; or empty.
+        params : AttentionParams
+            Sinks are not applied here, see `RunningMerge`.
+
+        Returns
+        -------
+        Partial
+        """
+        few = query.shape[1] * self._shared <= _FEW_ROWS
+        if self._native is None or not few or query.dtype != self._dtype:
+            return self._reference(query, rows, rolling, newest, params)
+        if query.stride(2) != 1 or newest[0].stride(2) != 1 or newest[1].stride(2) != 1:
+            query, newest = query.contiguous(), (newest[0].contiguous(), newest[1].contiguous())
+        out = torch.empty(query.shape, dtype=torch.float32)
+        lse = torch.empty(query.shape[:2], dtype=torch.float32)
+        self._native.attend(
+            query_view(query),
+            rows,
+            tokens_view(*rolling),
+            tokens_view(*newest),
+            params.scaling,
+            params.softcap or 0.0,
+            out.data_ptr(),
+            lse.data_ptr(),
+        )
+        return Partial(out, lse)
+
+    def _reference(
+        self,
+        query: Tensor,
+        rows: np.ndarray,
+        rolling: Tokens,
+        newest: Tokens,
+        params: AttentionParams,
+    ) -> Partial:
+        keys, values = gather_groups(self._slots, torch.from_numpy(rows))
+        keys, values = torch.cat((keys, rolling[0]), 1), torch.cat((values, rolling[1]), 1)
+        if query.shape[1] == 1:  # one query token sees them all
+            keys, values = torch.cat((keys, newest[0]), 1), torch.cat((values, newest[1]), 1)
+            return partial_attention(query, keys, values, params)
+        merged = RunningMerge()
+        if keys.shape[1]:
+            merged.add(partial_attention(query, keys, values, params))
+        if newest[0].shape[1]:
+            merged.add(partial_attention(query, *newest, params, is_causal=True))
+        return Partial(merged.out, merged.lse)
