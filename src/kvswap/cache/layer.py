@@ -125,7 +125,9 @@ class LayerCache:
             if given.query.shape[1] == 0:
                 continue
             groups = batch.flushed_groups(self.layer_idx, row)
-            for keys, values in self._session.records.stream(self.layer_idx, groups):
+            # Nothing is selected in a prefill: the slots' memory serves to read in.
+            lent = self._session.reuse.pool
+            for keys, values in self._session.records.stream(self.layer_idx, groups, lent=lent):
                 merges[row].add(partial_attention(given.query, keys, values, params))
             self._attend_new(batch, row, given, merges[row], params)
 
