@@ -18,7 +18,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPAT := .compat/oldest
 CMAKE := $(BIN)/cmake
 
-.PHONY: demo test check setup fmt fmt-check lint type arch words bench-smoke compat-test clean
+.PHONY: demo test check setup fmt fmt-check lint type arch words bench-smoke compat-test \
+	native-test neon-test clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvswap demo
@@ -27,7 +28,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 # The tests run every benchmark at toy size; `make bench-smoke` runs only those.
-check: $(VENV)/.installed fmt-check lint type arch words test compat-test
+check: $(VENV)/.installed fmt-check lint type arch words native-test neon-test test compat-test
 
 setup: $(VENV)/.installed
 
@@ -79,6 +80,43 @@ $(COMPAT)/.installed: $(VENV)/.installed
 
 compat-test: $(COMPAT)/.installed
 	PYTHONPATH="$(COMPAT)" $(BIN)/python -m pytest tests/hf tests/e2e -m "not newest"
+
+# The tests of csrc that need no Python, built once a sanitizer, unoptimised for the time it
+# takes. $(call native_tests,<folder>,<settings>,<what runs it>)
+define native_tests
+$(CMAKE) -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	-DKVSWAP_NATIVE_TESTS=ON $(if $(filter 1,$(CI)),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) \
+	$(2) --log-level=WARNING
+$(CMAKE) --build build/$(1)
+$(3) $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=error
+endef
+
+# Some thread sanitizers cannot place their memory where addresses are randomised widely.
+PLAIN_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+native-test: $(VENV)/.packages
+	$(call native_tests,native-address,-DCMAKE_BUILD_TYPE=Debug -DKVSWAP_SANITIZE=address$(COMMA)undefined)
+	$(call native_tests,native-thread,-DCMAKE_BUILD_TYPE=Debug -DKVSWAP_SANITIZE=thread,$(PLAIN_ADDRESSES))
+COMMA := ,
+
+# The ARM kernels on another processor, by emulation; without its tools this fails only where
+# it is asked for by name.
+NEON_CXX ?= aarch64-linux-gnu-g++
+NEON_RUN ?= qemu-aarch64-static;-L;/usr/aarch64-linux-gnu
+NEON_TOOLS := $(and $(shell command -v $(NEON_CXX)),$(shell command -v $(firstword $(subst ;, ,$(NEON_RUN)))))
+NEON_MUST := $(filter neon-test,$(MAKECMDGOALS))
+
+neon-test: $(VENV)/.packages
+ifneq ($(filter aarch64 arm64,$(shell uname -m)),)
+	@echo "neon-test: this is an ARM; native-test has run its kernels"
+else ifeq ($(NEON_TOOLS),)
+	@echo "neon-test: not run: apt install g++-aarch64-linux-gnu qemu-user-static" \
+		$(if $(NEON_MUST),&& false)
+else
+	$(call native_tests,native-neon,-DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux \
+		-DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(NEON_CXX) \
+		-DCMAKE_CXX_FLAGS_RELEASE=-O1 '-DCMAKE_CROSSCOMPILING_EMULATOR=$(NEON_RUN)')
+endif
 
 clean:
 	rm -rf $(VENV) .compat .pytest_cache .mypy_cache .ruff_cache build dist

@@ -34,6 +34,12 @@ void check_below(const int64_t* ids, int64_t count, int64_t end, const char* wha
   }
 }
 
+void check_heads(int64_t num_heads, int64_t kv_heads) {
+  if (num_heads < 1 || num_heads % kv_heads) {
+    throw std::invalid_argument("query heads must be a multiple of the KV heads");
+  }
+}
+
 class Scanner {
  public:
   Scanner(int code, uintptr_t codes, uintptr_t scales, uintptr_t basis, int64_t width,
@@ -51,6 +57,7 @@ class Scanner {
     const QueryView view{pointer<const void>(query), static_cast<Dtype>(dtype), num_heads, q_len,
                          head_stride, token_stride};
     nb::gil_scoped_release released;
+    check_heads(num_heads, keys_.kv_heads);
     check_below(data, count, keys_.num_groups, "group ids must be those of this index");
     scan_groups(keys_, view, scaling, data, count, pointer<float>(out));
   }
@@ -70,7 +77,6 @@ class Scanner {
   CodedKeys keys_;
 };
 
-
 class Attender {
  public:
   Attender(uintptr_t pool, int64_t num_slots, int64_t record_bytes, int64_t group_size,
@@ -81,7 +87,6 @@ class Attender {
 
   // query: address, num_heads, q_len, strides of head and token.
   // tokens: address of keys, of values, count, strides of keys' heads and tokens, of values'.
-
   void attend(const nb::tuple& query, Ids rows, const nb::tuple& rolling, const nb::tuple& newest,
               float scaling, float softcap, uintptr_t out, uintptr_t lse) const {
     Attend a;
@@ -97,6 +102,10 @@ class Attender {
     a.out = pointer<float>(out);
     a.lse = pointer<float>(lse);
     nb::gil_scoped_release released;
+    check_heads(a.query.num_heads, slots_.kv_heads);
+    if (a.newest.count && a.newest.count != a.query.q_len) {
+      throw std::invalid_argument("newest must be none or the query's own tokens");
+    }
     check_below(a.rows, a.num_rows, num_slots_, "rows must be slots");
     kvswap::attend(slots_, a);
   }
@@ -150,7 +159,8 @@ void bind_kernels(nb::module_& m) {
   m.def("use_kernels", [](const std::string& name) { return use_kernels(name.c_str()); },
         nb::arg("name"), "Use another; False where it does not run here.");
   m.def("num_threads", num_threads, "Threads that kernels share their work over.");
-  m.def("top", top, nb::arg("scores"), nb::arg("num_scores"), nb::arg("pinned"), nb::arg("out"),
+  m.def("top", top, nb::arg("scores"), nb::arg("num_scores"), nb::arg("pinned"),
+        nb::arg("out").noconvert(),  // a copy of another type would be filled in its place
         "Fill out with the positions of the pinned and the largest scores, ascending.");
   m.def("rotate", rotate_queries, nb::arg("query"), nb::arg("cos"), nb::arg("sin"),
         nb::arg("num_tokens"), nb::arg("num_heads"), nb::arg("head_dim"), nb::arg("dtype"),

@@ -45,10 +45,11 @@ struct Simd {
     return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
   }
 
-  // As on the wider set; what would be subnormal is zero.
+  // As on the wider set; what would be subnormal is zero. Of a maximum with what is no number
+  // the second is taken, which is what is no number here.
   static Reg exp(Reg x) {
     const Reg tiny = _mm256_cmp_ps(x, set1(-87.0f), _CMP_LT_OQ);
-    x = _mm256_max_ps(x, set1(-87.0f));
+    x = _mm256_max_ps(set1(-87.0f), x);
     const Reg whole = _mm256_round_ps(_mm256_mul_ps(x, set1(1.44269504088896341f)),
                                       _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     Reg rest = _mm256_fmadd_ps(whole, set1(-0.693359375f), x);

@@ -37,9 +37,10 @@ struct Simd {
   }
   static float largest(Reg x) { return _mm512_reduce_max_ps(x); }
 
-  // 2^n * 2^f with f in [-0.5, 0.5]; 2^f by its Taylor series, whose error is below 2e-7.
+  // 2^n * 2^f with f in [-0.5, 0.5]; 2^f by its Taylor series, whose error is below 2e-7. Of a
+  // maximum with what is no number the second is taken, which is what is no number here.
   static Reg exp(Reg x) {
-    x = _mm512_max_ps(x, set1(-104.0f));
+    x = _mm512_max_ps(set1(-104.0f), x);
     const Reg scaled = _mm512_mul_ps(x, set1(1.44269504088896341f));
     const Reg whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     Reg rest = _mm512_fmadd_ps(whole, set1(-0.693359375f), x);

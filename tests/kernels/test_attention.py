@@ -87,3 +87,14 @@ def test_parts_with_scores_far_apart_neither_overflow_nor_vanish():
     merged.add(partial_attention(query, far, torch.full((1, 1, 4), 5.0), params))
     merged.add(partial_attention(query, near, torch.full((1, 1, 4), 7.0), params))
     assert torch.equal(merged.result(params), torch.full((1, 1, 4), 7.0))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_elements_that_lie_apart_are_read_rightly(is_causal):
+    query, keys, values = (torch.randn(4, 24, 3).transpose(1, 2) for _ in range(3))
+    params = AttentionParams(scaling=0.25)
+    found = partial_attention(query, keys, values, params, is_causal=is_causal)
+    whole = (each.contiguous() for each in (query, keys, values))
+    expected = partial_attention(*whole, params, is_causal=is_causal)
+    torch.testing.assert_close(found.out, expected.out)
+    torch.testing.assert_close(found.lse, expected.lse)

@@ -81,6 +81,10 @@ def partial_attention(
 def _flash(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float, *, is_causal: bool
 ) -> Partial:
+    # The library takes elements of a row to lie side by side, and does not look.
+    query, keys, values = (
+        each if each.stride(2) == 1 else each.contiguous() for each in (query, keys, values)
+    )
     num_heads, q_len, head_dim = query.shape
     shared = num_heads // keys.shape[0]
     if is_causal:

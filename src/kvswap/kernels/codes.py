@@ -126,7 +126,7 @@ class Int8Code(Code):
         assert scales is not None
         query_codes, query_scales = round_queries(queries)
         signed = (codes[:, : self.rank] ^ 128).view(torch.int8)
-        products = torch._int_mm(signed, query_codes.t()).float()
+        products = _int_product(signed, query_codes.t()).float()
         return products.mul_(query_scales).mul_(scales.float()[:, None])
 
 
@@ -167,8 +167,8 @@ class Rot4Code(Code):
         half = self.rank // 2
         codes = codes[:, :half]
         low, high = (codes & 15).view(torch.int8), (codes >> 4).view(torch.int8)
-        products = torch._int_mm(low, query_codes[:, :half].t())
-        products += torch._int_mm(high, query_codes[:, half:].t())
+        products = _int_product(low, query_codes[:, :half].t())
+        products += _int_product(high, query_codes[:, half:].t())
         products -= (query_codes.sum(1, dtype=torch.int32) * 15) >> 1
         scored = products.float().mul_(query_scales)
         return scored.mul_(scales.float()[:, None])
@@ -181,6 +181,12 @@ def round_queries(queries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CODES: dict[str, type[Code]] = {code.name: code for code in (Bf16Code, Int8Code, Rot4Code)}
+
+
+def _int_product(left: Tensor, right: Tensor) -> Tensor:
+    if left.shape[1] == 1:  # torch's own product gives wrong numbers there
+        return left.int() * right.int()
+    return torch._int_mm(left, right)
 
 
 def _as_scale(scales: Tensor) -> Tensor:

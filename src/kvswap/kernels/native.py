@@ -67,6 +67,7 @@ def _choose(name: str) -> ModuleType | None:
 @contextmanager
 def forced(name: str) -> Iterator[None]:
     """Use kernels by name within a block, for tests and comparisons."""
+    before = extension and extension.kernel_name()
     _forced.append(name)
     _choose.cache_clear()
     try:
@@ -75,6 +76,8 @@ def forced(name: str) -> Iterator[None]:
     finally:
         _forced.pop()
         _choose.cache_clear()
+        if extension is not None:  # for those who found it before
+            extension.use_kernels(before)
 
 
 def query_view(query: Tensor) -> tuple[int, int, int, int, int]:

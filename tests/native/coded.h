@@ -1,0 +1,71 @@
+// An index of its own memory, whose arithmetic is exact: dyadic bases, queries and keys.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/encode.h"
+#include "kernels/scan.h"
+#include "random.h"
+
+namespace kvswap::test {
+
+struct Shape {
+  Code code = Code::rot4;
+  int64_t rank = 8, group_size = 4, num_groups = 20, kv_heads = 2, head_dim = 8;
+
+  int64_t dim() const { return kv_heads * head_dim; }
+  int64_t width() const {
+    const int64_t bytes = code == Code::bf16 ? 2 * rank : code == Code::int8 ? rank : rank / 2;
+    return (bytes + 3) / 4 * 4;
+  }
+  int64_t tiles() const { return (num_groups * group_size + kTileTokens - 1) / kTileTokens; }
+};
+
+struct Index {
+  Shape shape;
+  std::vector<Bf16> basis;
+  std::vector<uint8_t> codes;
+  std::vector<uint16_t> scales;
+
+  Index(Random& random, const Shape& s)
+      : shape(s), basis(basis_of(s.dim() * s.rank, [&] { return random.dyadic() / 2; })),
+        codes(static_cast<size_t>(s.tiles() * s.width() * kTileTokens), 0xa5),
+        scales(s.code == Code::bf16 ? 0 : static_cast<size_t>(s.tiles() * kTileTokens), 0x5a5a) {}
+
+  CodedKeys keys() const {
+    return {shape.code, codes.data(),     shape.code == Code::bf16 ? nullptr : scales.data(),
+            basis.data(), shape.width(),  shape.rank,  shape.group_size,
+            shape.num_groups, shape.kv_heads, shape.head_dim};
+  }
+  uint8_t& byte(int64_t token, int64_t i) {
+    const int64_t tile = token / kTileTokens * shape.width() * kTileTokens;
+    return codes[static_cast<size_t>(tile + i / 4 * 4 * kTileTokens + token % kTileTokens * 4 + i % 4)];
+  }
+  // Keys [ids * group_size][dim] into codes.
+  void encode(const Numbers& tokens, const std::vector<int64_t>& ids) {
+    encode_groups(keys(), codes.data(), shape.code == Code::bf16 ? nullptr : scales.data(),
+                  tokens.bytes.data(), tokens.dtype, ids.data(), static_cast<int64_t>(ids.size()));
+  }
+  // What the codes of a token stand for.
+  std::vector<double> decoded(int64_t token) {
+    std::vector<double> made(static_cast<size_t>(shape.rank));
+    for (int64_t j = 0; j < shape.rank; ++j) {
+      double& x = made[static_cast<size_t>(j)];
+      if (shape.code == Code::bf16) {
+        const int bits = byte(token, 2 * j) | byte(token, 2 * j + 1) << 8;
+        x = plain(Bf16{static_cast<uint16_t>(bits)});
+        continue;
+      }
+      const double scale = from_f16(scales[static_cast<size_t>(token)]);
+      if (shape.code == Code::int8) {
+        x = (byte(token, j) - 128) * scale;
+      } else {
+        const int both = byte(token, j % (shape.rank / 2));
+        x = ((j < shape.rank / 2 ? both & 15 : both >> 4) - 7.5) * scale;
+      }
+    }
+    return made;
+  }
+};
+
+}  // namespace kvswap::test
