@@ -16,9 +16,10 @@ OLDEST_TRANSFORMERS := transformers==4.57.6
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPAT := .compat/oldest
+PEERS := .peers
 CMAKE := $(BIN)/cmake
 
-.PHONY: demo test check setup fmt fmt-check lint type arch words bench-smoke compat-test \
+.PHONY: demo test check setup fmt fmt-check lint type arch words bench-smoke peers compat-test \
 	native-test neon-test clean
 
 demo: $(VENV)/.installed
@@ -73,6 +74,13 @@ words: $(VENV)/.installed
 bench-smoke: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/bench -m smoke -rs
 
+# What decode_throughput.py --peers runs beside us, in a Python of its own; llama.cpp is built.
+peers: $(VENV)/.installed
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet $(TORCH_PIP_ARGS) "$(TORCH)"
+	$(PEERS)/bin/pip install --quiet transformers==5.23.0 gguf==0.19.0 llama-cpp-python==0.3.36
+	$(PEERS)/bin/pip install --quiet --no-deps ollm==1.0.3
+
 # The newest transformers lies in $(VENV), the oldest in a folder in front of it on the path.
 $(COMPAT)/.installed: $(VENV)/.installed
 	$(PIP) --target "$(COMPAT)" --upgrade $(OLDEST_TRANSFORMERS)
@@ -100,11 +108,11 @@ native-test: $(VENV)/.packages
 COMMA := ,
 
 # The ARM kernels on another processor, by emulation; without its tools this fails only where
-# it is asked for by name or CI=1.
+# it is asked for by name.
 NEON_CXX ?= aarch64-linux-gnu-g++
 NEON_RUN ?= qemu-aarch64-static;-L;/usr/aarch64-linux-gnu
 NEON_TOOLS := $(and $(shell command -v $(NEON_CXX)),$(shell command -v $(firstword $(subst ;, ,$(NEON_RUN)))))
-NEON_MUST := $(filter neon-test,$(MAKECMDGOALS))$(filter 1,$(CI))
+NEON_MUST := $(filter neon-test,$(MAKECMDGOALS))
 
 neon-test: $(VENV)/.packages
 ifneq ($(filter aarch64 arm64,$(shell uname -m)),)
@@ -119,4 +127,4 @@ else
 endif
 
 clean:
-	rm -rf $(VENV) .compat .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .compat $(PEERS) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,17 +1,15 @@
-"""Time decode steps with the KV cache on disk against transformers' caches in memory.
+"""Time decode steps with the KV cache on disk against what a user would pick instead.
 
-A model of a real shape with random weights; the same synthetic keys and values on all sides;
-steps of all sides alternated in one process. Selections follow a stated reuse rate (the paper
+A model of a real shape with random weights; transformers' caches in memory get the same
+synthetic keys and values, peers run in a Python of their own with the same shape; steps of all
+sides are alternated in one run. Selections follow a stated reuse rate (the KVSwap paper
 measures 75-81 %) or a trace recorded on the trained reader: --selection.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,174 +17,216 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import kvswap
+from kvswap.bench.peers import SCRIPTS, Peer
 from kvswap.bench.record import Record, describe_device
 from kvswap.bench.replay import register_replay
+from kvswap.bench.script import (
+    add_options,
+    add_selection,
+    device_models,
+    note,
+    note_steps,
+    peak_rss_bytes,
+    prediction,
+    progress,
+    publish,
+    store_directory,
+)
+from kvswap.bench.stepping import Side, alternate, describe, fill_stock, ratios, stepper
 from kvswap.bench.synthetic import SHAPES, fill, random_model, synthetic_context
 from kvswap.core.units import format_bytes
 from kvswap.hf.geometry import read_shape
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "decode_throughput.jsonl"
-TOKEN = torch.tensor([[5]])
-Step = Callable[[], None]
+HERE = Path(__file__).resolve().parents[1]
+WARM_TURNS = 3
+NAMES = {
+    "dynamic": "dynamiccache",
+    "static": "staticcache",
+    "llamacpp": "llamacpp",
+    "ollm": "ollm",
+}
+WHAT = {
+    "dynamic": "transformers' DynamicCache in memory",
+    "static": "transformers' StaticCache in memory",
+    "llamacpp": "llama.cpp in memory, f16, the faster of its attention settings",
+    "ollm": "oLLM's disk cache, read past the page cache",
+}
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers than the shape's")
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4, help="steps of kvswap in a sample")
-    parser.add_argument("--share", type=float, default=1 / 16, help="KV memory of full KV")
-    parser.add_argument("--selection", default="0.77", help="reuse rate, or a trace (.npz)")
+    parser.add_argument("--share", type=float, default=1 / 20, help="KV memory of full KV")
+    parser.add_argument("--budget-tokens", type=int, default=None)
+    parser.add_argument("--device-model", default="raw", choices=device_models())
     parser.add_argument(
-        "--foresees", action="store_true", help="prediction is right; else every miss is late"
+        "--in-memory", default="dynamic,static", help='of transformers\' caches; "" for none'
     )
-    parser.add_argument("--kv-dir", type=Path, default=None)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args()
+    parser.add_argument("--peers", default="", help=f"of {', '.join(SCRIPTS)}, separated by commas")
+    parser.add_argument("--peer-python", type=Path, help="interpreter that has the peers")
+    add_selection(parser, "0.77")
+    add_options(parser, HERE / "results" / "decode_throughput.jsonl")
+    args = parser.parse_args()
+    args.in_memory = [name for name in args.in_memory.split(",") if name]
+    args.peers = [name for name in args.peers.split(",") if name]
+    unknown = {*args.in_memory} - {"dynamic", "static"} | {*args.peers} - {*SCRIPTS}
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if args.peers and args.peer_python is None:
+        parser.error("--peers needs --peer-python")
+    if args.quick:
+        args.shape, args.layers, args.context, args.share = "toy", None, 4096, 0.5
+        args.samples, args.steps = 2, 2
+    return args
 
 
-def stepper(model: PreTrainedModel, cache: Any, implementation: str) -> Step:
-    """Return a function that decodes one token with a cache."""
+def start_peers(
+    args: argparse.Namespace, model: PreTrainedModel, directory: Path, stack: ExitStack
+) -> dict[str, Peer]:
+    """Start all peers, one after the other, each with its context filled."""
+    shape = {**SHAPES[args.shape], "num_hidden_layers": model.config.num_hidden_layers}
+    shape["max_position_embeddings"] = model.config.max_position_embeddings
+    peers = {}
+    for name in args.peers:
+        progress(f"filling {name}")
+        folder = directory / name
+        folder.mkdir()
+        peer = Peer(
+            name,
+            python=args.peer_python,
+            scripts=HERE / "peers",
+            shape=shape,
+            context=args.context,
+            directory=folder,
+            threads=torch.get_num_threads(),
+            seed=args.seed,
+        )
+        peers[name] = stack.enter_context(peer)
+    return peers
 
-    def step() -> None:
-        model.set_attn_implementation(implementation)
-        model(input_ids=TOKEN, past_key_values=cache, use_cache=True)
 
-    return step
-
-
-def timed(step: Step, count: int) -> float:
-    """Return the seconds that a step takes, over some steps at once."""
-    begin = time.perf_counter()
-    for _ in range(count):
-        step()
-    return (time.perf_counter() - begin) / count
-
-
-def fill_stock(cache: Any, args: argparse.Namespace, model: PreTrainedModel) -> None:
-    """Put the synthetic context into one of transformers' caches."""
+def in_memory_sides(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Side]:
+    """Return transformers' own caches, filled, and one that is empty."""
     geometry = read_shape(model).geometry
-    for layer_idx, keys, values in synthetic_context(geometry, args.context, seed=args.seed):
-        cache.update(keys[None], values[None], layer_idx)
-
-
-def alternate(sides: dict[str, tuple[Step, int]], samples: int) -> dict[str, list[float]]:
-    """Time all sides in turn, after two samples that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(samples + 2):
-        for name, (step, count) in sides.items():
-            spent = timed(step, count)
-            if turn >= 2:
-                seconds[name].append(spent)
-    return seconds
+    room = args.context + 512
+    made: dict[str, Any] = {}
+    for name in args.in_memory:
+        dynamic = name == "dynamic"
+        made[name] = (
+            DynamicCache(config=model.config)
+            if dynamic
+            else StaticCache(config=model.config, max_cache_len=room)
+        )
+        fill_stock(made[name], synthetic_context(geometry, args.context, seed=args.seed))
+    made["empty"] = DynamicCache(config=model.config)
+    return {name: Side(stepper(model, cache, "sdpa"), 1) for name, cache in made.items()}
 
 
 def run(args: argparse.Namespace, directory: Path) -> list[Record]:
     """Measure, and return the records."""
-    model = random_model(args.shape, seed=args.seed)
+    room = args.context + 512
+    model = random_model(args.shape, num_layers=args.layers, max_positions=room, seed=args.seed)
     geometry = read_shape(model).geometry
     full_bytes = args.context * geometry.token_bytes
-    selector = register_replay(
-        geometry.num_layers, source=args.selection, foresees=args.foresees, seed=args.seed
-    )
     config = kvswap.CacheConfig(
         kv_memory=int(full_bytes * args.share),
-        max_context=args.context + 512,
-        selector=selector,
-        storage=kvswap.StorageConfig(directories=[directory]),
+        max_context=room,
+        budget_tokens=args.budget_tokens,
+        selector=register_replay(
+            model, source=args.selection, foresees=args.foresees, seed=args.seed
+        ),
+        storage=kvswap.StorageConfig(
+            directories=[directory],
+            device_model=None if args.device_model == "raw" else args.device_model,
+        ),
     )
-    dynamic = DynamicCache(config=model.config)
-    static = StaticCache(config=model.config, max_cache_len=args.context + 512)
-    empty = DynamicCache(config=model.config)
-    with torch.no_grad(), kvswap.attach(model, config) as cache:
+    with ExitStack() as stack:
+        peers = start_peers(args, model, directory, stack)
+        cache = stack.enter_context(kvswap.attach(model, config))
         attached = model.config._attn_implementation
-        fill(cache, args.context, seed=args.seed)
-        fill_stock(dynamic, args, model)
-        fill_stock(static, args, model)
-        sides = {
-            "kvswap": (stepper(model, cache, attached), args.steps),
-            "dynamic": (stepper(model, dynamic, "sdpa"), 1),
-            "static": (stepper(model, static, "sdpa"), 1),
-            "empty": (stepper(model, empty, "sdpa"), 1),
-        }
-        seconds = alternate(sides, args.samples)
+        progress("filling kvswap")
+        with torch.no_grad():
+            fill(cache, args.context, seed=args.seed)
+            sides = {"kvswap": Side(stepper(model, cache, attached), args.steps)}
+            sides |= in_memory_sides(args, model)
+        sides |= {name: Side(peer.run, 1) for name, peer in peers.items()}
+        seconds = alternate(sides, args.samples, warm=WARM_TURNS)
         model.set_attn_implementation(attached)
-        report, stats = cache.memory_report(), cache.stats()
-        plan = cache.session.plan.to_dict()
-    measured = {
-        "seconds_per_step": seconds,
-        "memory": report,
-        "full_kv_bytes": full_bytes,
-        "hit_rate": stats.hit_rate,
-        "bytes_read_per_token": stats.bytes_read_per_token,
-        "requests_per_token": stats.decode_reads / stats.decode_tokens,
-        "stall_s_per_token": stats.stall_s / stats.decode_tokens,
-        "selected_tokens": plan["budget_groups"] * plan["layout"]["group_size"],
-    }
+        extra = {
+            "seconds_per_step": seconds,
+            "full_kv_bytes": full_bytes,
+            "kvswap": describe(cache, seconds["kvswap"]),
+            "peers": {name: peer.about for name, peer in peers.items()},
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        if "ollm" in peers:
+            extra["ollm_warm_s_per_step"] = [peers["ollm"].run(1, "warm") for _ in range(3)]
+        plan, is_direct = cache.session.plan.to_dict(), cache.session.store.is_direct
     settings = {
         "shape": args.shape,
+        "layers": geometry.num_layers,
         "weights": "random",
         "dtype": "bfloat16",
         "context": args.context,
-        "selection": args.selection,
-        "prediction": "right" if args.foresees else "useless: every miss is read late",
+        "selection": Path(args.selection).name,
+        "prediction": prediction(args.selection, args.foresees),
         "kv_memory_share_asked": args.share,
         "plan": plan,
         "keys": "synthetic, spectrum 1/i with drift",
+        "beside": list(sides),
     }
     common: dict[str, Any] = {
         "config": settings,
         "seed": args.seed,
-        "device": describe_device(directory),
-        "cache_state": "O_DIRECT" if cache.session.store.is_direct else "dropped after each read",
-        "extra": measured,
-    }
-    ratios = {
-        name: [a / b for a, b in zip(seconds[name], seconds["kvswap"], strict=True)]
-        for name in ("dynamic", "static")
+        "device": f"{describe_device(directory)}, {args.device_model}",
+        "cache_state": "O_DIRECT" if is_direct else "dropped after each read",
+        "extra": extra,
     }
     context = f"{args.context // 1024}k"
-    return [
+    records = [
         Record(
-            metric=f"speedup_{name}cache_{context}",
+            metric=f"speedup_{NAMES[name]}_{context}",
             unit="x",
-            samples=ratios[name],
-            question=f"tokens/s of kvswap on disk over those of {name} cache in memory",
+            samples=ratios(seconds[name], seconds["kvswap"]),
+            question=f"tokens/s of kvswap on disk over those of {WHAT[name]}",
             **common,
         )
-        for name in ratios
-    ] + [
+        for name in (*args.in_memory, *args.peers)
+    ]
+    held = extra["kvswap"]["memory"]["total"]
+    records.append(
         Record(
             metric=f"kv_memory_share_{context}",
             unit="share",
-            samples=[report["total"] / full_bytes],
+            samples=[held / full_bytes],
             question="all KV memory of kvswap over the full KV cache's bytes",
             **common,
         )
-    ]
+    )
+    return records
 
 
 def main() -> None:
-    """Run, append records and say what was seen."""
+    """Run, keep records and say what was seen."""
     args = parse_arguments()
-    with tempfile.TemporaryDirectory(dir=args.kv_dir, prefix="kvswap-bench-") as directory:
-        records = run(args, Path(directory))
-    for record in records:
-        written = record.append(args.results)
-        low, high = min(record.samples), max(record.samples)
-        print(f"{record.metric}: {written['value']:.4g} {record.unit} [{low:.4g}, {high:.4g}]")
+    with store_directory(args.kv_dir) as directory:
+        records = run(args, directory)
+    publish(records, args)
     extra = records[0].extra
-    for name, seconds in extra["seconds_per_step"].items():
-        print(f"  {name}: {statistics.median(seconds) * 1e3:.1f} ms a step")
-    print(
-        f"  KV memory {format_bytes(extra['memory']['total'])} of"
-        f" {format_bytes(extra['full_kv_bytes'])}, hit rate {extra['hit_rate']:.2f},"
-        f" {format_bytes(extra['bytes_read_per_token'])} and"
-        f" {extra['requests_per_token']:.0f} requests a token,"
-        f" stall {extra['stall_s_per_token'] * 1e3:.1f} ms"
+    note_steps(args, extra["seconds_per_step"])
+    seen = extra["kvswap"]
+    note(
+        args,
+        f"KV memory {format_bytes(seen['memory']['total'])} of"
+        f" {format_bytes(extra['full_kv_bytes'])}, hit rate {seen['hit_rate']:.2f},"
+        f" {format_bytes(seen['bytes_read_per_token'])} and"
+        f" {seen['requests_per_token']:.0f} requests a token,"
+        f" stall {seen['stall_s_per_token'] * 1e3:.1f} ms",
     )
 
 

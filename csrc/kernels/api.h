@@ -90,6 +90,8 @@ struct Kernels {
   // best[row][i] = the larger of itself and scaled scores less shift, over columns
   // i, i + best_length, i + 2 * best_length, ...
   void (*best_shifted)(const ScoreRows&, const float* shift, int64_t best_length, float* best);
+  // How many are at least as large.
+  int64_t (*count_from)(const float* x, int64_t count, float least);
   // To float32.
   void (*widen)(const void* x, Dtype dtype, int64_t count, float* out);
 };

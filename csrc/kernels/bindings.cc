@@ -11,6 +11,7 @@
 #include "kernels/api.h"
 #include "kernels/attend.h"
 #include "kernels/encode.h"
+#include "kernels/rope.h"
 #include "kernels/scan.h"
 #include "kernels/top.h"
 
@@ -136,6 +137,12 @@ void top(uintptr_t scores, int64_t num_scores, Ids pinned, Positions out) {
   top_positions(pointer<const float>(scores), num_scores, count, first, num_pinned, target);
 }
 
+void rotate_queries(uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t tokens, int64_t heads,
+                    int64_t dim, int dtype, uintptr_t out) {
+  rotate(pointer<const void>(x), pointer<const void>(cos), pointer<const void>(sin), tokens,
+         heads, dim, static_cast<Dtype>(dtype), pointer<void>(out));
+}
+
 std::vector<std::string> names() {
   std::vector<std::string> found;
   for (const Kernels* const* each = all_kernels(); *each; ++each) {
@@ -155,6 +162,9 @@ void bind_kernels(nb::module_& m) {
   m.def("top", top, nb::arg("scores"), nb::arg("num_scores"), nb::arg("pinned"),
         nb::arg("out").noconvert(),  // a copy of another type would be filled in its place
         "Fill out with the positions of the pinned and the largest scores, ascending.");
+  m.def("rotate", rotate_queries, nb::arg("query"), nb::arg("cos"), nb::arg("sin"),
+        nb::arg("num_tokens"), nb::arg("num_heads"), nb::arg("head_dim"), nb::arg("dtype"),
+        nb::arg("out"), "Rotate queries [num_tokens, num_heads, head_dim], by address.");
   nb::class_<Scanner>(m, "Scanner", "One layer's coded keys, by address.")
       .def(nb::init<int, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t,
                     int64_t, int64_t>(),

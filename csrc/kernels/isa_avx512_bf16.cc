@@ -47,6 +47,6 @@ struct Dot<Simd, Bf16> {
 }  // namespace
 
 const Kernels kAvx512Bf16 = {"avx512_bf16",        has_avx512_bf16, attend_head<Simd>,
-                             score_tile<Simd, Tile>, project<Simd>, column_sums<Simd>, best_shifted<Simd>,      widen<Simd>};
+                             score_tile<Simd, Tile>, project<Simd>, column_sums<Simd>, best_shifted<Simd>,      count_from<Simd>, widen<Simd>};
 
 }  // namespace kvswap

@@ -14,6 +14,7 @@ namespace {
 
 // Sums of exponentials are taken block by block, so that they do not depend on the threads.
 constexpr int64_t kBlockRows = 128;
+constexpr int64_t kTilesAhead = 6;
 constexpr int64_t kLeastRows = 128;  // a thread's worth
 
 // Queries of one pass, laid out as `TileScore` wants them.
@@ -194,6 +195,7 @@ class Pass {
     rows_.each(begin, end, [&](const Run& run, int64_t in_run, int64_t row) {
       float* out = work_.scores.data() + row * length_;
       const int64_t tile = (run.id / rows_.in_row + in_run) * rows_.in_group;
+      prefetch(tile + kTilesAhead);
       score_tile(tile, out);
       for (int64_t next = 1; next < rows_.in_group; ++next) {
         score_tile(tile + next, more);
@@ -203,6 +205,12 @@ class Pass {
     });
     kernels().column_sums(rows_of(block), work_.tops.data() + block * length_,
                           work_.sums.data() + block * length_);
+  }
+
+  // Codes stream through memory once: no cache holds them from step to step.
+  void prefetch(int64_t tile) const {
+    const uint8_t* at = keys_.codes + tile * keys_.width * kTileTokens;
+    for (int64_t i = 0; i < keys_.width * kTileTokens; i += 64) __builtin_prefetch(at + i);
   }
 
   void score_tile(int64_t tile, float* out) const {

@@ -61,5 +61,14 @@ void best_shifted(const ScoreRows& a, const float* shift, int64_t best_length, f
   }
 }
 
+template <class S>
+int64_t count_from(const float* x, int64_t count, float least) {
+  int64_t found = 0, i = 0;
+  const auto bound = S::set1(least);
+  for (; i + S::kLanes <= count; i += S::kLanes) found += S::num_from(S::load(x + i), bound);
+  for (; i < count; ++i) found += x[i] >= least;
+  return found;
+}
+
 }  // namespace
 }  // namespace kvswap

@@ -36,6 +36,9 @@ struct Simd {
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
   }
+  static int num_from(Reg x, Reg least) {
+    return __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps(x, least, _CMP_GE_OQ)));
+  }
   static float largest(Reg x) {
     __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));

@@ -32,6 +32,9 @@ struct Simd {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static float sum(Reg x) { return _mm512_reduce_add_ps(x); }
+  static int num_from(Reg x, Reg least) {
+    return __builtin_popcount(_mm512_cmp_ps_mask(x, least, _CMP_GE_OQ));
+  }
   static float largest(Reg x) { return _mm512_reduce_max_ps(x); }
 
   // 2^n * 2^f with f in [-0.5, 0.5]; 2^f by its Taylor series, whose error is below 2e-7. Of a

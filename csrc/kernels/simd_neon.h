@@ -29,6 +29,9 @@ struct Simd {
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static Reg max(Reg a, Reg b) { return vmaxq_f32(a, b); }
   static float sum(Reg x) { return vaddvq_f32(x); }
+  static int num_from(Reg x, Reg least) {
+    return -vaddvq_s32(vreinterpretq_s32_u32(vcgeq_f32(x, least)));
+  }
   static float largest(Reg x) { return vmaxvq_f32(x); }
 
   static Reg exp(Reg x) {

@@ -35,6 +35,7 @@ struct Simd {
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
   static float sum(Reg x) { return x; }
+  static int num_from(Reg x, Reg least) { return x >= least; }
   static float largest(Reg x) { return x; }
   static Reg exp(Reg x) { return std::exp(x); }
 };

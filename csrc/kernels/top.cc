@@ -2,36 +2,44 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
+#include <limits>
 #include <vector>
+
+#include "kernels/api.h"
 
 namespace kvswap {
 namespace {
 
-// In the order of the floats; what is no number comes first.
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kSpan = 32;  // looked through together
+constexpr float kLargest = std::numeric_limits<float>::max();
+
+// Integers in the order of the floats, infinities included, and back.
 uint32_t ordered(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x + 0.0f);  // of the two zeros the positive one
-  if (x != x) return 0;
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+float unordered(uint32_t key) {
+  return std::bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
 
-constexpr int kShifts[] = {21, 10, 0};
-constexpr uint32_t kMasks[] = {0x7ff, 0x7ff, 0x3ff};
-
-// The count-th largest key, found eleven bits at a time; `above` keys are larger.
-uint32_t threshold(const std::vector<uint32_t>& keys, int64_t count, int64_t& above) {
-  uint32_t prefix = 0, known = 0;
-  above = 0;
-  for (int pass = 0; pass < 3; ++pass) {
-    int64_t histogram[2048] = {};
-    for (const uint32_t key : keys) {
-      if ((key & known) == prefix) ++histogram[(key >> kShifts[pass]) & kMasks[pass]];
+// The largest number that at least `count` of the scores reach, or any that exactly so many
+// do. Halving the range of the integers needs 32 passes at most, and each is a plain count.
+float threshold(const std::vector<float>& scores, int64_t count) {
+  uint32_t low = ordered(-kInfinity), high = ordered(kInfinity);
+  while (low < high) {
+    const uint32_t middle = low + (high - low + 1) / 2;
+    const int64_t found = kernels().count_from(
+        scores.data(), static_cast<int64_t>(scores.size()), unordered(middle));
+    if (found == count) return unordered(middle);
+    if (found > count) {
+      low = middle;
+    } else {
+      high = middle - 1;
     }
-    uint32_t digit = kMasks[pass];
-    while (above + histogram[digit] < count) above += histogram[digit--];
-    prefix |= digit << kShifts[pass];
-    known |= kMasks[pass] << kShifts[pass];
   }
-  return prefix;
+  return unordered(low);
 }
 
 }  // namespace
@@ -39,19 +47,29 @@ uint32_t threshold(const std::vector<uint32_t>& keys, int64_t count, int64_t& ab
 void top_positions(const float* scores, int64_t num_scores, int64_t count, const int64_t* pinned,
                    int64_t num_pinned, int64_t* out) {
   if (count <= 0) return;
-  thread_local std::vector<uint32_t> keys;
-  keys.resize(static_cast<size_t>(num_scores));
-  // One below the largest, which is the pinned ones' alone.
+  thread_local std::vector<float> held;
+  held.resize(static_cast<size_t>(num_scores));
+  // Infinity is the pinned ones' alone; what is no number comes last.
   for (int64_t i = 0; i < num_scores; ++i) {
-    keys[static_cast<size_t>(i)] = std::min(ordered(scores[i]), 0xfffffffeu);
+    const float x = scores[i];
+    held[static_cast<size_t>(i)] = x == x ? std::min(x, kLargest) : -kInfinity;
   }
-  for (int64_t i = 0; i < num_pinned; ++i) keys[static_cast<size_t>(pinned[i])] = 0xffffffffu;
-  int64_t above = 0;
-  const uint32_t least = threshold(keys, count, above);
-  int64_t equal = count - above;
-  for (int64_t i = 0; i < num_scores; ++i) {
-    const uint32_t key = keys[static_cast<size_t>(i)];
-    if (key > least || (key == least && equal-- > 0)) *out++ = i;
+  for (int64_t i = 0; i < num_pinned; ++i) held[static_cast<size_t>(pinned[i])] = kInfinity;
+  const float least = threshold(held, count);
+  // Where more reach it than are wanted, the first of those that equal it are taken.
+  const int64_t reach = kernels().count_from(held.data(), num_scores, least);
+  int64_t equal = count;
+  if (reach > count) {
+    const float above = std::nextafter(least, kInfinity);
+    equal = count - kernels().count_from(held.data(), num_scores, above);
+  }
+  for (int64_t begin = 0; begin < num_scores; begin += kSpan) {
+    const int64_t end = std::min(num_scores, begin + kSpan);
+    if (!kernels().count_from(held.data() + begin, end - begin, least)) continue;
+    for (int64_t i = begin; i < end; ++i) {
+      const float x = held[static_cast<size_t>(i)];
+      if (x > least || (x == least && equal-- > 0)) *out++ = i;
+    }
   }
 }
 

@@ -61,6 +61,16 @@ def num_threads() -> int: ...
 def top(
     scores: int, num_scores: int, pinned: NDArray[np.int64], out: NDArray[np.int64]
 ) -> None: ...
+def rotate(
+    query: int,
+    cos: int,
+    sin: int,
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    dtype: int,
+    out: int,
+) -> None: ...
 
 class Scanner:
     def __init__(

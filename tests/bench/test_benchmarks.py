@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvswap.storage.uring import uring_error
@@ -20,12 +21,11 @@ FIELDS = {
 }  # fmt: skip
 
 
-def run(script: str, tmp_path: Path, *options: str) -> list[dict]:
-    """Run a benchmark in a process of its own and return its records."""
-    results = tmp_path / "records.jsonl"
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--results", str(results)]
+def call(script: str, tmp_path: Path, *options: str) -> str:
+    """Run a benchmark in a process of its own and return what it printed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--kv-dir", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--kv-dir", str(tmp_path), *options],
+        [*command, *options],
         capture_output=True,
         text=True,
         check=False,
@@ -33,7 +33,18 @@ def run(script: str, tmp_path: Path, *options: str) -> list[dict]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path[:1]])},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["records.jsonl"]
+    return done.stdout
+
+
+def run(script: str, tmp_path: Path, *options: str) -> list[dict]:
+    """Run a benchmark and return its records."""
+    results = tmp_path / "records.jsonl"
+    call(script, tmp_path, "--results", str(results), *options)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    if not results.exists():
+        assert left == []
+        return []
+    assert left == ["records.jsonl"]
     return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
@@ -46,8 +57,8 @@ def assert_whole(record: dict) -> None:
 
 def test_decode_throughput(tmp_path):
     records = run(
-        "system/decode_throughput.py", tmp_path, "--shape", "toy", "--context", "4096",
-        "--samples", "2", "--steps", "2", "--share", "0.5",
+        "system/decode_throughput.py", tmp_path, "--quick", "--selection", "0.77",
+        "--device-model", "nvme",
     )  # fmt: skip
     assert [record["metric"] for record in records] == [
         "speedup_dynamiccache_4k",
@@ -57,7 +68,73 @@ def test_decode_throughput(tmp_path):
     for record in records:
         assert_whole(record)
     assert 0 < records[2]["value"] <= 0.5
-    assert 0 < records[0]["extra"]["hit_rate"] < 1
+    assert 0 < records[0]["extra"]["kvswap"]["hit_rate"] < 1
+
+
+def test_a_peer_makes_steps_in_turn(tmp_path):
+    # A stand-in for a peer's interpreter: it answers as benchmarks/peers/serving.py does.
+    peer = tmp_path / "peer"
+    peer.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT / 'benchmarks/peers')!r})\n"
+        "from serving import serve\nserve(lambda words: 10.0, peer='none')\n"
+    )
+    peer.chmod(0o700)
+    store = tmp_path / "store"
+    store.mkdir()
+    records = run(
+        "system/decode_throughput.py", store, "--quick", "--in-memory", "", "--peers",
+        "llamacpp", "--peer-python", str(peer),
+    )  # fmt: skip
+    assert [record["metric"] for record in records] == ["speedup_llamacpp_4k", "kv_memory_share_4k"]
+    assert records[0]["value"] > 1
+    assert records[0]["extra"]["peers"] == {"llamacpp": {"peer": "none"}}
+    assert str(tmp_path) not in records[0]["command"]
+
+
+def test_roofline(tmp_path):
+    records = run(
+        "system/roofline.py", tmp_path, "--quick", "--device-model", "raw", "emmc", "--fast-dir",
+        str(tmp_path),
+    )  # fmt: skip
+    assert [record["metric"] for record in records] == ["roofline_raw", "roofline_emmc"]
+    for record in records:
+        assert_whole(record)
+        assert record["extra"]["compute_hit_rate"] == 1
+        assert 0 < record["extra"]["kvswap"]["hit_rate"] < 1
+        assert min(record["extra"]["seconds_per_step"]["io"]) > 0
+
+
+def test_scaling(tmp_path):
+    (record,) = run("system/scaling.py", tmp_path, "--quick", "--keys", "reader")
+    assert_whole(record)
+    assert record["metric"] == "step_growth_2k_4k"
+
+
+def test_prefill(tmp_path):
+    (record,) = run("system/prefill.py", tmp_path, "--quick")
+    assert_whole(record)
+    assert record["metric"] == "prefill_ratio_2k"
+    disk = record["extra"]["disk"][-1]
+    assert disk["bytes_written"] >= record["extra"]["full_kv_bytes"] * 0.9
+
+
+def test_overhead(tmp_path):
+    records = run("system/overhead.py", tmp_path, "--quick")
+    for record in records:  # none where the counter is missing
+        assert_whole(record)
+        assert record["metric"] == "overhead_ms_per_layer"
+        assert record["extra"]["kvswap"]["requests_per_token"] == 0
+
+
+def test_traces(tmp_path):
+    trace = tmp_path / "trace.npz"
+    found = call("system/traces.py", tmp_path, "--quick", "--json", "--out", str(trace))
+    assert json.loads(found)["steps"] > 8
+    with np.load(trace) as arrays:
+        groups, predicted = arrays["groups"], arrays["predicted"]
+        assert groups.shape == predicted.shape
+        assert (predicted[:, 0] < 0).all()  # nothing comes before the first layer
+        assert (predicted[1:, 1:] >= 0).any((0, 2)).all()
 
 
 def test_memory_limit(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from kvswap.cache.foresight import Foresight
 
-CYCLE = 72  # steps of a trial and of what follows it
+CYCLE = 264  # steps of a trial and of what follows it
 
 
 def predicted_steps(foresight: Foresight, steps: int, *, cost_s: float, stall_s: float) -> int:
@@ -40,7 +40,7 @@ def test_a_prediction_that_saves_nothing_is_not_made():
 def test_both_are_tried_again_when_the_device_changes():
     foresight = Foresight(1)
     assert predicted_steps(foresight, 2 * CYCLE, cost_s=2.0, stall_s=1.0) < 25
-    assert predicted_steps(foresight, 3 * CYCLE, cost_s=1.0, stall_s=2.0) > 120
+    assert predicted_steps(foresight, 3 * CYCLE, cost_s=1.0, stall_s=2.0) > 500
 
 
 def test_layers_learn_on_their_own():

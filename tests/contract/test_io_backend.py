@@ -414,6 +414,29 @@ def test_threads_may_wait_for_each_others_tickets(store: BlockStore) -> None:
         assert np.array_equal(out, records[ids])
 
 
+@pytest.mark.parametrize("direct_io", ["auto", "off"])
+def test_a_thread_may_end_before_what_it_submitted(
+    tmp_path: Path, backend: IOBackend, direct_io: str
+) -> None:
+    with make_store(tmp_path, backend=backend, direct_io=direct_io) as store:
+        records = make_records(300)
+        tickets: list[Any] = []
+
+        def work() -> None:
+            for first in range(3):
+                ids = np.arange(first, 300, 3)
+                mine = aligned_empty((100, SIZE))
+                mine[:] = records[ids]
+                tickets.append(store.write(ids, places(ids), mine))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        for ticket in tickets:
+            ticket.wait()
+        assert np.array_equal(read_back(store, range(300)), records)
+
+
 class Interrupted(Exception):
     """Raised by a signal handler."""
 

@@ -117,9 +117,13 @@ class Reader:
 
 
 def _arguments_of(script: Path) -> set[str]:
-    """Return the options that a script adds to its parser, without running it."""
-    tree = ast.parse(script.read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    """Return the options that a script adds to its parser, without running it.
+
+    Those that all benchmarks share are added by a module of the package.
+    """
+    sources = (script, ROOT / "src" / "kvswap" / "bench" / "script.py")
+    trees = [ast.parse(source.read_text(encoding="utf-8")) for source in sources]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     return {
         argument.value
         for call in calls

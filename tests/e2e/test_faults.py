@@ -10,6 +10,7 @@ import torch
 
 import kvswap
 from kvswap.core.errors import CorruptStoreError, DeviceIOError, StoreError, StoreFullError
+from kvswap.storage.uring import uring_error
 from tests.backends import FailingOnce, SteppedBackend, use_backend
 from tests.caches import FEWEST_SLOTS, SMALL, config_for, greedy, step, stock_cache, storage_in
 from tests.families import make_model, prompt
@@ -246,4 +247,28 @@ def test_a_failed_write_surfaces_at_the_latest_when_the_cache_is_closed(tmp_path
     cache.close()
     assert model.config._attn_implementation == "eager"
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(uring_error() is not None, reason=f"{uring_error()}")
+@pytest.mark.parametrize("at", [0, 1, 5])
+@pytest.mark.parametrize("limits", [FEW_SLOTS, SMALL])
+def test_a_failed_completion_is_told_with_layer_and_groups(limits, at, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVSWAP_IO", "uring")
+    model, ids, new = make_model("llama"), prompt(90), prompt(1, seed=5)
+    settings = {**limits, "num_slots": limits.get("num_slots", 6)}
+    with kvswap.attach(model, config_for(tmp_path, **settings)) as cache:
+        step(model, cache, ids)
+        cache.end_prefill()
+        whole = step(model, cache, new)
+        cache.crop(-1)
+        cache.session.reuse.clear()
+        cache.session.records.drain()
+        cache.session.store._backend.inject(at, -errno.EIO)
+        with pytest.raises(DeviceIOError, match=r"\(layer \d, groups \d+") as error:
+            step(model, cache, new)
+        assert error.value.errno == errno.EIO
+        assert error.value.layer_idx in range(model.config.num_hidden_layers)
+        assert set(error.value.groups) <= set(cache.forwards.batch.groups[0].tolist())
+        assert_same_logits(step(model, cache, new), whole)
     assert not any(tmp_path.iterdir())

@@ -230,7 +230,8 @@ def test_counters_agree_with_the_store(tmp_path):
 def test_without_speculation_what_is_read_is_what_was_missed(tmp_path, monkeypatch):
     monkeypatch.setattr("kvswap.hf.forwards.Forwards.attention_added", lambda *_: None)
     model = make_model("llama")
-    with kvswap.attach(model, config_for(tmp_path, num_slots=8, **SMALL)) as cache:
+    storage = storage_in(tmp_path, read_gap_bytes=0)  # gaps read through are bytes too
+    with kvswap.attach(model, config_for(tmp_path, num_slots=8, storage=storage, **SMALL)) as cache:
         step(model, cache, prompt(150))
         for seed in range(20):
             step(model, cache, prompt(1, seed=seed))

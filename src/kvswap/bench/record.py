@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+_ROOT = Path(__file__).resolve().parents[3]
 # What a figure depends on: a change elsewhere does not make its commit doubtful.
 _MEASURED = (":(top)src", ":(top)benchmarks", ":(top,exclude)benchmarks/results")
 
@@ -63,7 +64,7 @@ class Record:
             "dirty": _DIRTY,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *map(without_places, sys.argv)]),
         }
 
     def append(self, path: Path) -> dict[str, Any]:
@@ -103,14 +104,30 @@ def machine() -> dict[str, Any]:
 
 
 def describe_device(directory: Path) -> str:
-    """Return the file system that a directory is on."""
+    """Return the file system that a directory is on, and whether that is memory."""
     done = subprocess.run(
         ["stat", "--file-system", "--format=%T", str(directory)],
         capture_output=True,
         text=True,
         check=False,
     )
-    return f"local disk, {done.stdout.strip() or 'unknown file system'}"
+    system = done.stdout.strip() or "unknown file system"
+    return f"{'memory' if system in ('tmpfs', 'ramfs') else 'local disk'}, {system}"
+
+
+def without_places(argument: str) -> str:
+    """Return an argument of a command line without this machine's folders.
+
+    A path within the repository becomes relative to it; of any other only the last part, and
+    of a folder in memory its usual place, is kept.
+    """
+    name, sign, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute() or path == Path("/dev/shm"):
+        return argument
+    if path.is_relative_to(_ROOT):
+        return f"{name}{sign}{path.relative_to(_ROOT)}"
+    return f"{name}{sign}.../{path.name}"
 
 
 def _git(*arguments: str) -> str | None:

@@ -7,12 +7,15 @@ tokens attend to which: selections in timed runs follow a trace or a stated reus
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from kvswap.bench.traces import Trace
 from kvswap.cache.layer import RowInput
 from kvswap.core.errors import ConfigError
 from kvswap.core.geometry import KVGeometry
@@ -49,10 +52,58 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Shapes by name; the first from Qwen/Qwen3-0.6B's config."""
 
 
+@dataclass(frozen=True, slots=True)
+class KeyModel:
+    """How synthetic keys are spread.
+
+    Attributes
+    ----------
+    name : str
+        For records.
+    energy : ndarray [any], float
+        Of the keys' directions, falling; stretched over as many as there are.
+    drift : float
+        Share of the keys' energy in a part that is linear in the position.
+    """
+
+    name: str
+    energy: np.ndarray
+    drift: float
+
+    @classmethod
+    def of(cls, trace: Trace) -> KeyModel:
+        """Return the mean over the layers of a recorded model."""
+        return cls("as recorded on the reader", trace.spectrum.mean(0), float(trace.drift.mean()))
+
+    def spread(self, dim: int) -> np.ndarray:
+        """Return the energy of each of ``dim`` directions; their sum is ``dim``."""
+        at = (np.arange(dim) + 0.5) / dim * len(self.energy) - 0.5
+        energy = np.exp(np.interp(at, np.arange(len(self.energy)), np.log(self.energy)))
+        return energy * dim / energy.sum()
+
+
+FALLING = KeyModel("falling as 1/i, with drift", 1 / np.arange(1.0, 1025.0), 0.04)
+WHITE = KeyModel("i.i.d.", np.ones(1), 0.0)
+
+
 def random_model(
-    shape: str, *, num_layers: int | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    shape: str,
+    *,
+    num_layers: int | None = None,
+    max_positions: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Build a model of a known shape with random weights.
+
+    Parameters
+    ----------
+    shape : str
+        A name in `SHAPES`.
+    num_layers, max_positions : int, optional
+        In place of the shape's own; positions only raise it.
+    dtype : torch.dtype
+    seed : int
 
     Raises
     ------
@@ -64,6 +115,9 @@ def random_model(
     settings = dict(SHAPES[shape])
     if num_layers is not None:
         settings["num_hidden_layers"] = num_layers
+    if max_positions is not None:
+        most = max(max_positions, settings["max_position_embeddings"])
+        settings["max_position_embeddings"] = most
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
@@ -76,12 +130,9 @@ def random_model(
 
 
 def synthetic_layer(
-    geometry: KVGeometry, layer_idx: int, num_tokens: int, *, seed: int
+    geometry: KVGeometry, layer_idx: int, num_tokens: int, *, seed: int, like: KeyModel = FALLING
 ) -> tuple[Tensor, Tensor]:
-    """Make one layer's keys and values, the same for the same seed.
-
-    Keys have the decaying spectrum that trained models' keys show (energy of the i-th
-    direction falls as 1/i) and a part that drifts along the context; values are white.
+    """Make one layer's keys and values, the same for the same seed; values are white.
 
     Returns
     -------
@@ -89,13 +140,14 @@ def synthetic_layer(
     """
     generator = torch.Generator().manual_seed(seed * 1000 + layer_idx)
     dim, dtype = geometry.key_dim, DTYPES[geometry.dtype]
-    energy = torch.arange(1, dim + 1).float().rsqrt()
-    mixing = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
-    mixing = energy[:, None] * mixing * (dim / energy.square().sum()).sqrt()
-    drift = torch.linspace(-1, 1, num_tokens)[:, None] * mixing[0]
-    keys = torch.randn(num_tokens, dim, generator=generator) @ mixing + drift
-    values = torch.randn(num_tokens, dim, generator=generator)
     shape = (geometry.num_kv_heads, geometry.head_dim)
+    keys = torch.randn(num_tokens, dim, generator=generator)
+    if like is not WHITE:
+        turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+        energy = torch.from_numpy(like.spread(dim)).float()
+        keys = keys @ (energy.sqrt()[:, None] * turn)
+        keys += torch.linspace(-1, 1, num_tokens)[:, None] * turn[0] * (3 * like.drift * dim) ** 0.5
+    values = torch.randn(num_tokens, dim, generator=generator)
     return (
         keys.unflatten(1, shape).transpose(0, 1).to(dtype).contiguous(),
         values.unflatten(1, shape).transpose(0, 1).to(dtype).contiguous(),
@@ -103,11 +155,36 @@ def synthetic_layer(
 
 
 def synthetic_context(
-    geometry: KVGeometry, num_tokens: int, *, seed: int
+    geometry: KVGeometry,
+    num_tokens: int,
+    *,
+    seed: int,
+    like: KeyModel = FALLING,
+    distinct: int | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield (layer_idx, keys, values) for every layer."""
+    """Yield (layer_idx, keys, values) for every layer.
+
+    Parameters
+    ----------
+    geometry : KVGeometry
+    num_tokens, seed : int
+    like : KeyModel
+    distinct : int, optional
+        Layers that differ; the others repeat them, which saves time where keys only need to
+        be stored and scored. All of them are in memory then.
+    """
+    made: dict[int, tuple[Tensor, Tensor]] = {}
     for layer_idx in range(geometry.num_layers):
-        yield (layer_idx, *synthetic_layer(geometry, layer_idx, num_tokens, seed=seed))
+        if distinct is None:
+            yield (
+                layer_idx,
+                *synthetic_layer(geometry, layer_idx, num_tokens, seed=seed, like=like),
+            )
+            continue
+        at = layer_idx % distinct
+        if at not in made:
+            made[at] = synthetic_layer(geometry, at, num_tokens, seed=seed, like=like)
+        yield (layer_idx, *made[at])
 
 
 def fill(cache: KVSwapCache, num_tokens: int, *, seed: int) -> None:

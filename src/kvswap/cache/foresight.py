@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _WARM_STEPS = 2  # after a prefill everything is read, whatever was foreseen
 _TRIAL_STEPS = 8  # in turn with and without
-_HOLD_STEPS = 64  # then both are tried again
+_HOLD_STEPS = 256  # then both are tried again
 
 
 class Foresight:

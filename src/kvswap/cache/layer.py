@@ -125,7 +125,9 @@ class LayerCache:
             if given.query.shape[1] == 0:
                 continue
             groups = batch.flushed_groups(self.layer_idx, row)
-            for keys, values in self._session.records.stream(self.layer_idx, groups):
+            # Nothing is selected in a prefill: the slots' memory serves to read in.
+            lent = self._session.reuse.pool
+            for keys, values in self._session.records.stream(self.layer_idx, groups, lent=lent):
                 merges[row].add(partial_attention(given.query, keys, values, params))
             self._attend_new(batch, row, given, merges[row], params)
 
@@ -213,15 +215,13 @@ class LayerCache:
 
     def _keep_in_memory(self, groups: np.ndarray, keys: Tensor, values: Tensor) -> None:
         """Put flushed groups, which are recent tokens, into slots: no need to read them."""
-        session, size = self._session, keys.shape[1]
+        session, group_size = self._session, self._session.layout.group_size
         newest = min(len(groups), session.reuse.num_slots)
-        groups = groups[-newest:]
-        session.reuse.forget(self.layer_idx, groups)
-        rows = session.reuse.admit(self.layer_idx, groups, step=session.prefetcher.tick())
-        tokens = slice(size - newest * session.layout.group_size, size)
-        packed = torch.empty_like(session.slots[: len(rows)])
-        pack_groups(keys[:, tokens], values[:, tokens], packed)
-        session.slots[torch.from_numpy(rows)] = packed
+        session.reuse.take(self.layer_idx, groups[-newest:], step=session.prefetcher.tick())
+        rows = session.reuse.lookup(self.layer_idx, groups[-newest:])
+        for place, row in enumerate(rows.tolist(), start=len(groups) - newest):
+            tokens = slice(place * group_size, (place + 1) * group_size)
+            pack_groups(keys[:, tokens], values[:, tokens], session.slots[row : row + 1])
 
 
 def _none_of(tokens: Tokens) -> Tokens:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kvswap.core.errors import StoreError
@@ -16,6 +17,8 @@ from kvswap.placement import Placement
 from kvswap.storage.base import Ticket
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.store import BlockStore
+
+_FIRST_PART = 128  # records
 
 
 class RecordTicket:
@@ -176,17 +179,32 @@ class RecordIO:
             raise
         self._writing.popleft()
 
-    def stream(self, layer_idx: int, groups: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        """Read groups in order, one buffer ahead, and yield their tokens.
+    def stream(
+        self, layer_idx: int, groups: np.ndarray, *, lent: np.ndarray | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read groups in order, one part ahead, and yield their tokens.
+
+        Parameters
+        ----------
+        layer_idx : int
+        groups : ndarray [n], int64
+        lent : ndarray [num_rows, record_bytes], uint8, optional
+            Memory to read and unpack in, where it is more than the staging buffers have.
 
         Yields
         ------
         keys, values : Tensor [num_kv_heads, num_tokens, head_dim]
-            Copies; the next part is being read meanwhile.
+            Valid until the next part is asked for, which is being read meanwhile.
         """
-        self.drain()  # both halves serve reading now
-        halves = (self._read_half, self._write_half)
-        parts = [groups[i : i + self._rows] for i in range(0, len(groups), self._rows)]
+        halves: tuple[np.ndarray, ...]
+        if lent is not None and len(lent) // 3 > self._rows:
+            rows = len(lent) // 3
+            halves, room = (lent[:rows], lent[rows : 2 * rows]), lent[2 * rows : 3 * rows]
+        else:
+            self.drain()  # both halves serve reading now
+            rows, room = self._rows, None
+            halves = (self._read_half, self._write_half)
+        parts = list(_growing_parts(groups, rows))
         ahead: Ticket | None = None
         try:
             for turn, part in enumerate(parts):
@@ -196,7 +214,7 @@ class RecordIO:
                 ticket.wait()
                 for coming in following:
                     ahead = self._read_part(layer_idx, coming, halves[(turn + 1) % 2])
-                yield self._unpack(halves[turn % 2][: len(part)])
+                yield self._unpack(halves[turn % 2][: len(part)], room)
         finally:
             if ahead is not None:
                 ahead.wait()
@@ -204,7 +222,21 @@ class RecordIO:
     def _read_part(self, layer_idx: int, groups: np.ndarray, half: np.ndarray) -> Ticket:
         return self.read(layer_idx, groups, half, np.arange(len(groups)))
 
-    def _unpack(self, records: np.ndarray) -> tuple[Tensor, Tensor]:
-        view = record_view(records, self.layout)
-        both = view.permute(1, 2, 0, 3, 4).flatten(2, 3)  # copies: records interleave heads
+    def _unpack(self, records: np.ndarray, room: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        """Bring each head's tokens together, in ``room`` if given."""
+        apart = record_view(records, self.layout).permute(1, 2, 0, 3, 4)
+        both = apart.flatten(2, 3) if room is None else _copied(apart, room).flatten(2, 3)
         return both[0], both[1]
+
+
+def _copied(apart: Tensor, room: np.ndarray) -> Tensor:
+    flat = torch.from_numpy(room.reshape(-1)).view(apart.dtype)
+    return flat[: apart.numel()].view(apart.shape).copy_(apart)
+
+
+def _growing_parts(groups: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """Split groups, the first part small: nothing can be done while it is read."""
+    begin, size = 0, min(most, _FIRST_PART)
+    while begin < len(groups):
+        yield groups[begin : begin + size]
+        begin, size = begin + size, min(most, 2 * size)

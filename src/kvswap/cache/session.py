@@ -267,6 +267,8 @@ class CacheSession:
             self.store.check_room(0, self.placement.end_bytes_with(ids))
         self._is_within = True
         self.is_selecting = not is_prefill
+        if is_prefill:
+            self.reuse.clear()  # its slots are lent to the prefill
         if self.is_selecting:
             self.fitter.fit_if_needed(batch)
             self.counters.decode_steps += 1

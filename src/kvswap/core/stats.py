@@ -36,6 +36,8 @@ class CacheStats:
         Groups wanted by all steps, and those of them found in memory.
     stall_s : float
         Time that attention waited for reads, in steps that select.
+    own_s : float
+        Time inside the cache's hooks and attention, stalls included, in steps that select.
     decode_bytes_read, decode_reads : int
         Bytes and requests of steps that select.
     prefill_s, index_fit_s : float
@@ -52,6 +54,7 @@ class CacheStats:
     groups_selected: int = 0
     groups_hit: int = 0
     stall_s: float = 0.0
+    own_s: float = 0.0
     decode_bytes_read: int = 0
     decode_reads: int = 0
     prefill_s: float = 0.0

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kvswap.kernels.rope import is_plain, rotate
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueryRecipe:
@@ -109,6 +111,7 @@ class QueryEstimator:
             type(attention).__module__
         ].apply_rotary_pos_emb
         self._shape = (num_heads, head_dim)
+        self._is_plain = is_plain(self._rope, num_heads=num_heads, head_dim=head_dim)
 
     @classmethod
     def build(
@@ -156,11 +159,13 @@ class QueryEstimator:
     @torch.no_grad()
     def finish(self, output: Tensor, position_embeddings: Any) -> Tensor:
         """Return the query after RoPE from what the last module before it put out."""
-        query = self._by_head(output).transpose(1, 2)
-        if self._rotates:
-            cos, sin = position_embeddings
-            query, _ = self._rope(query, query[:, :1], cos, sin)
-        return query
+        by_head = self._by_head(output)
+        query = by_head.transpose(1, 2)
+        if not self._rotates:
+            return query
+        cos, sin = position_embeddings
+        rotated = rotate(by_head, cos, sin) if self._is_plain else None
+        return self._rope(query, query[:, :1], cos, sin)[0] if rotated is None else rotated
 
     def _by_head(self, output: Tensor) -> Tensor:
         num_heads, head_dim = self._shape

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +26,31 @@ def untracked(function: F) -> F:
 
     What is kept from one forward to the next must be writable whatever mode the next one is in.
     """
-    wrapped: F = torch.inference_mode(False)(torch.no_grad()(function))
-    return wrapped
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(F, wrapped)
+
+
+def counted(function: F) -> F:
+    """Run untracked, and count the time as the cache's own in forwards that select."""
+    plain = untracked(function)
+
+    @wraps(function)
+    def wrapped(self: Forwards, *args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return plain(self, *args, **kwargs)
+        finally:
+            if self.session.is_selecting:
+                self.session.counters.own_s += time.perf_counter() - begin
+
+    return cast(F, wrapped)
 
 
 class Forwards:
@@ -123,7 +148,7 @@ class Forwards:
         self.session.sequences.crop(self.batch, length)
         self._is_within = False
 
-    @untracked
+    @counted
     def before_layer(
         self, binding: ModelBinding, layer_idx: int, hidden: Tensor, kwargs: dict[str, Any]
     ) -> None:
@@ -149,7 +174,7 @@ class Forwards:
         self._positions = kwargs.get("position_embeddings")
         self._mask = kwargs.get("attention_mask")
 
-    @untracked
+    @counted
     def query_made(self, layer_idx: int, estimator: QueryEstimator, output: Tensor) -> None:
         """Select as soon as a layer's query is known, while its keys are still being made."""
         if self._armed != layer_idx or not self._selects(layer_idx):
@@ -163,7 +188,7 @@ class Forwards:
                 scaling=self._scaling(layer_idx),
             )
 
-    @untracked
+    @counted
     def attention_added(self, layer_idx: int, residual: Tensor) -> None:
         """Estimate the next layer's query, and read ahead what it would select."""
         following = layer_idx + 1
@@ -265,7 +290,7 @@ class Forwards:
         layer.staged = (keys, values)
         self._armed, self._waiting = None, layer
 
-    @untracked
+    @counted
     def attend(
         self, layer: DiskLayer, query: Tensor, mask: Tensor | None, params: AttentionParams
     ) -> Tensor:

@@ -1,0 +1,107 @@
+"""Decode steps of several caches of one model, timed in turn in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from kvswap.hf.cache import KVSwapCache
+
+TOKEN = torch.tensor([[5]])
+
+Context = Iterable[tuple[int, Tensor, Tensor]]
+"""(layer_idx, keys, values) of every layer, tensors [num_kv_heads, num_tokens, head_dim]."""
+
+
+class Side(NamedTuple):
+    """One of what is compared.
+
+    Attributes
+    ----------
+    run : callable
+        ``run(count)`` makes so many steps and returns the seconds that one took.
+    steps : int
+        Of a sample.
+    """
+
+    run: Callable[[int], float]
+    steps: int
+
+
+def stepper(model: PreTrainedModel, cache: Cache, implementation: str) -> Callable[[int], float]:
+    """Return what decodes tokens with a cache, see `Side`."""
+
+    @torch.no_grad()
+    def run(count: int) -> float:
+        model.set_attn_implementation(implementation)
+        begin = time.perf_counter()
+        for _ in range(count):
+            model(input_ids=TOKEN, past_key_values=cache, use_cache=True)
+        return (time.perf_counter() - begin) / count
+
+    return run
+
+
+def alternate(sides: Mapping[str, Side], samples: int, *, warm: int = 2) -> dict[str, list[float]]:
+    """Time all sides in turn, after some turns that do not count.
+
+    Returns
+    -------
+    dict of str to list of float
+        Seconds that a step took, by side, in the order of the turns.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(samples + warm):
+        for name, side in sides.items():
+            spent = side.run(side.steps)
+            if turn >= warm:
+                seconds[name].append(spent)
+    return seconds
+
+
+def fill_stock(cache: Cache, context: Context) -> None:
+    """Put a context into one of transformers' caches."""
+    for layer_idx, keys, values in context:
+        cache.update(keys[None], values[None], layer_idx)
+
+
+def hold_everything(cache: KVSwapCache) -> None:
+    """Bring every group of a cache that has slots for all into memory; no step waited for it."""
+    session = cache.session
+    batch = cache.forwards.batch
+    assert batch is not None, "the cache has been filled"
+    for layer_idx in range(session.geometry.num_layers):
+        groups = batch.flushed_groups(layer_idx, 0)
+        session.prefetcher.wait(session.prefetcher.submit(layer_idx, [groups]))
+    session.counters.stall_s = 0.0
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+    """Return the ratio of each pair."""
+    return [float(x) for x in np.divide(above, below)]
+
+
+def describe(cache: KVSwapCache, seconds: list[float]) -> dict[str, Any]:
+    """Return what is always reported beside a figure, of steps that took so many seconds."""
+    stats, report = cache.stats(), cache.memory_report()
+    tokens = max(1, stats.decode_tokens)
+    reads = max(1, stats.decode_reads)
+    return {
+        "tokens_per_s": 1 / float(np.median(seconds)),
+        "p50_step_s": float(np.median(seconds)),
+        "p99_step_s": float(np.quantile(seconds, 0.99)),
+        "stall_s_per_token": stats.stall_s / tokens,
+        "bytes_read_per_token": stats.bytes_read_per_token,
+        "requests_per_token": stats.decode_reads / tokens,
+        "bytes_per_request": stats.decode_bytes_read / reads,
+        "hit_rate": stats.hit_rate,
+        "bytes_written": stats.io.bytes_written,
+        "memory": report,
+        "selected_tokens": cache.session.plan.budget_groups * cache.session.layout.group_size,
+    }

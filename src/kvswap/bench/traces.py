@@ -1,0 +1,225 @@
+"""Traces: which groups a trained model selects step after step, recorded and kept."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvswap.cache.foresight import Foresight
+from kvswap.core.errors import ConfigError
+from kvswap.hf.geometry import decoder_layers, read_shape
+from kvswap.predict.topk import TopKSelector
+
+_NEAR_GROUPS = 64  # so close to the end, groups keep their distance to it
+_RUN_GROUPS = 16  # runs stay whole where a trace is stretched over a longer context
+
+
+class LayerWatch:
+    """Knows the disk layer at work: an estimated query is always another layer's.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Hooks stay on it as long as it lives.
+
+    Attributes
+    ----------
+    layer_idx : int
+        Among the layers on disk; -1 before the first and within other layers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.layer_idx = -1
+        shape = read_shape(model)
+        for index, layer in enumerate(decoder_layers(model, shape)):
+            at = shape.disk_layers.index(index) if index in shape.disk_layers else -1
+            layer.register_forward_pre_hook(self._hook(at))
+
+    def _hook(self, at: int) -> Any:
+        def begin(_: nn.Module, __: tuple[Any, ...]) -> None:
+            self.layer_idx = at
+
+        return begin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Selections of a trained model.
+
+    Attributes
+    ----------
+    groups, predicted : ndarray [steps, layers, k], int16 or int32
+        Positions that the real and the estimated query selected, best first, pinned ones left
+        out; -1 where a step selected fewer, or none was estimated.
+    num_groups : ndarray [steps, layers], int32
+        Groups there were to select from.
+    part : ndarray [steps], int16
+        Documents' and questions' steps have numbers of their own; a new one begins anew.
+    spectrum : ndarray [layers, key_dim], float32
+        Energy of the keys' directions, falling; their sum is 1.
+    drift : ndarray [layers], float32
+        Share of the keys' energy in the part that is linear in the position.
+    """
+
+    groups: np.ndarray
+    predicted: np.ndarray
+    num_groups: np.ndarray
+    part: np.ndarray
+    spectrum: np.ndarray
+    drift: np.ndarray
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trace:
+        """Load a trace.
+
+        Raises
+        ------
+        ConfigError
+            If the file is none.
+        """
+        try:
+            with np.load(path) as arrays:
+                return cls(**{name: arrays[name] for name in cls.__slots__})
+        except (OSError, KeyError, ValueError) as error:
+            raise ConfigError(f"source must be a trace, got {str(path)!r}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write it compressed."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, **{name: getattr(self, name) for name in self.__slots__})
+
+    def place(self, recorded: np.ndarray, step: int, layer: int, num_groups: int) -> np.ndarray:
+        """Return recorded positions within another context, in the same order.
+
+        Groups near the end keep their distance to it; the others keep their place, stretched
+        in short runs over a context that is at least twice as long.
+        """
+        recorded = recorded[recorded >= 0].astype(np.int64)
+        total = int(self.num_groups[step, layer])
+        factor = max(1, round(num_groups / total))
+        from_end = total - recorded
+        run, within = np.divmod(recorded, _RUN_GROUPS)
+        placed = run * factor * _RUN_GROUPS + within
+        placed = np.where(from_end <= _NEAR_GROUPS, num_groups - from_end, placed)
+        return placed[(placed >= 0) & (placed < num_groups)]
+
+    def reuse(self, *, predicted: bool = False) -> np.ndarray:
+        """Compute by layer the share of a step's groups that the step before had selected.
+
+        Parameters
+        ----------
+        predicted : bool
+            Instead the share that the estimated query selected or the step before had.
+
+        Returns
+        -------
+        ndarray [steps, layers], float
+            nan in the first step of a part.
+        """
+        steps, layers, _ = self.groups.shape
+        rates = np.full((steps, layers), np.nan)
+        for step, layer in np.ndindex(steps, layers):
+            if step == 0 or self.part[step] != self.part[step - 1]:
+                continue
+            mine, known = self.groups[step, layer], self.groups[step - 1, layer]
+            if predicted:
+                known = np.union1d(known, self.predicted[step, layer])
+            mine = mine[mine >= 0]
+            if len(mine):
+                rates[step, layer] = np.isin(mine, known[known >= 0]).mean()
+        return rates
+
+
+class RecordingSelector(TopKSelector):
+    """Selects as always and keeps what was chosen; made by `recording`."""
+
+    watch: LayerWatch
+    real: dict[int, list[tuple[np.ndarray, int]]]
+    estimated: dict[int, list[np.ndarray]]
+
+    def select(
+        self, scores: Tensor, *, layer_idx: int, budget_groups: int, pinned: np.ndarray
+    ) -> np.ndarray:
+        """Select, and note it without what is pinned, best first."""
+        chosen = super().select(
+            scores, layer_idx=layer_idx, budget_groups=budget_groups, pinned=pinned
+        )
+        free = np.setdiff1d(chosen, pinned, assume_unique=True)
+        best = free[np.argsort(-scores.numpy()[free], kind="stable")]
+        if layer_idx == self.watch.layer_idx:
+            self.real.setdefault(layer_idx, []).append((best, len(scores)))
+        else:
+            self.estimated.setdefault(layer_idx, []).append(best)
+        return chosen
+
+
+class AlwaysForesight(Foresight):
+    """Predicts in every step, whether it pays or not."""
+
+    def is_worth_it(self, layer_idx: int) -> bool:
+        """Say yes."""
+        return True
+
+
+def recording(model: PreTrainedModel) -> type[RecordingSelector]:
+    """Return a selector class, to be registered, whose notes `collect` reads."""
+    notes: dict[str, object] = {"watch": LayerWatch(model), "real": {}, "estimated": {}}
+    return type("Recording", (RecordingSelector,), notes)
+
+
+def collect(
+    kind: type[RecordingSelector], part: list[int], spectrum: np.ndarray, drift: np.ndarray
+) -> Trace:
+    """Put together what a recording selector noted.
+
+    Parameters
+    ----------
+    kind : type of RecordingSelector
+    part : list of int
+        Of every step.
+    spectrum, drift : ndarray
+        See `Trace`.
+    """
+    steps, layers = len(part), len(kind.real)
+    most = max(len(best) for notes in kind.real.values() for best, _ in notes)
+    groups = np.full((steps, layers, most), -1, np.int32)
+    predicted, totals = groups.copy(), np.zeros((steps, layers), np.int32)
+    for layer_idx, notes in kind.real.items():
+        for step, (best, total) in enumerate(notes):
+            groups[step, layer_idx, : len(best)] = best
+            totals[step, layer_idx] = total
+    for layer_idx, guesses in kind.estimated.items():
+        for step, best in enumerate(guesses):
+            predicted[step, layer_idx, : len(best)] = best
+    if totals.max() < np.iinfo(np.int16).max:
+        groups, predicted = groups.astype(np.int16), predicted.astype(np.int16)
+    return Trace(
+        groups=groups,
+        predicted=predicted,
+        num_groups=totals,
+        part=np.array(part, np.int16),
+        spectrum=spectrum.astype(np.float32),
+        drift=drift.astype(np.float32),
+    )
+
+
+def key_spectrum(keys: Tensor) -> tuple[np.ndarray, float]:
+    """Compute the energy of keys by direction, falling, and the share that drifts.
+
+    Parameters
+    ----------
+    keys : Tensor [num_kv_heads, num_tokens, head_dim]
+    """
+    flat = keys.transpose(0, 1).flatten(1).double().numpy()
+    flat = flat - flat.mean(0)
+    line = np.linspace(-1, 1, len(flat))
+    slope = line @ flat / (line @ line)
+    drift = float((slope @ slope) * (line @ line) / (flat * flat).sum())
+    energy = np.linalg.svd(np.cov(flat, rowvar=False), compute_uv=False)
+    return energy / energy.sum(), drift
