@@ -51,12 +51,16 @@ $(VENV)/.installed: $(VENV)/.packages CMakeLists.txt $(shell find csrc -type f)
 	$(CMAKE) --install build/native --prefix src >/dev/null
 	touch $@
 
+NATIVE_SOURCES = $(shell find csrc tests/native -name '*.cc' -o -name '*.h')
+
 fmt: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(NATIVE_SOURCES)
 
 fmt-check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE_SOURCES)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ class SlotTable {
 
 void bind_cache(nb::module_& m) {
   nb::class_<SlotTable>(m, "SlotTable", "Which groups lie in which slots, of all layers.")
-      .def(nb::init<Matrix<int32_t>, Matrix<int64_t>, Matrix<int64_t>>(), 
+      .def(nb::init<Matrix<int32_t>, Matrix<int64_t>, Matrix<int64_t>>(),
            // What is written to must be the caller's own, not a copy of another type.
            nb::arg("row_of").noconvert(), nb::arg("group_in").noconvert(),
            nb::arg("last_used").noconvert())

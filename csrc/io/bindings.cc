@@ -207,8 +207,8 @@ class TicketHandle {
     nb::list failures;
     for (std::size_t k = 0; k < batch_->progress.size(); ++k) {
       const Progress& progress = batch_->progress[k];
-      const bool has_moved = progress.outcome == Outcome::kDone ||
-                             progress.outcome == Outcome::kCorrupt;
+      const bool has_moved =
+          progress.outcome == Outcome::kDone || progress.outcome == Outcome::kCorrupt;
       if (has_moved) {
         num_done += 1;
         nbytes += batch_->plan->transfers[k].nbytes;
@@ -324,8 +324,7 @@ void bind_io(nb::module_& module) {
   nb::class_<Pacer>(module, "Pacer")
       .def(nb::init<double, double>(), "bytes_per_s"_a, "iops"_a)
       .def(
-          "charge",
-          [](Pacer& self, const PlanHandle& handle) { return self.charge(*handle.plan); },
+          "charge", [](Pacer& self, const PlanHandle& handle) { return self.charge(*handle.plan); },
           "plan"_a);
   module.def("hold_until", &hold_until, "moment_ns"_a);
   module.def("now_ns", &now_ns);

@@ -46,8 +46,8 @@ constexpr ByteTables kTables;
 
 std::uint32_t by_table(const std::uint8_t* data, std::size_t nbytes, std::uint32_t crc) {
   for (; nbytes >= 8; data += 8, nbytes -= 8) {
-    const auto low = crc ^ (data[0] | data[1] << 8 | data[2] << 16 |
-                            static_cast<std::uint32_t>(data[3]) << 24);
+    const auto low =
+        crc ^ (data[0] | data[1] << 8 | data[2] << 16 | static_cast<std::uint32_t>(data[3]) << 24);
     crc = kTables.of[7][low & 0xff] ^ kTables.of[6][low >> 8 & 0xff] ^
           kTables.of[5][low >> 16 & 0xff] ^ kTables.of[4][low >> 24] ^ kTables.of[3][data[4]] ^
           kTables.of[2][data[5]] ^ kTables.of[1][data[6]] ^ kTables.of[0][data[7]];

@@ -20,7 +20,7 @@ constexpr auto kPause = std::chrono::milliseconds(1);
 bool is_passing(int code) { return code == EAGAIN || code == EINTR || code == ECANCELED; }
 
 std::int64_t file_bytes(int fd) {
-  struct stat state {};
+  struct stat state{};
   return fstat(fd, &state) ? 0 : static_cast<std::int64_t>(state.st_size);
 }
 

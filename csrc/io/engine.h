@@ -19,7 +19,15 @@
 
 namespace kvswap {
 
-enum class Outcome : std::uint8_t { kInFlight, kLanded, kDone, kFailed, kTruncated, kStuck, kCorrupt };
+enum class Outcome : std::uint8_t {
+  kInFlight,
+  kLanded,
+  kDone,
+  kFailed,
+  kTruncated,
+  kStuck,
+  kCorrupt
+};
 
 // What became of one transfer.
 struct Progress {

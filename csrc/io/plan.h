@@ -21,16 +21,16 @@ struct Request {
   std::int64_t count = 0;
   const std::int64_t* ids = nullptr;
   const std::int16_t* devices = nullptr;
-  const std::int64_t* offsets = nullptr;      // within the record area
-  const std::int64_t* rows = nullptr;         // null: record k is row k
-  const std::uint32_t* checksums = nullptr;   // expected; null for writes
-  std::uint8_t* memory = nullptr;             // rows of one record each
+  const std::int64_t* offsets = nullptr;     // within the record area
+  const std::int64_t* rows = nullptr;        // null: record k is row k
+  const std::uint32_t* checksums = nullptr;  // expected; null for writes
+  std::uint8_t* memory = nullptr;            // rows of one record each
   std::int64_t num_rows = 0;
   std::int64_t record_bytes = 0;
   std::int64_t block_bytes = 0;
-  std::uint8_t* scratch = nullptr;            // takes what lies in gaps
-  std::int64_t gap_bytes = 0;                 // larger gaps are not read through
-  std::int64_t most_bytes = 0;                // of one transfer
+  std::uint8_t* scratch = nullptr;  // takes what lies in gaps
+  std::int64_t gap_bytes = 0;       // larger gaps are not read through
+  std::int64_t most_bytes = 0;      // of one transfer
 };
 
 // One vectored call's worth.

@@ -37,8 +37,7 @@ Ring::Ring(unsigned entries) {
   if (fd_ < 0) throw RingError{errno};
   fcntl(fd_, F_SETFD, FD_CLOEXEC);
   // Before 5.5 completions could be dropped, and arguments had to outlive the submission.
-  constexpr unsigned kNeeded =
-      abi::kFeatSingleMmap | abi::kFeatNoDrop | abi::kFeatSubmitStable;
+  constexpr unsigned kNeeded = abi::kFeatSingleMmap | abi::kFeatNoDrop | abi::kFeatSubmitStable;
   try {
     if ((params.features & kNeeded) != kNeeded) throw RingError{EOPNOTSUPP};
     queues_bytes_ = std::max(params.sq.array + params.sq_entries * sizeof(unsigned),

@@ -37,8 +37,8 @@ void gather_segments(const Slots& slots, const Attend& a, int64_t head, std::vec
   out.clear();
   for (int64_t i = 0; i < a.num_rows; ++i) {
     const char* keys = at(slots.pool + a.rows[i] * slots.record_bytes, head * tokens, slots.dtype);
-    out.push_back({keys, at(keys, values, slots.dtype), slots.group_size, slots.head_dim,
-                   slots.head_dim});
+    out.push_back(
+        {keys, at(keys, values, slots.dtype), slots.group_size, slots.head_dim, slots.head_dim});
   }
   add_tokens(a.rolling, head, slots.dtype, out);
   add_tokens(a.newest, head, slots.dtype, out);

@@ -42,20 +42,31 @@ void check_heads(int64_t num_heads, int64_t kv_heads) {
 
 class Scanner {
  public:
-  Scanner(int code, uintptr_t codes, uintptr_t scales, uintptr_t basis, int64_t width,
-          int64_t rank, int64_t group_size, int64_t num_groups, int64_t kv_heads, int64_t head_dim)
+  Scanner(int code, uintptr_t codes, uintptr_t scales, uintptr_t basis, int64_t width, int64_t rank,
+          int64_t group_size, int64_t num_groups, int64_t kv_heads, int64_t head_dim)
       : codes_(pointer<uint8_t>(codes)),
         scales_(pointer<uint16_t>(scales)),
-        keys_{static_cast<Code>(code), pointer<const uint8_t>(codes),
-              pointer<const uint16_t>(scales), pointer<const Bf16>(basis), width, rank,
-              group_size, num_groups, kv_heads, head_dim} {}
+        keys_{static_cast<Code>(code),
+              pointer<const uint8_t>(codes),
+              pointer<const uint16_t>(scales),
+              pointer<const Bf16>(basis),
+              width,
+              rank,
+              group_size,
+              num_groups,
+              kv_heads,
+              head_dim} {}
 
   void scan(uintptr_t query, int dtype, int64_t num_heads, int64_t q_len, int64_t head_stride,
             int64_t token_stride, float scaling, Ids ids, uintptr_t out) const {
     const auto count = static_cast<int64_t>(ids.shape(0));
     const int64_t* data = ids.data();
-    const QueryView view{pointer<const void>(query), static_cast<Dtype>(dtype), num_heads, q_len,
-                         head_stride, token_stride};
+    const QueryView view{pointer<const void>(query),
+                         static_cast<Dtype>(dtype),
+                         num_heads,
+                         q_len,
+                         head_stride,
+                         token_stride};
     nb::gil_scoped_release released;
     check_heads(num_heads, keys_.kv_heads);
     check_below(data, count, keys_.num_groups, "group ids must be those of this index");
@@ -81,8 +92,8 @@ class Attender {
  public:
   Attender(uintptr_t pool, int64_t num_slots, int64_t record_bytes, int64_t group_size,
            int64_t kv_heads, int64_t head_dim, int dtype)
-      : slots_{pointer<const char>(pool), record_bytes, group_size,
-               kv_heads, head_dim, static_cast<Dtype>(dtype)},
+      : slots_{pointer<const char>(pool), record_bytes, group_size, kv_heads, head_dim,
+               static_cast<Dtype>(dtype)},
         num_slots_(num_slots) {}
 
   // query: address, num_heads, q_len, strides of head and token.
@@ -90,9 +101,12 @@ class Attender {
   void attend(const nb::tuple& query, Ids rows, const nb::tuple& rolling, const nb::tuple& newest,
               float scaling, float softcap, uintptr_t out, uintptr_t lse) const {
     Attend a;
-    a.query = {pointer<const void>(nb::cast<uintptr_t>(query[0])), slots_.dtype,
-               nb::cast<int64_t>(query[1]), nb::cast<int64_t>(query[2]),
-               nb::cast<int64_t>(query[3]), nb::cast<int64_t>(query[4])};
+    a.query = {pointer<const void>(nb::cast<uintptr_t>(query[0])),
+               slots_.dtype,
+               nb::cast<int64_t>(query[1]),
+               nb::cast<int64_t>(query[2]),
+               nb::cast<int64_t>(query[3]),
+               nb::cast<int64_t>(query[4])};
     a.rows = rows.data();
     a.num_rows = static_cast<int64_t>(rows.shape(0));
     a.rolling = view(rolling);
@@ -113,8 +127,11 @@ class Attender {
  private:
   static TokensView view(const nb::tuple& t) {
     return {pointer<const void>(nb::cast<uintptr_t>(t[0])),
-            pointer<const void>(nb::cast<uintptr_t>(t[1])), nb::cast<int64_t>(t[2]),
-            nb::cast<int64_t>(t[3]), nb::cast<int64_t>(t[4]), nb::cast<int64_t>(t[5]),
+            pointer<const void>(nb::cast<uintptr_t>(t[1])),
+            nb::cast<int64_t>(t[2]),
+            nb::cast<int64_t>(t[3]),
+            nb::cast<int64_t>(t[4]),
+            nb::cast<int64_t>(t[5]),
             nb::cast<int64_t>(t[6])};
   }
 
@@ -139,8 +156,8 @@ void top(uintptr_t scores, int64_t num_scores, Ids pinned, Positions out) {
 
 void rotate_queries(uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t tokens, int64_t heads,
                     int64_t dim, int dtype, uintptr_t out) {
-  rotate(pointer<const void>(x), pointer<const void>(cos), pointer<const void>(sin), tokens,
-         heads, dim, static_cast<Dtype>(dtype), pointer<void>(out));
+  rotate(pointer<const void>(x), pointer<const void>(cos), pointer<const void>(sin), tokens, heads,
+         dim, static_cast<Dtype>(dtype), pointer<void>(out));
 }
 
 std::vector<std::string> names() {
@@ -156,8 +173,9 @@ std::vector<std::string> names() {
 void bind_kernels(nb::module_& m) {
   m.def("kernel_names", names, "Instruction sets whose kernels run here, best first.");
   m.def("kernel_name", [] { return std::string(kernels().name); }, "The one in use.");
-  m.def("use_kernels", [](const std::string& name) { return use_kernels(name.c_str()); },
-        nb::arg("name"), "Use another; False where it does not run here.");
+  m.def(
+      "use_kernels", [](const std::string& name) { return use_kernels(name.c_str()); },
+      nb::arg("name"), "Use another; False where it does not run here.");
   m.def("num_threads", num_threads, "Threads that kernels share their work over.");
   m.def("top", top, nb::arg("scores"), nb::arg("num_scores"), nb::arg("pinned"),
         nb::arg("out").noconvert(),  // a copy of another type would be filled in its place
@@ -168,16 +186,16 @@ void bind_kernels(nb::module_& m) {
   nb::class_<Scanner>(m, "Scanner", "One layer's coded keys, by address.")
       .def(nb::init<int, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t,
                     int64_t, int64_t>(),
-           nb::arg("code"), nb::arg("codes"), nb::arg("scales"), nb::arg("basis"),
-           nb::arg("width"), nb::arg("rank"), nb::arg("group_size"), nb::arg("num_groups"),
-           nb::arg("num_kv_heads"), nb::arg("head_dim"))
+           nb::arg("code"), nb::arg("codes"), nb::arg("scales"), nb::arg("basis"), nb::arg("width"),
+           nb::arg("rank"), nb::arg("group_size"), nb::arg("num_groups"), nb::arg("num_kv_heads"),
+           nb::arg("head_dim"))
       .def("scan", &Scanner::scan, nb::arg("query"), nb::arg("dtype"), nb::arg("num_heads"),
            nb::arg("q_len"), nb::arg("head_stride"), nb::arg("token_stride"), nb::arg("scaling"),
            nb::arg("ids"), nb::arg("out"))
       .def("encode", &Scanner::encode, nb::arg("tokens"), nb::arg("dtype"), nb::arg("ids"));
   nb::class_<Attender>(m, "Attender", "The slots of all layers, by address.")
-      .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int>(),
-           nb::arg("pool"), nb::arg("num_slots"), nb::arg("record_bytes"), nb::arg("group_size"),
+      .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int>(), nb::arg("pool"),
+           nb::arg("num_slots"), nb::arg("record_bytes"), nb::arg("group_size"),
            nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("dtype"))
       .def("attend", &Attender::attend, nb::arg("query"), nb::arg("rows"), nb::arg("rolling"),
            nb::arg("newest"), nb::arg("scaling"), nb::arg("softcap"), nb::arg("out"),

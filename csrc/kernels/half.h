@@ -31,7 +31,8 @@ static inline uint16_t to_f16(float x) {
   const auto sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const float size = std::fabs(x);
   if (size < 6.103515625e-05f) {  // subnormal: a multiple of 2^-24
-    return static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(size, 24))));
+    return static_cast<uint16_t>(sign |
+                                 static_cast<uint16_t>(std::nearbyint(std::ldexp(size, 24))));
   }
   if (!(size < 65520.0f)) return static_cast<uint16_t>(x != x ? 0x7e00 : sign | 0x7c00);
   const uint32_t magnitude = (bits & 0x7fffffffu) - (112u << 23);

@@ -7,7 +7,8 @@
 namespace kvswap {
 
 using S = avx2::Simd;
-const Kernels kAvx2 = {"avx2",     has_avx2,   attend_head<S>, score_tile<S, avx2::Tile>,
-                       project<S>, column_sums<S>, best_shifted<S>, count_from<S>, widen<S>};
+const Kernels kAvx2 = {"avx2",     has_avx2,       attend_head<S>,  score_tile<S, avx2::Tile>,
+                       project<S>, column_sums<S>, best_shifted<S>, count_from<S>,
+                       widen<S>};
 
 }  // namespace kvswap

@@ -7,7 +7,8 @@
 namespace kvswap {
 
 using S = avx512::Simd;
-const Kernels kAvx512 = {"avx512",   has_avx512,     attend_head<S>, score_tile<S, avx512::Tile>,
-                         project<S>, column_sums<S>, best_shifted<S>, count_from<S>, widen<S>};
+const Kernels kAvx512 = {"avx512",   has_avx512,     attend_head<S>,  score_tile<S, avx512::Tile>,
+                         project<S>, column_sums<S>, best_shifted<S>, count_from<S>,
+                         widen<S>};
 
 }  // namespace kvswap

@@ -46,7 +46,8 @@ struct Dot<Simd, Bf16> {
 
 }  // namespace
 
-const Kernels kAvx512Bf16 = {"avx512_bf16",        has_avx512_bf16, attend_head<Simd>,
-                             score_tile<Simd, Tile>, project<Simd>, column_sums<Simd>, best_shifted<Simd>,      count_from<Simd>, widen<Simd>};
+const Kernels kAvx512Bf16 = {"avx512_bf16",          has_avx512_bf16,  attend_head<Simd>,
+                             score_tile<Simd, Tile>, project<Simd>,    column_sums<Simd>,
+                             best_shifted<Simd>,     count_from<Simd>, widen<Simd>};
 
 }  // namespace kvswap

@@ -7,7 +7,8 @@ namespace kvswap {
 
 using S = neon::Simd;
 // Every 64-bit ARM has it.
-const Kernels kNeon = {"neon",     [] { return true; }, attend_head<S>, score_tile<S, neon::Tile>,
-                       project<S>, column_sums<S>, best_shifted<S>, count_from<S>, widen<S>};
+const Kernels kNeon = {"neon",     [] { return true; }, attend_head<S>,  score_tile<S, neon::Tile>,
+                       project<S>, column_sums<S>,      best_shifted<S>, count_from<S>,
+                       widen<S>};
 
 }  // namespace kvswap

@@ -48,7 +48,8 @@ struct Tile {
 }  // namespace
 
 using S = portable::Simd;
-const Kernels kPortable = {"portable", [] { return true; }, attend_head<S>, score_tile<S, Tile>,
-                           project<S>, column_sums<S>, best_shifted<S>, count_from<S>, widen<S>};
+const Kernels kPortable = {"portable",          [] { return true; }, attend_head<S>,
+                           score_tile<S, Tile>, project<S>,          column_sums<S>,
+                           best_shifted<S>,     count_from<S>,       widen<S>};
 
 }  // namespace kvswap

@@ -32,8 +32,9 @@ void project_query(const CodedKeys& keys, const QueryView& query, int64_t index,
   const int64_t head = index % query.num_heads, token = index / query.num_heads;
   const int64_t kv_head = head / (query.num_heads / keys.kv_heads);
   const size_t item = query.dtype == Dtype::f32 ? 4 : 2;
-  const auto* data = static_cast<const char*>(query.data) +
-                     static_cast<size_t>(head * query.head_stride + token * query.token_stride) * item;
+  const auto* data =
+      static_cast<const char*>(query.data) +
+      static_cast<size_t>(head * query.head_stride + token * query.token_stride) * item;
   thread_local std::vector<float> wide;
   wide.resize(static_cast<size_t>(keys.head_dim));
   kernels().widen(data, query.dtype, keys.head_dim, wide.data());

@@ -99,8 +99,7 @@ struct Tile {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     const auto odd = [&](Codes x) { return _mm256_castsi256_ps(_mm256_and_si256(x, high)); };
     const auto even = [](Codes x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); };
-    return _mm256_fmadd_ps(odd(codes), odd(query),
-                           _mm256_fmadd_ps(even(codes), even(query), sum));
+    return _mm256_fmadd_ps(odd(codes), odd(query), _mm256_fmadd_ps(even(codes), even(query), sum));
   }
 
   template <int kGroup>

@@ -73,7 +73,9 @@ struct Tile {
   static Sum dot_small(Sum sum, Codes codes, Codes query) {
     return _mm512_dpbusd_epi32(sum, codes, query);
   }
-  static Sum dot(Sum sum, Codes codes, Codes query) { return _mm512_dpbusd_epi32(sum, codes, query); }
+  static Sum dot(Sum sum, Codes codes, Codes query) {
+    return _mm512_dpbusd_epi32(sum, codes, query);
+  }
   static __m512 to_float(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 
   // Two bfloat16 of each token with two of the query.
@@ -81,14 +83,13 @@ struct Tile {
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     const auto odd = [&](Codes x) { return _mm512_castsi512_ps(_mm512_and_si512(x, high)); };
     const auto even = [](Codes x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); };
-    return _mm512_fmadd_ps(odd(codes), odd(query),
-                           _mm512_fmadd_ps(even(codes), even(query), sum));
+    return _mm512_fmadd_ps(odd(codes), odd(query), _mm512_fmadd_ps(even(codes), even(query), sum));
   }
 
   // The best token of each group, of four queries: [groups][4].
   template <int kGroup>
   static void store_groups(const __m512 (*scores)[4], float* out) {
-    const __m512 *x = scores[0];
+    const __m512* x = scores[0];
     if constexpr (kGroup == 1) {
       for (int q = 0; q < 4; ++q) {
         float each[16];

@@ -48,8 +48,7 @@ struct Simd {
     y = vfmaq_f32(set1(1.0f), y, rest);
     y = vfmaq_f32(set1(1.0f), y, rest);
     const int32x4_t power = vshlq_n_s32(vcvtq_s32_f32(whole), 23);
-    const uint32x4_t scaled =
-        vreinterpretq_u32_s32(vaddq_s32(vreinterpretq_s32_f32(y), power));
+    const uint32x4_t scaled = vreinterpretq_u32_s32(vaddq_s32(vreinterpretq_s32_f32(y), power));
     return vreinterpretq_f32_u32(vbicq_u32(scaled, tiny));
   }
 };

@@ -12,7 +12,7 @@ const Kernels* const kAll[] = {
 #elif defined(__aarch64__)
     &kNeon,
 #endif
-    &kPortable, nullptr,
+    &kPortable,   nullptr,
 };
 
 const Kernels* best() {

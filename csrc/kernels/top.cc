@@ -30,8 +30,8 @@ float threshold(const std::vector<float>& scores, int64_t count) {
   uint32_t low = ordered(-kInfinity), high = ordered(kInfinity);
   while (low < high) {
     const uint32_t middle = low + (high - low + 1) / 2;
-    const int64_t found = kernels().count_from(
-        scores.data(), static_cast<int64_t>(scores.size()), unordered(middle));
+    const int64_t found =
+        kernels().count_from(scores.data(), static_cast<int64_t>(scores.size()), unordered(middle));
     if (found == count) return unordered(middle);
     if (found > count) {
       low = middle;

@@ -25,7 +25,9 @@ struct Case {
 std::vector<Case>& cases();
 
 struct Register {
-  Register(const char* file, const char* name, void (*run)()) { cases().push_back({file, name, run}); }
+  Register(const char* file, const char* name, void (*run)()) {
+    cases().push_back({file, name, run});
+  }
 };
 
 // What the loops around a check are at, for the message of one that fails. Main thread only.
@@ -55,15 +57,15 @@ class Using {
 
 }  // namespace kvswap::test
 
-#define TEST(name)                                                                   \
-  static void name();                                                                \
-  static const ::kvswap::test::Register register_##name(__FILE__, #name, name);      \
+#define TEST(name)                                                              \
+  static void name();                                                           \
+  static const ::kvswap::test::Register register_##name(__FILE__, #name, name); \
   static void name()
 
-#define CHECK(condition)                                                             \
-  do {                                                                               \
-    if (!(condition)) ::kvswap::test::fail(__FILE__, __LINE__, #condition);          \
+#define CHECK(condition)                                                    \
+  do {                                                                      \
+    if (!(condition)) ::kvswap::test::fail(__FILE__, __LINE__, #condition); \
   } while (false)
 
-#define CHECK_NEAR(found, expected, tolerance)                                       \
+#define CHECK_NEAR(found, expected, tolerance) \
   ::kvswap::test::expect_near(__FILE__, __LINE__, found, expected, tolerance)

@@ -28,18 +28,21 @@ struct Index {
   std::vector<uint16_t> scales;
 
   Index(Random& random, const Shape& s)
-      : shape(s), basis(basis_of(s.dim() * s.rank, [&] { return random.dyadic() / 2; })),
+      : shape(s),
+        basis(basis_of(s.dim() * s.rank, [&] { return random.dyadic() / 2; })),
         codes(static_cast<size_t>(s.tiles() * s.width() * kTileTokens), 0xa5),
         scales(s.code == Code::bf16 ? 0 : static_cast<size_t>(s.tiles() * kTileTokens), 0x5a5a) {}
 
   CodedKeys keys() const {
-    return {shape.code, codes.data(),     shape.code == Code::bf16 ? nullptr : scales.data(),
-            basis.data(), shape.width(),  shape.rank,  shape.group_size,
-            shape.num_groups, shape.kv_heads, shape.head_dim};
+    return {shape.code,       codes.data(),     shape.code == Code::bf16 ? nullptr : scales.data(),
+            basis.data(),     shape.width(),    shape.rank,
+            shape.group_size, shape.num_groups, shape.kv_heads,
+            shape.head_dim};
   }
   uint8_t& byte(int64_t token, int64_t i) {
     const int64_t tile = token / kTileTokens * shape.width() * kTileTokens;
-    return codes[static_cast<size_t>(tile + i / 4 * 4 * kTileTokens + token % kTileTokens * 4 + i % 4)];
+    return codes[static_cast<size_t>(tile + i / 4 * 4 * kTileTokens + token % kTileTokens * 4 +
+                                     i % 4)];
   }
   // Keys [ids * group_size][dim] into codes.
   void encode(const Numbers& tokens, const std::vector<int64_t>& ids) {

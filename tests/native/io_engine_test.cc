@@ -1,7 +1,5 @@
 // The I/O engine under threads, short completions and errors; ends with 77 where the kernel has
 // no io_uring to test.
-#include "io/engine.h"
-
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -14,6 +12,7 @@
 #include <thread>
 
 #include "io/crc32c.h"
+#include "io/engine.h"
 
 using namespace kvswap;
 
@@ -21,12 +20,12 @@ namespace {
 
 constexpr std::int64_t kRecord = 4096, kRecords = 512, kRows = 64;
 
-#define CHECK(law)                                                  \
-  do {                                                              \
-    if (!(law)) {                                                   \
+#define CHECK(law)                                                   \
+  do {                                                               \
+    if (!(law)) {                                                    \
       std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #law); \
-      std::exit(1);                                                 \
-    }                                                               \
+      std::exit(1);                                                  \
+    }                                                                \
   } while (false)
 
 std::uint8_t* pages(std::int64_t nbytes) {
@@ -116,7 +115,8 @@ void test_threads(const File& file) {
         } else {
           engine.wait_to_the_end(*batch);
         }
-        for (const Progress& progress : batch->progress) wrong += progress.outcome != Outcome::kDone;
+        for (const Progress& progress : batch->progress)
+          wrong += progress.outcome != Outcome::kDone;
         other.join();
       }
     });

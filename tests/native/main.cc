@@ -64,8 +64,9 @@ void fail(const char* file, int line, const std::string& what) {
 void expect_near(const char* file, int line, double found, double expected, double tolerance) {
   const bool is_same = found == expected || (std::isnan(found) && std::isnan(expected));
   if (is_same || std::fabs(found - expected) <= tolerance) return;
-  fail(file, line, std::to_string(found) + " should be " + std::to_string(expected) +
-                       " within " + std::to_string(tolerance));
+  fail(file, line,
+       std::to_string(found) + " should be " + std::to_string(expected) + " within " +
+           std::to_string(tolerance));
 }
 
 Using::Using(const char* name) : before_(kernels().name) {

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <initializer_list>
+#include <limits>
 #include <vector>
 
 #include "kernels/api.h"

@@ -16,8 +16,8 @@ struct Tokens {
   int64_t count, head_stride, token_stride;
 
   TokensView view() const {
-    return {keys.bytes.data(), values.bytes.data(), count, head_stride, token_stride, head_stride,
-            token_stride};
+    return {keys.bytes.data(), values.bytes.data(), count,       head_stride,
+            token_stride,      head_stride,         token_stride};
   }
 };
 
@@ -54,7 +54,8 @@ struct Input {
     const int64_t size = kv_heads * count * head_dim;
     const bool is_interleaved = random.below(2);
     return {numbers(dtype, size, draw), numbers(dtype, size, draw), count,
-            is_interleaved ? head_dim : count * head_dim, is_interleaved ? kv_heads * head_dim : head_dim};
+            is_interleaved ? head_dim : count * head_dim,
+            is_interleaved ? kv_heads * head_dim : head_dim};
   }
 
   struct Result {
@@ -67,11 +68,20 @@ struct Input {
     made.out.resize(static_cast<size_t>(num_heads() * q_len * head_dim));
     made.lse.resize(static_cast<size_t>(num_heads() * q_len));
     const Slots slots{reinterpret_cast<const char*>(pool.bytes.data()),
-                      record_items * static_cast<int64_t>(item_bytes(dtype)), group_size, kv_heads,
-                      head_dim, dtype};
+                      record_items * static_cast<int64_t>(item_bytes(dtype)),
+                      group_size,
+                      kv_heads,
+                      head_dim,
+                      dtype};
     const Attend a{{query.bytes.data(), dtype, num_heads(), q_len, head_dim, token_stride},
-                   rows.data(), static_cast<int64_t>(rows.size()), rolling.view(), newest.view(),
-                   scaling(), softcap, made.out.data(), made.lse.data()};
+                   rows.data(),
+                   static_cast<int64_t>(rows.size()),
+                   rolling.view(),
+                   newest.view(),
+                   scaling(),
+                   softcap,
+                   made.out.data(),
+                   made.lse.data()};
     attend(slots, a);
     return made;
   }
@@ -84,7 +94,8 @@ struct Input {
     std::vector<const float*> keys, values;
     for (const int64_t row : rows) {
       for (int64_t t = 0; t < group_size; ++t) {
-        const float* key = pool.plain.data() + row * record_items + (kv_head * group_size + t) * head_dim;
+        const float* key =
+            pool.plain.data() + row * record_items + (kv_head * group_size + t) * head_dim;
         keys.push_back(key);
         values.push_back(key + half);
       }
@@ -146,7 +157,8 @@ TEST(attention_over_all_parts_is_that_of_the_formula) {
     Random random(40);
     for (int round = 0; round < 60; ++round) {
       const At at{{"round", round}};
-      const int64_t slots = random.one_of<int64_t>({0, 1, 3, 7}), rolling = random.one_of<int64_t>({0, 1, 5});
+      const int64_t slots = random.one_of<int64_t>({0, 1, 3, 7}),
+                    rolling = random.one_of<int64_t>({0, 1, 5});
       expect_formula(Input(random, slots, rolling, slots + rolling == 0 || random.below(2)));
     }
   });

@@ -25,7 +25,8 @@ struct Job {
       : head_dim(dim), scaling(1 / std::sqrt(static_cast<float>(dim))), softcap(cap), dtype(kind) {
     const auto draw = [&] { return random.normal(); };
     const int64_t num_parts = random.between(1, 6);
-    for (int64_t i = 0; i < num_parts; ++i) add(random, random.one_of<int64_t>({1, 2, 4, 5, 16, 17}));
+    for (int64_t i = 0; i < num_parts; ++i)
+      add(random, random.one_of<int64_t>({1, 2, 4, 5, 16, 17}));
     for (int64_t r = 0; r < rows; ++r) {
       query.push_back(numbers(dtype, dim, draw));
       hidden.push_back(is_causal ? random.below(num_tokens) : 0);
@@ -34,7 +35,8 @@ struct Job {
 
   void add(Random& random, int64_t count) {
     const auto draw = [&] { return random.normal(); };
-    const int64_t key = head_dim + random.one_of({0, 0, 3}), value = head_dim + random.one_of({0, 0, 5});
+    const int64_t key = head_dim + random.one_of({0, 0, 3}),
+                  value = head_dim + random.one_of({0, 0, 5});
     parts.push_back({numbers(dtype, (count - 1) * key + head_dim, draw),
                      numbers(dtype, (count - 1) * value + head_dim, draw), count, key, value});
     num_tokens += count;
@@ -48,8 +50,8 @@ struct Job {
   Result run(const Kernels& kernels) const {
     std::vector<Segment> segments;
     for (const Part& p : parts) {
-      segments.push_back({p.keys.bytes.data(), p.values.bytes.data(), p.count, p.key_stride,
-                          p.value_stride});
+      segments.push_back(
+          {p.keys.bytes.data(), p.values.bytes.data(), p.count, p.key_stride, p.value_stride});
     }
     std::vector<const void*> rows;
     for (const Numbers& each : query) rows.push_back(each.bytes.data());
@@ -60,11 +62,15 @@ struct Job {
     std::vector<float*> out;
     for (std::vector<float>& each : made.out) out.push_back(each.data());
     // What lies in scratch memory must not matter.
-    std::vector<float> scratch(
-        static_cast<size_t>(scratch_floats(num_rows, num_tokens, head_dim)), kNan);
-    AttendHead a{segments.data(), static_cast<int64_t>(segments.size()), num_tokens, head_dim,
-                 rows.data(),     num_rows, hidden.data(), scaling, softcap, dtype,
-                 out.data(),      made.lse.data(), scratch.data()};
+    std::vector<float> scratch(static_cast<size_t>(scratch_floats(num_rows, num_tokens, head_dim)),
+                               kNan);
+    AttendHead a{segments.data(), static_cast<int64_t>(segments.size()),
+                 num_tokens,      head_dim,
+                 rows.data(),     num_rows,
+                 hidden.data(),   scaling,
+                 softcap,         dtype,
+                 out.data(),      made.lse.data(),
+                 scratch.data()};
     kernels.attend_head(a);
     return made;
   }
@@ -141,7 +147,9 @@ TEST(a_key_that_is_no_number_leaves_no_number) {
         Random random(5);
         Job job(random, dtype, dim, 3, false, 0);
         const size_t last = job.parts.back().keys.plain.size() - 1;
-        const uint32_t bits = dtype == Dtype::f32 ? 0x7fc00000u : dtype == Dtype::bf16 ? 0x7fc0u : 0x7e00u;
+        const uint32_t bits = dtype == Dtype::f32    ? 0x7fc00000u
+                              : dtype == Dtype::bf16 ? 0x7fc0u
+                                                     : 0x7e00u;
         std::memcpy(job.parts.back().keys.bytes.data() + last * item_bytes(dtype), &bits,
                     item_bytes(dtype));
         const Job::Result found = job.run(kernels());

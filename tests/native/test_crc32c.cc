@@ -29,10 +29,12 @@ TEST(all_ways_agree_at_any_length_and_alignment) {
   Random random(70);
   std::vector<uint8_t> data(9001);
   for (uint8_t& each : data) each = static_cast<uint8_t>(random.below(256));
-  for (const size_t nbytes : {1u, 7u, 8u, 9u, 503u, 504u, 505u, 4079u, 4080u, 4096u, 8161u, 8999u}) {
+  for (const size_t nbytes :
+       {1u, 7u, 8u, 9u, 503u, 504u, 505u, 4079u, 4080u, 4096u, 8161u, 8999u}) {
     for (size_t at = 0; at < 3; ++at) {
       const uint32_t crc = static_cast<uint32_t>(random.next());
-      const std::vector<uint8_t> exact(data.begin() + static_cast<long>(at), data.begin() + static_cast<long>(at + nbytes));
+      const std::vector<uint8_t> exact(data.begin() + static_cast<long>(at),
+                                       data.begin() + static_cast<long>(at + nbytes));
       const uint32_t expected = bit_by_bit(exact.data(), nbytes, crc);
       CHECK(crc32c(exact.data(), nbytes, crc) == expected);
       CHECK(crc32c(data.data() + at, nbytes, crc) == expected);

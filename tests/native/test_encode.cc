@@ -42,8 +42,9 @@ std::vector<double> projected(const Index& index, const Numbers& keys, int64_t t
   std::vector<double> made(static_cast<size_t>(index.shape.rank));
   for (int64_t i = 0; i < index.shape.dim(); ++i) {
     for (size_t j = 0; j < made.size(); ++j) {
-      made[j] += static_cast<double>(keys.plain[static_cast<size_t>(token * index.shape.dim() + i)]) *
-                 plain(index.basis[static_cast<size_t>(i) * made.size() + j]);
+      made[j] +=
+          static_cast<double>(keys.plain[static_cast<size_t>(token * index.shape.dim() + i)]) *
+          plain(index.basis[static_cast<size_t>(i) * made.size() + j]);
     }
   }
   return made;
@@ -129,7 +130,8 @@ TEST(tokens_beside_those_encoded_stay_as_they_were) {
         const std::vector<int64_t> ids = some_ids(random, index.shape.num_groups);
         index.encode(some_keys(random, index.shape, ids), ids);
         for (int64_t token = 0; token < index.shape.tiles() * kTileTokens; ++token) {
-          const bool was_encoded = std::find(ids.begin(), ids.end(), token / index.shape.group_size) != ids.end();
+          const bool was_encoded =
+              std::find(ids.begin(), ids.end(), token / index.shape.group_size) != ids.end();
           if (was_encoded) continue;
           for (int64_t i = 0; i < index.shape.width(); ++i) CHECK(index.byte(token, i) == 0xa5);
           if (code != Code::bf16) CHECK(index.scales[static_cast<size_t>(token)] == 0x5a5a);
@@ -146,8 +148,9 @@ TEST(keys_of_zeros_stand_for_zeros) {
       Random random(22);
       Index index(random, some_shape(random, code));
       const std::vector<int64_t> ids{1};
-      index.encode(numbers(Dtype::f32, index.shape.group_size * index.shape.dim(), [] { return 0.0f; }),
-                   ids);
+      index.encode(
+          numbers(Dtype::f32, index.shape.group_size * index.shape.dim(), [] { return 0.0f; }),
+          ids);
       for (const double x : index.decoded(index.shape.group_size)) CHECK_NEAR(x, 0, 1e-6);
     }
   });

@@ -1,6 +1,4 @@
 // Reads and writes through io_uring, where the kernel has it.
-#include "io/engine.h"
-
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -13,6 +11,7 @@
 
 #include "check.h"
 #include "io/crc32c.h"
+#include "io/engine.h"
 #include "random.h"
 
 using namespace kvswap;

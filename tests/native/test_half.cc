@@ -38,7 +38,8 @@ TEST(rounding_goes_to_the_nearest_and_of_two_to_the_even_one) {
   CHECK(to_bf16(1.0f + 3 * 0x1p-8f) == to_bf16(1.0f + 0x1p-6f));
   Random random(1);
   for (int i = 0; i < 20000; ++i) {
-    const float x = random.normal() * static_cast<float>(std::ldexp(1.0, static_cast<int>(random.between(-30, 14))));
+    const float x = random.normal() *
+                    static_cast<float>(std::ldexp(1.0, static_cast<int>(random.between(-30, 14))));
     const float found = from_f16(to_f16(x)), below = from_f16(static_cast<uint16_t>(to_f16(x) - 1));
     if (std::fabs(x) > 0x1p-14f) CHECK(std::fabs(found - x) <= std::fabs(x - below));
     CHECK(std::fabs(found - x) <= std::max(std::fabs(x) * 0x1p-11f, 0x1p-25f));

@@ -22,7 +22,8 @@ struct Asked {
   bool is_write = false;
 
   explicit Asked(int64_t count)
-      : checksums(static_cast<size_t>(count), 7), memory(static_cast<size_t>((count + 3) * kRecord)),
+      : checksums(static_cast<size_t>(count), 7),
+        memory(static_cast<size_t>((count + 3) * kRecord)),
         scratch(8 * kRecord) {}
 
   Request request() {
@@ -61,7 +62,8 @@ Asked some_records(Random& random) {
     asked.rows.push_back(k);
   }
   if (random.below(2)) {
-    for (size_t k = 0; k < asked.rows.size(); ++k) asked.rows[k] = static_cast<int64_t>(asked.rows.size() - k);
+    for (size_t k = 0; k < asked.rows.size(); ++k)
+      asked.rows[k] = static_cast<int64_t>(asked.rows.size() - k);
   }
   asked.gap_bytes = random.one_of<int64_t>({0, kRecord, 4 * kRecord});
   asked.most_bytes = random.one_of<int64_t>({1, 3 * kRecord, 64 * kRecord});
@@ -142,7 +144,8 @@ TEST(no_transfer_has_more_pieces_than_a_call_may_have) {
   }
   Plan plan;
   CHECK(asked.plan(plan));
-  for (const Transfer& transfer : plan.transfers) CHECK(transfer.last_piece - transfer.first_piece <= 1024);
+  for (const Transfer& transfer : plan.transfers)
+    CHECK(transfer.last_piece - transfer.first_piece <= 1024);
   CHECK(plan.transfers.size() == 3);
 }
 

@@ -7,7 +7,8 @@ using namespace kvswap::test;
 
 namespace {
 
-constexpr int64_t kLengths[] = {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200};
+constexpr int64_t kLengths[] = {1,  2,  3,  4,  7,  8,  9,   15,  16,  17,
+                                31, 32, 33, 63, 64, 65, 127, 128, 129, 200};
 
 std::vector<float> normals(Random& random, int64_t count) {
   std::vector<float> made(static_cast<size_t>(count));
@@ -61,10 +62,12 @@ TEST(column_sums_agree_and_columns_of_nothing_count_for_nothing) {
     for (const int64_t length : kLengths) {
       for (const int64_t rows : {1, 2, 3, 30}) {
         const At at{{"length", length}, {"rows", rows}};
-        const std::vector<float> x = scores(random, rows, length), scale = positives(random, length);
+        const std::vector<float> x = scores(random, rows, length),
+                                 scale = positives(random, length);
         const ScoreRows a{x.data(), rows, length, scale.data()};
         const auto size = static_cast<size_t>(length);
-        std::vector<float> top(size, kNan), sum(size, kNan), found_top(size, kNan), found(size, kNan);
+        std::vector<float> top(size, kNan), sum(size, kNan), found_top(size, kNan),
+            found(size, kNan);
         kPortable.column_sums(a, top.data(), sum.data());
         other.column_sums(a, found_top.data(), found.data());
         for (size_t i = 0; i < size; ++i) {
@@ -86,7 +89,8 @@ TEST(the_best_of_a_row_agrees) {
         for (const int64_t rows : {1, 2, 7}) {
           const At at{{"best_length", best_length}, {"quads", quads}, {"rows", rows}};
           const int64_t length = quads * best_length;
-          const std::vector<float> x = scores(random, rows, length), scale = positives(random, length);
+          const std::vector<float> x = scores(random, rows, length),
+                                   scale = positives(random, length);
           std::vector<float> shift = normals(random, length);
           shift[static_cast<size_t>(random.below(length))] = kInfinity;  // a query that is none
           const ScoreRows a{x.data(), rows, length, scale.data()};

@@ -43,7 +43,7 @@ Ask some_ask(Random& random, const Shape& shape, int64_t num_heads, int64_t q_le
 std::vector<float> scan(const Index& index, const Ask& ask, float scaling) {
   std::vector<float> out(ask.ids.size(), kNan);
   const QueryView view{ask.query.bytes.data(), ask.query.dtype, ask.num_heads, ask.q_len,
-                       ask.head_stride(), ask.token_stride};
+                       ask.head_stride(),      ask.token_stride};
   scan_groups(index.keys(), view, scaling, ask.ids.data(), static_cast<int64_t>(ask.ids.size()),
               out.data());
   return out;
@@ -78,7 +78,8 @@ std::vector<double> projected(const Index& index, const Ask& ask, int64_t head, 
   float top = 0;
   for (size_t j = 0; j < x.size(); ++j) {
     for (int64_t i = 0; i < shape.head_dim; ++i) {
-      const auto place = static_cast<size_t>(head * ask.head_stride() + token * ask.token_stride + i);
+      const auto place =
+          static_cast<size_t>(head * ask.head_stride() + token * ask.token_stride + i);
       const auto row = static_cast<size_t>(kv_head * shape.head_dim + i);
       x[j] += static_cast<double>(ask.query.plain[place]) * plain(index.basis[row * x.size() + j]);
     }
@@ -135,8 +136,10 @@ TEST(scores_are_those_of_the_formula) {
         const std::vector<double> expected = by_formula(index, ask, 0.25f);
         each_name([&](const char* name) {
           const Using named(name);
-          const At at{{"code", static_cast<int>(code)}, {"group_size", group_size},
-                      {"heads", ask.num_heads}, {"q_len", ask.q_len},
+          const At at{{"code", static_cast<int>(code)},
+                      {"group_size", group_size},
+                      {"heads", ask.num_heads},
+                      {"q_len", ask.q_len},
                       {"ids", static_cast<int64_t>(ask.ids.size())}};
           const std::vector<float> found = scan(index, ask, 0.25f);
           // The offset of the four-bit grid is made whole: half a unit of query and key.
@@ -156,7 +159,8 @@ TEST(scores_do_not_depend_on_the_threads) {
   for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
     shape.code = code;
     Index index(random, shape);
-    for (uint8_t& each : index.codes) each = static_cast<uint8_t>(random.below(code == Code::bf16 ? 64 : 256));
+    for (uint8_t& each : index.codes)
+      each = static_cast<uint8_t>(random.below(code == Code::bf16 ? 64 : 256));
     for (uint16_t& each : index.scales) each = to_f16(std::fabs(random.normal()));
     const Ask ask = some_ask(random, shape, 6, 2);
     each_name([&](const char* name) {
@@ -196,7 +200,8 @@ TEST(queries_of_zeros_find_all_groups_alike) {
     Random random(34);
     Index index = some_index(random, code, 2);
     Ask ask = some_ask(random, index.shape, index.shape.kv_heads * 5, 1);
-    ask.query = numbers(Dtype::f32, static_cast<int64_t>(ask.query.plain.size()), [] { return 0.0f; });
+    ask.query =
+        numbers(Dtype::f32, static_cast<int64_t>(ask.query.plain.size()), [] { return 0.0f; });
     each_name([&](const char* name) {
       const Using named(name);
       for (const float x : scan(index, ask, 1.0f)) {

@@ -17,11 +17,17 @@ struct Tables {
   int64_t first_row;
 
   Tables(int64_t groups, int64_t slots, int64_t first)
-      : row_of(static_cast<size_t>(groups), -1), group_in(static_cast<size_t>(slots), -1),
-        last_used(static_cast<size_t>(slots), -1), first_row(first) {}
+      : row_of(static_cast<size_t>(groups), -1),
+        group_in(static_cast<size_t>(slots), -1),
+        last_used(static_cast<size_t>(slots), -1),
+        first_row(first) {}
   SlotTables view() {
-    return {row_of.data(), group_in.data(), last_used.data(), static_cast<int64_t>(row_of.size()),
-            static_cast<int64_t>(group_in.size()), first_row};
+    return {row_of.data(),
+            group_in.data(),
+            last_used.data(),
+            static_cast<int64_t>(row_of.size()),
+            static_cast<int64_t>(group_in.size()),
+            first_row};
   }
   int64_t slot_of(int64_t group) const { return row_of[static_cast<size_t>(group)] - first_row; }
 };
@@ -37,7 +43,8 @@ TEST(what_was_unused_for_longest_goes_first_and_nothing_in_use_ever_does) {
     for (int64_t step = 1; step < 40; ++step) {
       const At at{{"round", round}, {"step", step}};
       std::set<int64_t> wanted;
-      for (int64_t i = random.between(0, slots + 2); i > 0; --i) wanted.insert(random.below(groups));
+      for (int64_t i = random.between(0, slots + 2); i > 0; --i)
+        wanted.insert(random.below(groups));
       std::vector<int64_t> asked(wanted.begin(), wanted.end()), absent;
       for (const int64_t group : asked) {
         if (held.count(group)) {
@@ -47,8 +54,9 @@ TEST(what_was_unused_for_longest_goes_first_and_nothing_in_use_ever_does) {
         }
       }
       std::vector<int64_t> missing(asked.size()), rows(asked.size());
-      const int64_t found = take_slots(tables.view(), asked.data(), static_cast<int64_t>(asked.size()), step,
-                                       missing.data(), rows.data());
+      const int64_t found =
+          take_slots(tables.view(), asked.data(), static_cast<int64_t>(asked.size()), step,
+                     missing.data(), rows.data());
       const auto num_absent = static_cast<int64_t>(absent.size());
       const bool fits = static_cast<int64_t>(asked.size()) <= slots;
       CHECK(found == (fits ? num_absent : -num_absent - 1));

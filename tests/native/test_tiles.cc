@@ -17,7 +17,11 @@ struct Input {
   int quads, group_size;
 
   Input(Random& random, Code kind, int64_t num_chunks, int num_quads, int size)
-      : start(kMaxQueries), scale(kTileTokens), code(kind), chunks(num_chunks), quads(num_quads),
+      : start(kMaxQueries),
+        scale(kTileTokens),
+        code(kind),
+        chunks(num_chunks),
+        quads(num_quads),
         group_size(size) {
     codes.resize(static_cast<size_t>(chunks * 4 * kTileTokens));
     query.resize(static_cast<size_t>((code == Code::rot4 ? 2 : 1) * chunks * kMaxQueries));
@@ -62,7 +66,9 @@ TEST(tiles_of_integers_score_exactly_alike_and_those_of_floats_nearly) {
       for (const int64_t chunks : {1, 2, 3, 16, 33}) {
         for (int quads = 1; quads <= kMaxQueries / 4; ++quads) {
           for (const int size : {1, 2, 4, 8, 16}) {
-            const At at{{"code", static_cast<int>(code)}, {"chunks", chunks}, {"quads", quads},
+            const At at{{"code", static_cast<int>(code)},
+                        {"chunks", chunks},
+                        {"quads", quads},
                         {"group_size", size}};
             const Input input(random, code, chunks, quads, size);
             const std::vector<float> expected = input.run(kPortable), found = input.run(other);
@@ -98,7 +104,8 @@ TEST(a_score_is_the_start_and_all_products_times_the_scale) {
               sum += (held & 15) * word(byte / 4) + (held >> 4) * word(byte / 4 + input.chunks);
             }
           }
-          const float expected = static_cast<float>(sum) * from_f16(input.scale[static_cast<size_t>(token)]);
+          const float expected =
+              static_cast<float>(sum) * from_f16(input.scale[static_cast<size_t>(token)]);
           const int place = q / 4 * 4 * kTileTokens + token * 4 + q % 4;
           CHECK_NEAR(found[static_cast<size_t>(place)], expected, 0);
         }

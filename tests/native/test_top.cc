@@ -29,7 +29,8 @@ std::vector<int64_t> by_sort(const std::vector<float>& scores, int64_t count,
     const float x = scores[static_cast<size_t>(i)];
     return std::pair(!first.count(i), std::isnan(x) ? kInfinity : -x);
   };
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return rank(a) < rank(b); });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return rank(a) < rank(b); });
   order.resize(static_cast<size_t>(count));
   std::sort(order.begin(), order.end());
   return order;
@@ -38,7 +39,8 @@ std::vector<int64_t> by_sort(const std::vector<float>& scores, int64_t count,
 void expect_sorted(Random& random, std::vector<float> scores) {
   const auto size = static_cast<int64_t>(scores.size());
   std::set<int64_t> some;
-  for (int64_t i = random.below(std::min<int64_t>(size, 6)); i > 0; --i) some.insert(random.below(size));
+  for (int64_t i = random.below(std::min<int64_t>(size, 6)); i > 0; --i)
+    some.insert(random.below(size));
   const std::vector<int64_t> pinned(some.begin(), some.end());
   const auto least = static_cast<int64_t>(pinned.size());
   for (const int64_t count : {least, random.between(least, size), size}) {
