@@ -107,6 +107,25 @@ TEST(the_best_of_a_row_agrees) {
   });
 }
 
+TEST(counting_takes_what_equals_the_bound_and_nothing_that_is_no_number) {
+  each_name([](const char* name) {
+    const Using named(name);
+    Random random(11);
+    for (const int64_t length : kLengths) {
+      std::vector<float> x(static_cast<size_t>(length));
+      for (float& each : x) {
+        each = random.one_of({-kInfinity, -1.0f, -0.0f, 0.0f, 0.5f, kInfinity, kNan});
+      }
+      for (const float least : {-kInfinity, -1.0f, 0.0f, -0.0f, 0.25f, kInfinity}) {
+        const At at{{"length", length}};
+        int64_t expected = 0;
+        for (const float each : x) expected += each >= least;
+        CHECK(kernels().count_from(x.data(), length, least) == expected);
+      }
+    }
+  });
+}
+
 TEST(widening_is_exact_for_every_sixteen_bits) {
   std::vector<uint16_t> all(0x10000);
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<uint16_t>(i);

@@ -43,5 +43,6 @@ TEST(all_kernels_are_filled_in) {
   for (const Kernels* const* each = all_kernels(); *each; ++each) {
     CHECK((*each)->attend_head && (*each)->score_tile && (*each)->project);
     CHECK((*each)->column_sums && (*each)->best_shifted && (*each)->widen);
+    CHECK((*each)->count_from);
   }
 }
