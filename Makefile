@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 	$(BIN)/kvswap demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # The tests run every benchmark at toy size; `make bench-smoke` runs only those.
 check: $(VENV)/.installed fmt-check lint type arch words native-test neon-test test compat-test
@@ -91,7 +91,7 @@ $(COMPAT)/.installed: $(VENV)/.installed
 	touch "$@"
 
 compat-test: $(COMPAT)/.installed
-	PYTHONPATH="$(COMPAT)" $(BIN)/python -m pytest tests/hf tests/e2e -m "not newest"
+	PYTHONPATH="$(COMPAT)" $(BIN)/python -m pytest -n auto tests/hf tests/e2e -m "not newest"
 
 # The tests of csrc that need no Python, built once a sanitizer, unoptimised for the time it
 # takes. $(call native_tests,<folder>,<settings>,<what runs it>)
