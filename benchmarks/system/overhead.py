@@ -29,7 +29,6 @@ from kvswap.bench.script import (
 from kvswap.bench.stepping import Side, alternate, describe, hold_everything, stepper
 from kvswap.bench.synthetic import SHAPES, fill, random_model
 from kvswap.cache.plan import plan_cache
-from kvswap.hf.cache import KVSwapCache
 from kvswap.hf.geometry import read_shape
 
 HERE = Path(__file__).resolve().parents[1]
@@ -55,13 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def own_seconds(cache: KVSwapCache) -> float | None:
-    """Return the seconds in kvswap's hooks and attention of decode steps so far."""
-    return getattr(cache.stats(), "own_s", None)
-
-
-def run(args: argparse.Namespace, directory: Path) -> tuple[Record | None, dict[str, Any]]:
-    """Measure; the record is missing where the counter is."""
+def run(args: argparse.Namespace, directory: Path) -> tuple[Record, dict[str, Any]]:
+    """Measure, and return the record and what stands beside it."""
     model = random_model(args.shape, num_layers=args.layers, seed=args.seed)
     geometry = read_shape(model).geometry
     full_bytes = args.context * geometry.token_bytes
@@ -90,11 +84,9 @@ def run(args: argparse.Namespace, directory: Path) -> tuple[Record | None, dict[
         step = stepper(model, cache, attached)
 
         def counted(count: int) -> float:
-            before = own_seconds(cache)
+            before = cache.stats().own_s
             spent = step(count)
-            if before is not None:
-                after = own_seconds(cache) or 0.0
-                own.append((after - before) / count / geometry.num_layers)
+            own.append((cache.stats().own_s - before) / count / geometry.num_layers)
             return spent
 
         empty = DynamicCache(config=model.config)
@@ -106,8 +98,6 @@ def run(args: argparse.Namespace, directory: Path) -> tuple[Record | None, dict[
         model.set_attn_implementation(attached)
         extra = {"seconds_per_step": seconds, "kvswap": describe(cache, seconds["kvswap"])}
         used = cache.session.plan.to_dict()
-    if not own:
-        return None, extra
     record = Record(
         metric="overhead_ms_per_layer",
         unit="ms",
@@ -137,10 +127,7 @@ def main() -> None:
     args = parse_arguments()
     with store_directory(args.kv_dir) as directory:
         record, extra = run(args, directory)
-    if record is None:
-        note(args, "no record: this version has no CacheStats.own_s")
-    else:
-        publish([record], args)
+    publish([record], args)
     note_steps(args, extra["seconds_per_step"])
     layers = extra["kvswap"]
     note(

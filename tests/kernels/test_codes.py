@@ -68,7 +68,7 @@ def test_scores_grow_with_the_coefficients(name, factor):
     coefficients, queries = torch.randn(64, 32), torch.randn(4, 32)
     scores = code.score(queries, *code.encode(coefficients))
     scaled = code.score(queries, *code.encode(coefficients * factor))
-    torch.testing.assert_close(scaled / factor, scores, atol=0.2, rtol=0.02)
+    torch.testing.assert_close(scaled / factor, scores, atol=0.1, rtol=0.02)
 
 
 def test_codes_are_named_as_the_config_names_them():

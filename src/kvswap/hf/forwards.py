@@ -192,7 +192,7 @@ class Forwards:
     def attention_added(self, layer_idx: int, residual: Tensor) -> None:
         """Estimate the next layer's query, and read ahead what it would select."""
         following = layer_idx + 1
-        if following not in self.disk or not self._selects(following):
+        if not self._selects(following):
             return
         disk_idx = self.disk.index(following)
         binding = self.binding
