@@ -86,6 +86,17 @@ bool can_hold(const View& memory, std::int64_t record_bytes, bool is_write) {
          (is_write || !(*memory).readonly);
 }
 
+// Takes the checksums of some records out of the table of all; false where one is not in it.
+bool look_up(const View& table, const View& ids, std::vector<std::uint32_t>& out) {
+  if (!table.is_good() || (*table).ndim != 1) return false;
+  for (Py_ssize_t k = 0; k < (*ids).shape[0]; ++k) {
+    const std::int64_t id = ids.data<std::int64_t>()[k];
+    if (id < 0 || id >= (*table).shape[0]) return false;
+    out.push_back(table.data<std::uint32_t>()[id]);
+  }
+  return true;
+}
+
 std::unique_ptr<PlanHandle> plan(nb::handle ids, nb::handle devices, nb::handle offsets,
                                  nb::handle rows, nb::handle checksums, nb::handle memory,
                                  nb::handle scratch, nb::tuple files, std::int64_t record_bytes,
@@ -100,15 +111,16 @@ std::unique_ptr<PlanHandle> plan(nb::handle ids, nb::handle devices, nb::handle 
   ask.count = (*id).shape[0];
   if (!offset.has(1, ask.count) || !device.has(1, ask.count)) return nullptr;
   if (!can_hold(made->memory, record_bytes, is_write)) return nullptr;
-  View row, checksum;
+  View row;
+  std::vector<std::uint32_t> expected;
   if (is_write) {
     if ((*made->memory).shape[0] != ask.count) return nullptr;
   } else {
     row = ints(rows);
-    checksum = View(checksums, "IL", 4, 0);
-    if (!row.has(1, ask.count) || !checksum.has(1, ask.count)) return nullptr;
+    if (!row.has(1, ask.count)) return nullptr;
+    if (!look_up(View(checksums, "IL", 4, 0), id, expected)) return nullptr;
     ask.rows = row.data<std::int64_t>();
-    ask.checksums = checksum.data<std::uint32_t>();
+    ask.checksums = expected.data();
     ask.gap_bytes = made->scratch.is_good() ? std::min(gap_bytes, (*made->scratch).len) : 0;
   }
   ask.is_write = is_write;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "kernels/half.h"
 
 namespace kvswap {
 namespace {
@@ -89,6 +90,24 @@ void attend(const Slots& slots, const Attend& a) {
     const int64_t end = slots.kv_heads * (thread + 1) / total;
     for (int64_t head = begin; head < end; ++head) attend_kv_head(slots, a, head, work);
   });
+}
+
+void attend_rounded(const Slots& slots, Attend a, void* out) {
+  thread_local std::vector<float> wide;
+  const int64_t rows = a.query.num_heads * a.query.q_len, count = rows * slots.head_dim;
+  wide.resize(static_cast<size_t>(count + rows));
+  a.out = wide.data();
+  a.lse = wide.data() + count;
+  attend(slots, a);
+  switch (slots.dtype) {
+    case Dtype::f32: std::copy_n(a.out, count, static_cast<float*>(out)); break;
+    case Dtype::bf16:
+      std::transform(a.out, a.out + count, static_cast<uint16_t*>(out), to_bf16);
+      break;
+    case Dtype::f16:
+      std::transform(a.out, a.out + count, static_cast<uint16_t*>(out), to_f16);
+      break;
+  }
 }
 
 }  // namespace kvswap

@@ -35,4 +35,8 @@ struct Attend {
 
 void attend(const Slots& slots, const Attend& a);
 
+// Attention of one new token, rounded to the slots' dtype: [num_heads, head_dim]. `out` and
+// `lse` of `a` are not used.
+void attend_rounded(const Slots& slots, Attend a, void* out);
+
 }  // namespace kvswap

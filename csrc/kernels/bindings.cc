@@ -5,12 +5,14 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #include "common/parallel.h"
 #include "kernels/api.h"
 #include "kernels/attend.h"
 #include "kernels/encode.h"
+#include "kernels/records.h"
 #include "kernels/rope.h"
 #include "kernels/scan.h"
 #include "kernels/top.h"
@@ -27,6 +29,7 @@ T* pointer(uintptr_t address) {
 }
 
 using Ids = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using RowTable = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void check_below(const int64_t* ids, int64_t count, int64_t end, const char* what) {
   for (int64_t i = 0; i < count; ++i) {
@@ -88,6 +91,17 @@ class Scanner {
   CodedKeys keys_;
 };
 
+// Address of keys, of values, count, strides of keys' heads and tokens, of values'.
+TokensView tokens_view(const nb::tuple& t) {
+  return {pointer<const void>(nb::cast<uintptr_t>(t[0])),
+          pointer<const void>(nb::cast<uintptr_t>(t[1])),
+          nb::cast<int64_t>(t[2]),
+          nb::cast<int64_t>(t[3]),
+          nb::cast<int64_t>(t[4]),
+          nb::cast<int64_t>(t[5]),
+          nb::cast<int64_t>(t[6])};
+}
+
 class Attender {
  public:
   Attender(uintptr_t pool, int64_t num_slots, int64_t record_bytes, int64_t group_size,
@@ -97,7 +111,6 @@ class Attender {
         num_slots_(num_slots) {}
 
   // query: address, num_heads, q_len, strides of head and token.
-  // tokens: address of keys, of values, count, strides of keys' heads and tokens, of values'.
   void attend(const nb::tuple& query, Ids rows, const nb::tuple& rolling, const nb::tuple& newest,
               float scaling, float softcap, uintptr_t out, uintptr_t lse) const {
     Attend a;
@@ -109,8 +122,8 @@ class Attender {
                nb::cast<int64_t>(query[4])};
     a.rows = rows.data();
     a.num_rows = static_cast<int64_t>(rows.shape(0));
-    a.rolling = view(rolling);
-    a.newest = view(newest);
+    a.rolling = tokens_view(rolling);
+    a.newest = tokens_view(newest);
     a.scaling = scaling;
     a.softcap = softcap;
     a.out = pointer<float>(out);
@@ -124,17 +137,48 @@ class Attender {
     kvswap::attend(slots_, a);
   }
 
- private:
-  static TokensView view(const nb::tuple& t) {
-    return {pointer<const void>(nb::cast<uintptr_t>(t[0])),
-            pointer<const void>(nb::cast<uintptr_t>(t[1])),
-            nb::cast<int64_t>(t[2]),
-            nb::cast<int64_t>(t[3]),
-            nb::cast<int64_t>(t[4]),
-            nb::cast<int64_t>(t[5]),
-            nb::cast<int64_t>(t[6])};
+  // One new token: query [num_heads, head_dim], key and value [kv_heads, head_dim] by address
+  // and stride of the head; rolling [2, kv_heads, room, head_dim] holds `length` tokens, and is
+  // given the new one behind them.
+  void decode(uintptr_t query, int64_t num_heads, int64_t query_stride, Ids groups, RowTable row_of,
+              uintptr_t rolling, int64_t room, int64_t length, uintptr_t key, int64_t key_stride,
+              uintptr_t value, int64_t value_stride, float scaling, float softcap,
+              uintptr_t out) const {
+    const auto count = static_cast<int64_t>(groups.shape(0));
+    const auto num_groups = static_cast<int64_t>(row_of.shape(0));
+    const int64_t* wanted = groups.data();
+    const int32_t* table = row_of.data();
+    nb::gil_scoped_release released;
+    check_heads(num_heads, slots_.kv_heads);
+    check_below(wanted, count, num_groups, "groups must be those of the table");
+    if (length < 0 || length >= room) throw std::invalid_argument("rolling must have room");
+    thread_local std::vector<int64_t> rows;
+    rows.resize(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) rows[static_cast<size_t>(i)] = table[wanted[i]];
+    check_below(rows.data(), count, num_slots_, "groups must lie in slots");
+    const int64_t dim = slots_.head_dim, item = slots_.dtype == Dtype::f32 ? 4 : 2;
+    char* held = pointer<char>(rolling);
+    const int64_t half = slots_.kv_heads * room * dim * item;
+    const auto append = [&](char* to, uintptr_t from, int64_t stride) {
+      for (int64_t head = 0; head < slots_.kv_heads; ++head) {
+        std::memcpy(to + (head * room + length) * dim * item,
+                    pointer<const char>(from) + head * stride * item,
+                    static_cast<size_t>(dim * item));
+      }
+    };
+    append(held, key, key_stride);
+    append(held + half, value, value_stride);
+    Attend a{};
+    a.query = {pointer<const void>(query), slots_.dtype, num_heads, 1, query_stride, dim};
+    a.rows = rows.data();
+    a.num_rows = count;
+    a.rolling = {held, held + half, length + 1, room * dim, dim, room * dim, dim};
+    a.scaling = scaling;
+    a.softcap = softcap;
+    attend_rounded(slots_, a, pointer<void>(out));
   }
 
+ private:
   Slots slots_;
   int64_t num_slots_;
 };
@@ -160,6 +204,25 @@ void rotate_queries(uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t tokens, i
          dim, static_cast<Dtype>(dtype), pointer<void>(out));
 }
 
+void pack_records(const nb::tuple& tokens, uintptr_t records, int64_t stride_bytes, int64_t count,
+                  int64_t group_size, int64_t kv_heads, int64_t head_dim, int dtype) {
+  const TokensView view = tokens_view(tokens);
+  if (view.count != count * group_size) {
+    throw std::invalid_argument("tokens must fill the records");
+  }
+  const Records all{pointer<char>(records),   stride_bytes, count, group_size, kv_heads, head_dim,
+                    static_cast<Dtype>(dtype)};
+  nb::gil_scoped_release released;
+  pack(view, all);
+}
+
+void merge_parts(uintptr_t out, uintptr_t lse, uintptr_t part, uintptr_t part_lse, int64_t rows,
+                 int64_t head_dim) {
+  nb::gil_scoped_release released;
+  merge(pointer<float>(out), pointer<float>(lse), pointer<const float>(part),
+        pointer<const float>(part_lse), rows, head_dim);
+}
+
 std::vector<std::string> names() {
   std::vector<std::string> found;
   for (const Kernels* const* each = all_kernels(); *each; ++each) {
@@ -180,6 +243,12 @@ void bind_kernels(nb::module_& m) {
   m.def("top", top, nb::arg("scores"), nb::arg("num_scores"), nb::arg("pinned"),
         nb::arg("out").noconvert(),  // a copy of another type would be filled in its place
         "Fill out with the positions of the pinned and the largest scores, ascending.");
+  m.def("pack", pack_records, nb::arg("tokens"), nb::arg("records"), nb::arg("stride_bytes"),
+        nb::arg("count"), nb::arg("group_size"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
+        nb::arg("dtype"), "Lay consecutive groups of tokens out as records, by address.");
+  m.def("merge", merge_parts, nb::arg("out"), nb::arg("lse"), nb::arg("part"), nb::arg("part_lse"),
+        nb::arg("rows"), nb::arg("head_dim"),
+        "Take attention over one more part into attention over others, by address.");
   m.def("rotate", rotate_queries, nb::arg("query"), nb::arg("cos"), nb::arg("sin"),
         nb::arg("num_tokens"), nb::arg("num_heads"), nb::arg("head_dim"), nb::arg("dtype"),
         nb::arg("out"), "Rotate queries [num_tokens, num_heads, head_dim], by address.");
@@ -199,7 +268,12 @@ void bind_kernels(nb::module_& m) {
            nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("dtype"))
       .def("attend", &Attender::attend, nb::arg("query"), nb::arg("rows"), nb::arg("rolling"),
            nb::arg("newest"), nb::arg("scaling"), nb::arg("softcap"), nb::arg("out"),
-           nb::arg("lse"));
+           nb::arg("lse"))
+      .def("decode", &Attender::decode, nb::arg("query"), nb::arg("num_heads"),
+           nb::arg("query_stride"), nb::arg("groups"), nb::arg("row_of"), nb::arg("rolling"),
+           nb::arg("room"), nb::arg("length"), nb::arg("key"), nb::arg("key_stride"),
+           nb::arg("value"), nb::arg("value_stride"), nb::arg("scaling"), nb::arg("softcap"),
+           nb::arg("out"));
 }
 
 }  // namespace kvswap

@@ -61,6 +61,17 @@ def num_threads() -> int: ...
 def top(
     scores: int, num_scores: int, pinned: NDArray[np.int64], out: NDArray[np.int64]
 ) -> None: ...
+def pack(
+    tokens: tuple[int, int, int, int, int, int, int],
+    records: int,
+    stride_bytes: int,
+    count: int,
+    group_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: int,
+) -> None: ...
+def merge(out: int, lse: int, part: int, part_lse: int, rows: int, head_dim: int) -> None: ...
 def rotate(
     query: int,
     cos: int,
@@ -121,6 +132,24 @@ class Attender:
         softcap: float,
         out: int,
         lse: int,
+    ) -> None: ...
+    def decode(
+        self,
+        query: int,
+        num_heads: int,
+        query_stride: int,
+        groups: NDArray[np.int64],
+        row_of: NDArray[np.int32],
+        rolling: int,
+        room: int,
+        length: int,
+        key: int,
+        key_stride: int,
+        value: int,
+        value_stride: int,
+        scaling: float,
+        softcap: float,
+        out: int,
     ) -> None: ...
 
 # -- csrc/cache ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.kernels.attention import AttentionParams, Partial
 from kvswap.kernels.native import forced
 from kvswap.kernels.records import DTYPES, record_view
-from kvswap.kernels.slots import SlotAttention, Tokens
+from kvswap.kernels.slots import Rolling, SlotAttention, Tokens
 
 DTYPE_NAMES = tuple(DTYPES)
 SLOTS = 7
@@ -216,3 +216,45 @@ def test_query_heads_that_no_kv_head_has_are_refused(kernel):
     case.query = torch.randn(3, 1, 16)
     with pytest.raises(ValueError, match="query heads must be a multiple of the KV heads"):
         call(case, [0])
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("length", [0, 3, 7])
+@pytest.mark.parametrize("rows", [(), (3, 0, 6)])
+def test_a_single_token_attends_as_any_query_does_and_is_kept(kernel, dtype, softcap, length, rows):
+    case = Case(dtype=dtype, softcap=softcap, num_rolling=length, rows=rows)
+    attention = case.attention(dtype)
+    buffer = torch.full((2, case.kv_heads, 8, case.head_dim), 7.0).to(DTYPES[dtype])
+    buffer[0, :, :length], buffer[1, :, :length] = case.rolling
+    row_of = np.full(20, -1, np.int32)
+    groups = np.arange(len(rows)) * 3 + 1
+    row_of[groups] = rows
+    found = attention.decode(
+        case.query[None],
+        groups,
+        row_of,
+        Rolling(buffer.data_ptr(), 8, length),
+        (case.newest[0][None], case.newest[1][None]),
+        case.params,
+    )
+    expected = case.attend(dtype).out.to(DTYPES[dtype])
+    torch.testing.assert_close(found[0], expected)
+    assert torch.equal(buffer[0, :, length : length + 1], case.newest[0])
+    assert torch.equal(buffer[1, :, length : length + 1], case.newest[1])
+    assert (buffer[:, :, length + 1 :] == 7).all()
+
+
+def test_a_single_token_is_refused_what_is_not_in_slots_or_finds_no_room(kernel):
+    case = Case()
+    attention, buffer = case.attention("float32"), torch.zeros(2, 2, 4, 16)
+    newest = (case.newest[0][None], case.newest[1][None])
+    rolling = Rolling(buffer.data_ptr(), 4, 0)
+    for row_of, place in (
+        (np.full(3, -1, np.int32), rolling),
+        (np.full(3, SLOTS, np.int32), rolling),
+        (np.zeros(1, np.int32), rolling),
+        (np.zeros(3, np.int32), rolling._replace(length=4)),
+    ):
+        with pytest.raises(ValueError, match="must"):
+            attention.decode(case.query[None], np.array([2]), row_of, place, newest, case.params)

@@ -20,7 +20,7 @@ from kvswap.storage.device import DeviceFile
 from kvswap.storage.directory import open_unnamed
 from kvswap.storage.header import DeviceHeader
 from kvswap.storage.posix import IOV_MAX
-from kvswap.storage.requests import MAX_TRANSFER_BYTES, Demand, plan_batch
+from kvswap.storage.requests import MAX_TRANSFER_BYTES, Demand, Planner
 
 SIZE = 512
 NUM_PLACES = 6000
@@ -73,7 +73,7 @@ def _plan(
         np.array(rows),
         np.ones(len(where), np.uint32),
     )
-    return plan_batch(files, demand, aligned_empty(gap))
+    return Planner(files, aligned_empty(gap)).batch(demand)
 
 
 def _run(files: list[DeviceFile], first: int, count: int, rows: list[int] | None = None) -> Batch:

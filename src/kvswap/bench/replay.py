@@ -20,7 +20,7 @@ from kvswap.predict import register_selector
 from kvswap.predict.topk import TopKSelector
 
 _NUMBER = itertools.count()
-_DRAWS = 256
+_STEPS = 256  # of a stated rate, walked to and fro
 
 
 class ReplaySelector(TopKSelector):
@@ -29,6 +29,9 @@ class ReplaySelector(TopKSelector):
     A layer may be asked twice a step: for its estimated query while the layer before it is
     at work, then for its real one within itself; a prediction that does not pay is left out.
     Which of both a call is follows from the layer at work.
+
+    What is replayed is laid out beforehand, apart from pinned groups, so that a step pays for
+    its own selection and for little more.
     """
 
     num_layers: int
@@ -41,82 +44,89 @@ class ReplaySelector(TopKSelector):
         self._steps = [0] * self.num_layers
         self._foretold: dict[int, np.ndarray] = {}
         self._last: dict[int, np.ndarray] = {}
+        self._laid_out_for = (0, 0)
 
     def select(
         self, scores: Tensor, *, layer_idx: int, budget_groups: int, pinned: np.ndarray
     ) -> np.ndarray:
         """Select as always, then replace the result; see `Selector.select`."""
         super().select(scores, layer_idx=layer_idx, budget_groups=budget_groups, pinned=pinned)
+        self._lay_out_if_needed(len(scores), max(0, budget_groups - len(pinned)), pinned)
+        return np.sort(np.concatenate((pinned, self._chosen(layer_idx))))
+
+    def _chosen(self, layer_idx: int) -> np.ndarray:
+        """Return what this call selects besides what is pinned."""
         is_real = layer_idx == self.watch.layer_idx
         if not is_real and layer_idx in self._foretold:  # the real query was never asked for
             self._steps[layer_idx] += 1
             self._foretold.pop(layer_idx)
-        place = (layer_idx, self._steps[layer_idx], len(scores), budget_groups, pinned)
+        step = self._steps[layer_idx]
         if not is_real:
-            chosen = self.replay(*place) if self.foresees else self.foretell(*place)
-            self._foretold[layer_idx] = chosen
+            early = self.replay if self.foresees else self.foretell
+            self._foretold[layer_idx] = chosen = early(layer_idx, step)
             return chosen
         foretold = self._foretold.pop(layer_idx, None)
-        known = foretold if self.foresees else None
-        chosen = self.replay(*place) if known is None else known
+        chosen = self.replay(layer_idx, step) if not self.foresees or foretold is None else foretold
         self._last[layer_idx] = chosen
         self._steps[layer_idx] += 1
         return chosen
 
-    def replay(
-        self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
-    ) -> np.ndarray:
-        """Return the positions that the real query selects, ascending."""
+    def _lay_out_if_needed(self, num_groups: int, free: int, pinned: np.ndarray) -> None:
+        """Lay out for as many groups; a context may grow by an eighth before it is done anew."""
+        known, was_free = self._laid_out_for
+        if was_free != free or not known <= num_groups <= known + known // 8:
+            is_free = np.ones(num_groups, bool)
+            is_free[pinned] = False
+            self.lay_out(is_free, free)
+            self._last.clear()
+            self._laid_out_for = (num_groups, free)
+
+    def lay_out(self, is_free: np.ndarray, count: int) -> None:
+        """Prepare selections of so many groups out of those that are not pinned.
+
+        Parameters
+        ----------
+        is_free : ndarray [num_groups], bool
+        count : int
+        """
         raise NotImplementedError
 
-    def foretell(
-        self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
-    ) -> np.ndarray:
+    def replay(self, layer_idx: int, step: int) -> np.ndarray:
+        """Return the positions that the real query selects, pinned ones left out."""
+        raise NotImplementedError
+
+    def foretell(self, layer_idx: int, step: int) -> np.ndarray:
         """Return those of the estimated one: by default last step's, as if nothing was foreseen."""
-        last = self._last.get(layer_idx, pinned)
-        last = last[last < num_groups]
-        return np.union1d(pinned, last)[-max(budget_groups, len(pinned)) :].astype(np.int64)
+        return self._last.get(layer_idx, np.empty(0, np.int64))
 
 
 class StatedReuseSelector(ReplaySelector):
-    """Keeps a stated share of a layer's last selection and draws the rest at random.
-
-    What is random is drawn beforehand, so that a step pays for little more than a selection.
-    """
+    """Keeps a stated share of a layer's last selection and draws the rest at random."""
 
     reuse_rate: float
     seed: int
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._random = np.random.default_rng(self.seed)
-        self._order, self._places = np.empty((0, 0), np.int64), np.empty((0, 0))
+    def lay_out(self, is_free: np.ndarray, count: int) -> None:
+        """Draw a walk: each step keeps ``reuse_rate`` of the one before."""
+        random = np.random.default_rng(self.seed)
+        places = np.flatnonzero(is_free)
+        count = min(count, len(places))
+        # What is let go is not drawn again at once, where there is enough to draw from.
+        renewed = min(count - round(count * self.reuse_rate), len(places) - count)
+        within = random.choice(len(places), count, replace=False)
+        self._walk = [np.sort(places[within])]
+        for _ in range(_STEPS - 1):
+            is_in = np.zeros(len(places), bool)
+            is_in[within] = True
+            coming = random.choice(np.flatnonzero(~is_in), renewed, replace=False)
+            kept = random.choice(within, count - renewed, replace=False)
+            within = np.concatenate((kept, coming))
+            self._walk.append(np.sort(places[within]))
 
-    def replay(
-        self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
-    ) -> np.ndarray:
-        """Keep ``reuse_rate`` of the last selection; pinned groups are always in."""
-        free = budget_groups - len(pinned)
-        if self._order.shape[1] != free:
-            rows = np.tile(np.arange(free), (_DRAWS, 1))
-            self._order = self._random.permuted(rows, axis=1)
-            self._places = self._random.random((_DRAWS, 4 * free))
-        draw = (step + 17 * layer_idx) % _DRAWS
-        is_taken = np.zeros(num_groups, bool)
-        is_taken[pinned] = True
-        last = self._last.get(layer_idx, pinned[:0])
-        last = last[~is_taken[last]]
-        order = self._order[draw]
-        kept = last[order[order < len(last)][: round(free * self.reuse_rate)]]
-        drawn = (self._places[draw] * num_groups).astype(np.int64)
-        is_taken[last] = True  # what is let go is not drawn again
-        drawn = drawn[~is_taken[drawn]]
-        first = np.sort(np.unique(drawn, return_index=True)[1])
-        drawn = drawn[first[: free - len(kept)]]
-        is_taken[last] = False
-        is_taken[kept] = True
-        is_taken[drawn] = True
-        return np.flatnonzero(is_taken)
+    def replay(self, layer_idx: int, step: int) -> np.ndarray:
+        """Walk on; layers are at different places of the same walk."""
+        at = (step + 17 * layer_idx) % (2 * _STEPS - 2)
+        return self._walk[min(at, 2 * _STEPS - 2 - at)]
 
 
 class TraceSelector(ReplaySelector):
@@ -128,21 +138,23 @@ class TraceSelector(ReplaySelector):
 
     trace: Trace
 
-    def replay(
-        self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
-    ) -> np.ndarray:
-        """Return what was recorded, filled up with neighbours to the budget."""
-        recorded = self.trace.groups[self._source(layer_idx, step)]
-        return self._placed(recorded, layer_idx, step, num_groups, (budget_groups, pinned))
+    def lay_out(self, is_free: np.ndarray, count: int) -> None:
+        """Place what was recorded, filled up with neighbours where it is less than asked for."""
+        self._real: dict[tuple[int, int], np.ndarray] = {}
+        self._early: dict[tuple[int, int], np.ndarray] = {}
+        for at in np.ndindex(self.trace.groups.shape[:2]):
+            self._real[at] = self._placed(self.trace.groups[at], at, is_free, count)
+            if (self.trace.predicted[at] >= 0).any():
+                self._early[at] = self._placed(self.trace.predicted[at], at, is_free, count)
 
-    def foretell(
-        self, layer_idx: int, step: int, num_groups: int, budget_groups: int, pinned: np.ndarray
-    ) -> np.ndarray:
+    def replay(self, layer_idx: int, step: int) -> np.ndarray:
+        """Return what was recorded."""
+        return self._real[self._source(layer_idx, step)]
+
+    def foretell(self, layer_idx: int, step: int) -> np.ndarray:
         """Return what the estimated query selected; last step's selection where none was made."""
-        recorded = self.trace.predicted[self._source(layer_idx, step)]
-        if not (recorded >= 0).any():
-            return super().foretell(layer_idx, step, num_groups, budget_groups, pinned)
-        return self._placed(recorded, layer_idx, step, num_groups, (budget_groups, pinned))
+        recorded = self._early.get(self._source(layer_idx, step))
+        return super().foretell(layer_idx, step) if recorded is None else recorded
 
     def _source(self, layer_idx: int, step: int) -> tuple[int, int]:
         """Return the step and the layer of the trace to follow."""
@@ -151,28 +163,20 @@ class TraceSelector(ReplaySelector):
         return (step + 17 * turn) % steps, place + 1 if layer_idx and layers > 1 else 0
 
     def _placed(
-        self,
-        recorded: np.ndarray,
-        layer_idx: int,
-        step: int,
-        num_groups: int,
-        bounds: tuple[int, np.ndarray],
+        self, recorded: np.ndarray, at: tuple[int, int], is_free: np.ndarray, count: int
     ) -> np.ndarray:
-        budget_groups, pinned = bounds
-        at = self._source(layer_idx, step)
-        wanted = self.trace.place(recorded, *at, num_groups)
-        is_taken = np.zeros(num_groups, bool)
-        is_taken[pinned] = True
-        fresh = wanted[~is_taken[wanted]]  # best first
-        is_taken[fresh[: max(0, budget_groups - len(pinned))]] = True
+        wanted = self.trace.place(recorded, *at, len(is_free))
+        wanted = wanted[is_free[wanted]]  # best first
+        is_taken = ~is_free
+        is_taken[wanted[:count]] = True
         for shift in (1, -1, 2, -2, 3, -3):
-            gap = budget_groups - int(np.count_nonzero(is_taken))
+            gap = count - int(np.count_nonzero(is_taken & is_free))
             if gap <= 0:
                 break
-            near = np.clip(fresh + shift, 0, num_groups - 1)
+            near = np.clip(wanted + shift, 0, len(is_free) - 1)
             near = near[~is_taken[near]]
             is_taken[np.unique(near)[:gap]] = True
-        return np.flatnonzero(is_taken)
+        return np.flatnonzero(is_taken & is_free)
 
 
 def register_replay(

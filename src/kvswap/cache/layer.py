@@ -94,6 +94,10 @@ class LayerCache:
             query, keys, values = query.cpu(), keys.cpu(), values.cpu()
             real = None if real is None else real.cpu()
             params = params.on_host()
+        if real is None and self._session.is_selecting and query.shape[0] == query.shape[2] == 1:
+            token = self._attend_token(batch, query, (keys, values), params)
+            if token is not None:
+                return token.to(home)
         rows = split_rows(query, keys, values, real)
         merges = [RunningMerge() for _ in rows]
         if self._session.is_selecting:
@@ -112,6 +116,31 @@ class LayerCache:
         self.append(batch, rows)
         batch.note_columns(self.layer_idx, real, query.shape[2])
         return out.to(home)
+
+    def _attend_token(
+        self, batch: SequenceBatch, query: Tensor, newest: Tokens, params: AttentionParams
+    ) -> Tensor | None:
+        """Attend with one token of one sequence, and keep it, in few calls: what most steps are.
+
+        None, with nothing done, where the general way is needed; it gives the same.
+        """
+        session, layer_idx = self._session, self.layer_idx
+        if not session.attention.decodes(query, params) or session.recall.is_due(layer_idx):
+            return None
+        pending = session.selected(batch, layer_idx, [query[0]], scaling=params.scaling)
+        if not pending.fits:
+            return None
+        session.prefetcher.bring(pending)
+        rolling, row_of = batch.rolling.place(layer_idx, 0), session.reuse.rows_of(layer_idx)
+        out = session.attention.decode(query, pending.needed, row_of, rolling, newest, params)
+        session.attended(pending)
+        batch.rolling.lengths[layer_idx, 0] = rolling.length + 1
+        count = self._groups_to_flush(batch, rolling.length + 1)
+        if count:
+            keys, values = (held.clone() for held in batch.rolling.get(layer_idx, 0))
+            self._move_out(batch, 0, keys, values, held=rolling.length, count=count)
+        batch.note_columns(layer_idx, None, 1)
+        return out
 
     def _attend_all(
         self,
@@ -180,27 +209,44 @@ class LayerCache:
             self._append(batch, row, given)
 
     def _append(self, batch: SequenceBatch, row: int, given: RowInput) -> None:
-        """Keep new tokens: whole groups go to disk, the rest into the rolling buffer.
-
-        While selecting, layers flush at different steps: each keeps back a few tokens more
-        than the one before.
-        """
+        """Keep new tokens: whole groups go to disk, the rest into the rolling buffer."""
         if not given.keys.shape[1]:
             return
-        size = batch.layout.group_size
-        length = int(batch.rolling.lengths[self.layer_idx, row]) + given.keys.shape[1]
-        kept_back = self.layer_idx % size if self._session.is_selecting else 0
-        count = max(0, (length - kept_back) // size)
+        held = int(batch.rolling.lengths[self.layer_idx, row])
+        count = self._groups_to_flush(batch, held + given.keys.shape[1])
         if not count:
             batch.rolling.append(self.layer_idx, row, given.keys, given.values)
             return
         keys, values = batch.rolling.get(self.layer_idx, row)
         keys, values = torch.cat((keys, given.keys), 1), torch.cat((values, given.values), 1)
-        self._flush(batch, row, keys[:, : count * size], values[:, : count * size])
-        held, flushed = length - given.keys.shape[1], int(batch.flushed[self.layer_idx, row])
+        self._move_out(batch, row, keys, values, held=held, count=count)
+
+    def _groups_to_flush(self, batch: SequenceBatch, length: int) -> int:
+        """Return how many groups of so many rolling tokens go to disk now.
+
+        While selecting, layers flush at different steps: each keeps back a few tokens more
+        than the one before.
+        """
+        size = batch.layout.group_size
+        kept_back = self.layer_idx % size if self._session.is_selecting else 0
+        return max(0, (length - kept_back) // size)
+
+    def _move_out(
+        self,
+        batch: SequenceBatch,
+        row: int,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        held: int,
+        count: int,
+    ) -> None:
+        """Flush the first groups of these tokens; interrupted, the first ``held`` roll on."""
+        end, flushed = count * batch.layout.group_size, int(batch.flushed[self.layer_idx, row])
+        self._flush(batch, row, keys[:, :end], values[:, :end])
         batch.undo = Undo(self.layer_idx, row, flushed, keys[:, :held], values[:, :held])
         batch.flushed[self.layer_idx, row] = flushed + count
-        batch.rolling.put(self.layer_idx, row, keys[:, count * size :], values[:, count * size :])
+        batch.rolling.put(self.layer_idx, row, keys[:, end:], values[:, end:])
         batch.undo = None
 
     def _flush(self, batch: SequenceBatch, row: int, keys: Tensor, values: Tensor) -> None:

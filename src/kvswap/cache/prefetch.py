@@ -136,6 +136,15 @@ class Prefetcher:
         finally:  # not before: whoever cleans up after an interrupt must find it
             pending.ticket = None
 
+    def bring(self, pending: Pending) -> None:
+        """Wait until all needed groups, which fit at once, are in memory."""
+        self._count(pending)
+        self.wait(pending)
+
+    def _count(self, pending: Pending) -> None:
+        self._stats.groups_selected += len(pending.needed)
+        self._stats.groups_hit += len(pending.needed) - pending.missed
+
     def rounds(self, pending: Pending) -> Iterator[np.ndarray]:
         """Yield the needed groups in as many parts as the slots ask for, each in memory.
 
@@ -149,12 +158,11 @@ class Prefetcher:
         ndarray, int64
             Ids in memory until the next part is asked for.
         """
-        self._stats.groups_selected += len(pending.needed)
-        self._stats.groups_hit += len(pending.needed) - pending.missed
         if pending.fits:
-            self.wait(pending)
+            self.bring(pending)
             yield pending.needed
             return
+        self._count(pending)
         layer_idx, size = pending.layer_idx, self._reuse.num_slots
         here = np.setdiff1d(pending.needed, pending.missing, assume_unique=True)
         ordered = np.concatenate((here, pending.missing))

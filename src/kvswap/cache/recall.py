@@ -27,6 +27,12 @@ class RecallSampler:
     def __init__(self, session: CacheSession) -> None:
         self._session = session
 
+    def is_due(self, layer_idx: int) -> bool:
+        """Whether it is this step's and this layer's turn."""
+        every = self._session.config.recall_every
+        turn, rest = divmod(self._session.counters.decode_steps, every) if every else (0, 1)
+        return not rest and turn % self._session.geometry.num_layers == layer_idx
+
     def check(
         self,
         batch: SequenceBatch,
@@ -36,10 +42,9 @@ class RecallSampler:
         params: AttentionParams,
     ) -> None:
         """Measure, if it is this step's and this layer's turn; layers take turns."""
-        every, stats = self._session.config.recall_every, self._session.counters
-        turn, rest = divmod(stats.decode_steps, every) if every else (0, 1)
-        if rest or turn % self._session.geometry.num_layers != layer_idx:
+        if not self.is_due(layer_idx):
             return
+        stats = self._session.counters
         with self._session.apart_from_decode():
             shares = [
                 self._share(batch, layer_idx, row, given, merges[row], params)

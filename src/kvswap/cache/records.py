@@ -27,16 +27,18 @@ class RecordTicket:
     Parameters
     ----------
     ticket : Ticket
+    placement : Placement
+        Numbers the records.
     layer_idx : int
-    record_ids, groups : ndarray [n], int64
-        What it moves; the k-th record is that of the k-th group.
+    groups : ndarray [n], int64
+        What it moves.
     """
 
     def __init__(
-        self, ticket: Ticket, layer_idx: int, record_ids: np.ndarray, groups: np.ndarray
+        self, ticket: Ticket, placement: Placement, layer_idx: int, groups: np.ndarray
     ) -> None:
-        self._ticket, self.layer_idx = ticket, layer_idx
-        self._record_ids, self.groups = record_ids, groups
+        self._ticket, self._placement = ticket, placement
+        self.layer_idx, self.groups = layer_idx, groups
 
     def done(self) -> bool:
         """Return whether nothing is in flight any more."""
@@ -47,7 +49,8 @@ class RecordTicket:
         try:
             self._ticket.wait()
         except StoreError as error:
-            failed = np.isin(self._record_ids, error.record_ids)
+            ids = self._placement.record_ids(self.layer_idx, self.groups)
+            failed = np.isin(ids, error.record_ids)
             error.layer_idx = self.layer_idx
             error.groups = tuple((self.groups[failed] if failed.any() else self.groups).tolist())
             raise
@@ -103,7 +106,7 @@ class RecordIO:
         self._settle(layer_idx, groups)
         ids = self.placement.record_ids(layer_idx, groups)
         ticket = self.store.read(ids, self.placement.locate(layer_idx, groups), out, rows)
-        return RecordTicket(ticket, layer_idx, ids, groups)
+        return RecordTicket(ticket, self.placement, layer_idx, groups)
 
     def write(self, layer_idx: int, groups: np.ndarray, keys: Tensor, values: Tensor) -> None:
         """Pack whole groups and submit their write, in parts of half the staging buffer.
@@ -139,7 +142,9 @@ class RecordIO:
             _Written(
                 first,
                 last,
-                RecordTicket(self.store.write(ids, extents, records), layer_idx, ids, groups),
+                RecordTicket(
+                    self.store.write(ids, extents, records), self.placement, layer_idx, groups
+                ),
             )
         )
 
@@ -159,6 +164,8 @@ class RecordIO:
 
     def _settle(self, layer_idx: int, groups: np.ndarray) -> None:
         """Let ended writes go, and wait for those of any of these groups."""
+        if not self._writing:
+            return
         while self._writing and self._writing[0].ticket.done():
             self._end_oldest()
         concerned = [

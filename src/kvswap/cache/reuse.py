@@ -70,6 +70,11 @@ class ReuseBuffer:
         """Return how many slots are not used in this step."""
         return int(np.count_nonzero(self._last_used[layer_idx] < step))
 
+    def rows_of(self, layer_idx: int) -> np.ndarray:
+        """Return the row of every group of a layer, -1 where none: ndarray [num_groups], int32."""
+        rows: np.ndarray = self._row_of[layer_idx]
+        return rows
+
     def take(
         self, layer_idx: int, groups: np.ndarray, *, step: int
     ) -> tuple[np.ndarray, np.ndarray | None]:

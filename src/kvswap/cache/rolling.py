@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvswap.core.geometry import RecordLayout
 from kvswap.kernels.records import DTYPES
+from kvswap.kernels.slots import Rolling
 
 
 class RollingBuffer:
@@ -50,6 +51,14 @@ class RollingBuffer:
         length = int(self.lengths[layer_idx, row])
         both = self._tokens[layer_idx, row, :, :, :length]
         return both[0], both[1]
+
+    def place(self, layer_idx: int, row: int) -> Rolling:
+        """Return where the tokens of one sequence lie."""
+        room = self._shape[2]
+        row_bytes = self._tokens.stride(1) * self._tokens.element_size()
+        place = layer_idx * self._tokens.shape[1] + row
+        address = self._tokens.data_ptr() + place * row_bytes
+        return Rolling(address, room, int(self.lengths[layer_idx, row]))
 
     def put(self, layer_idx: int, row: int, keys: Tensor, values: Tensor) -> None:
         """Replace what is held of one sequence; the tokens may be views of this buffer."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvswap.kernels.native import native
+
 
 @dataclass(frozen=True, slots=True)
 class Partial:
@@ -116,8 +118,18 @@ def _plain(
     return Partial((weights @ values).float(), lse)
 
 
+def _are_plain(*tensors: Tensor) -> bool:
+    """Return whether tensors lie on the host, in one piece each, in float32."""
+    return all(
+        each.device.type == "cpu" and each.dtype == torch.float32 and each.is_contiguous()
+        for each in tensors
+    )
+
+
 class RunningMerge:
     """Joins attention over parts, as they come, into attention over their union.
+
+    The first part's tensors become its own, and are written to.
 
     Attributes
     ----------
@@ -137,6 +149,17 @@ class RunningMerge:
         """Take one more part in; every query sees at least one of its keys."""
         if self._is_empty:
             self.out, self.lse, self._is_empty = part.out, part.lse, False
+            return
+        module = native()
+        if module is not None and _are_plain(self.out, self.lse, part.out, part.lse):
+            module.merge(
+                self.out.data_ptr(),
+                self.lse.data_ptr(),
+                part.out.data_ptr(),
+                part.lse.data_ptr(),
+                self.lse.numel(),
+                self.out.shape[2],
+            )
             return
         total = torch.logaddexp(self.lse, part.lse)
         self.out = self.out * torch.exp(self.lse - total)[..., None]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvswap.core.geometry import RecordLayout
+from kvswap.kernels.native import DTYPE_CODES, native, tokens_view
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,6 +43,21 @@ def pack_groups(keys: Tensor, values: Tensor, view: Tensor) -> None:
     view : Tensor [num_groups, 2, num_kv_heads, group_size, head_dim]
         Records to fill, from `record_view`.
     """
+    module = native()
+    is_plain = keys.stride(2) == values.stride(2) == 1 and keys.dtype == view.dtype
+    if module is not None and is_plain and keys.device.type == view.device.type == "cpu":
+        count, _, num_kv_heads, group_size, head_dim = view.shape
+        module.pack(
+            tokens_view(keys, values),
+            view.data_ptr(),
+            view.stride(0) * view.element_size(),
+            count,
+            group_size,
+            num_kv_heads,
+            head_dim,
+            DTYPE_CODES[view.dtype],
+        )
+        return
     groups = (view.shape[0], view.shape[3])
     view[:, 0].copy_(keys.unflatten(1, groups).transpose(0, 1))
     view[:, 1].copy_(values.unflatten(1, groups).transpose(0, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,21 @@ _FEW_ROWS = 64  # query rows of a KV head: beyond this a matrix product is faste
 
 Tokens = tuple[Tensor, Tensor]
 """Keys and values, each [num_kv_heads, count, head_dim]; the last stride is 1."""
+
+
+class Rolling(NamedTuple):
+    """Newest tokens of one sequence, in memory of [2, num_kv_heads, room, head_dim].
+
+    Attributes
+    ----------
+    address : int
+    room, length : int
+        Tokens that it has room for, and that it holds.
+    """
+
+    address: int
+    room: int
+    length: int
 
 
 class SlotAttention:
@@ -90,6 +105,60 @@ class SlotAttention:
             lse.data_ptr(),
         )
         return Partial(out, lse)
+
+    def decodes(self, query: Tensor, params: AttentionParams) -> bool:
+        """Return whether `decode` serves this query."""
+        return self._native is not None and query.dtype == self._dtype and params.sinks is None
+
+    def decode(
+        self,
+        query: Tensor,
+        groups: np.ndarray,
+        row_of: np.ndarray,
+        rolling: Rolling,
+        newest: Tokens,
+        params: AttentionParams,
+    ) -> Tensor:
+        """Attend with one token to groups in slots, to the rolling buffer and to itself.
+
+        The token is laid behind the others of the rolling buffer, whose length is the
+        caller's to raise. In one native call: `attend` in all other cases.
+
+        Parameters
+        ----------
+        query : Tensor [1, num_heads, 1, head_dim]
+        groups : ndarray [n], int64
+        row_of : ndarray [num_groups], int32
+            Slot of each group; those attended to have one.
+        rolling : Rolling
+        newest : pair of Tensor [1, num_kv_heads, 1, head_dim]
+        params : AttentionParams
+            Without sinks.
+
+        Returns
+        -------
+        Tensor [1, num_heads, 1, head_dim], the query's dtype
+        """
+        key, value = newest
+        if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
+            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        self._native.decode(
+            query.data_ptr(),
+            query.shape[1],
+            query.stride(1),
+            groups,
+            row_of,
+            *rolling,
+            key.data_ptr(),
+            key.stride(1),
+            value.data_ptr(),
+            value.stride(1),
+            params.scaling,
+            params.softcap or 0.0,
+            out.data_ptr(),
+        )
+        return out
 
     def _reference(
         self,

@@ -38,16 +38,18 @@ class SequentialPlacement(Placement):
         self._holders = np.zeros(num_groups, np.int32)
         self._stripe_of = np.full(ceil_div(num_groups, self._stripe_groups), -1, np.int32)
         self._num_stripes = 0
+        # From an id to the number of its record in layer 0, by stripe.
+        self._shift = np.zeros(len(self._stripe_of), np.int64)
 
     @classmethod
     def plan_bytes(cls, num_groups: int) -> int:
         """Return the bytes that the tables of so many groups take, at most."""
-        return num_groups * 4 + ceil_div(num_groups, 8) * 4
+        return num_groups * 4 + ceil_div(num_groups, 8) * 12
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both tables."""
-        return self._holders.nbytes + self._stripe_of.nbytes
+        """Bytes of the tables."""
+        return self._holders.nbytes + self._stripe_of.nbytes + self._shift.nbytes
 
     @property
     def num_groups(self) -> int:
@@ -94,10 +96,11 @@ class SequentialPlacement(Placement):
 
     def locate(self, layer_idx: int, groups: np.ndarray) -> Extents:
         """Look stripes up and compute offsets."""
-        stripe, place = np.divmod(groups, self._stripe_groups)
-        mapped = self._stripe_of[stripe].astype(np.int64)
-        runs = (mapped * self._num_layers + layer_idx) * self._stripe_groups
-        return Extents(np.zeros(len(groups), np.int16), (runs + place) * self._record_bytes)
+        offsets = self._shift[groups // self._stripe_groups]
+        offsets += groups
+        offsets += layer_idx * self._stripe_groups
+        offsets *= self._record_bytes
+        return Extents(np.zeros(len(groups), np.int16), offsets)
 
     def record_ids(self, layer_idx: int, groups: np.ndarray) -> np.ndarray:
         """Return numbers that go by group, then layer."""
@@ -124,9 +127,16 @@ class SequentialPlacement(Placement):
         """Take back what `state` gave, into a table of the same size."""
         self._stripe_of[...] = state["stripe_of"]
         self._num_stripes = int(self._stripe_of.max()) + 1
+        self._shift_ids()
 
     def _map(self, groups: np.ndarray) -> None:
         stripes = np.unique(groups // self._stripe_groups)
         new = stripes[self._stripe_of[stripes] < 0]
         self._stripe_of[new] = np.arange(self._num_stripes, self._num_stripes + len(new))
         self._num_stripes += len(new)
+        self._shift_ids()
+
+    def _shift_ids(self) -> None:
+        stripes = np.arange(len(self._stripe_of))
+        records = self._stripe_of.astype(np.int64) * self._num_layers - stripes
+        self._shift[...] = records * self._stripe_groups

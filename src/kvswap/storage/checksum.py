@@ -74,19 +74,25 @@ class ChecksumTable:
                 grown[: len(self._values)] = self._values
                 self._values = grown
 
-    def get(self, record_ids: np.ndarray) -> np.ndarray:
-        """Return checksums, 0 where never written: ndarray [n], uint32."""
+    @property
+    def values(self) -> np.ndarray:
+        """The table itself, ndarray [n], uint32; 0 where a record was never written."""
+        return self._values
+
+    def has(self, record_ids: np.ndarray | list[int]) -> bool:
+        """Return whether all of some records have been written."""
+        ids, values = np.asarray(record_ids), self._values
+        return bool((ids < len(values)).all() and values[ids].all())
+
+    def put(self, record_ids: np.ndarray, checksums: int | np.ndarray | list[int]) -> None:
+        """Remember checksums, or one for all."""
         with self._lock:
             try:
-                found: np.ndarray = self._values[record_ids]
+                self._values[record_ids] = checksums
+                return
             except IndexError:
-                held = record_ids < len(self._values)
-                found = np.zeros(len(record_ids), np.uint32)
-                found[held] = self._values[record_ids[held]]
-            return found
-
-    def put(self, record_ids: np.ndarray, checksums: list[int] | np.ndarray) -> None:
-        """Remember checksums; the ids are in the table already."""
+                pass
+        self.cover(int(np.max(record_ids)))
         with self._lock:
             self._values[record_ids] = checksums
 

@@ -70,6 +70,8 @@ class BatchDone:
     files : sequence of DeviceFile
         By device.
     meter : Meter
+    is_direct : bool
+        Whether all files bypass the page cache.
     written : ChecksumTable, optional
         Covers the ids of records written. Default: records are read.
     owner : object
@@ -83,12 +85,13 @@ class BatchDone:
         files: Sequence[DeviceFile],
         meter: Meter,
         *,
+        is_direct: bool,
         written: ChecksumTable | None = None,
         owner: object = None,
     ) -> None:
         self._batch, self._files, self._meter = batch, files, meter
         self._written, self._owner = written, owner
-        self._is_direct = all(file.is_direct for file in files)
+        self._is_direct = is_direct
 
     def __call__(self, index: int) -> None:
         """Count, settle and check transfer ``index``."""

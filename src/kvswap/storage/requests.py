@@ -31,8 +31,8 @@ class Demand(NamedTuple):
     memory : ndarray [num_rows, record_bytes], uint8
     rows : ndarray [n], int64, optional
         Row of each record. Default: record k is row k of ``n``, and they are written.
-    checksums : ndarray [n], uint32, optional
-        As the records read must be.
+    checksums : ndarray [num_records], uint32, optional
+        The table of all, by record id; as the records read must be.
     """
 
     record_ids: np.ndarray
@@ -47,55 +47,71 @@ class Demand(NamedTuple):
         return self.rows is None
 
 
-def plan_batch(files: Sequence[DeviceFile], demand: Demand, scratch: np.ndarray) -> Batch:
-    """Check records, sort them by place and join neighbours.
+class Planner:
+    """Makes batches for the files of a store.
 
     Parameters
     ----------
     files : sequence of DeviceFile
         By device.
-    demand : Demand
     scratch : ndarray, uint8
         As long as the largest gap to read through; takes what lies there.
-
-    Raises
-    ------
-    ConfigError
-        If an extent is not within what is reserved, or not on a block, or the memory is none
-        that a device can use.
     """
-    plan = native_plan(files, demand, scratch)
-    if plan is None:
-        demand = _checked(files, demand)
-        plan = native_plan(files, demand, scratch) or PlainPlan(files, demand, len(scratch))
-    fds, paths = [file.fd for file in files], [file.path for file in files]
-    return Batch(plan, fds, paths, demand.memory, scratch, is_write=demand.is_write)
 
+    def __init__(self, files: Sequence[DeviceFile], scratch: np.ndarray) -> None:
+        self._files, self._scratch = files, scratch
+        self._fds, self._paths = [file.fd for file in files], [file.path for file in files]
+        self._areas: tuple[tuple[int, int, int], ...] = ()
 
-def native_plan(files: Sequence[DeviceFile], demand: Demand, scratch: np.ndarray) -> Any:
-    """Return a plan made and checked in one native pass, or None where something is amiss."""
-    if native is None:
-        return None
-    header = files[0].header
-    return native.plan(
-        demand.record_ids,
-        demand.extents.devices,
-        demand.extents.offsets,
-        demand.rows,
-        demand.checksums,
-        demand.memory,
-        scratch,
-        tuple((file.fd, file.record_start, file.reserved_bytes) for file in files),
-        header.record_bytes,
-        header.block_size_bytes,
-        len(scratch),
-        MAX_TRANSFER_BYTES,
-        demand.is_write,
-    )
+    def batch(self, demand: Demand) -> Batch:
+        """Check records, sort them by place and join neighbours.
+
+        Raises
+        ------
+        ConfigError
+            If an extent is not within what is reserved, or not on a block, or the memory is
+            none that a device can use.
+        """
+        batch = self.at_once(demand)
+        if batch is None:
+            self._areas = tuple(
+                (file.fd, file.record_start, file.reserved_bytes) for file in self._files
+            )
+            demand = _checked(self._files, demand)
+            batch = self.at_once(demand)
+        if batch is None:
+            batch = self._batch(PlainPlan(self._files, demand, len(self._scratch)), demand)
+        return batch
+
+    def at_once(self, demand: Demand) -> Batch | None:
+        """Return a batch made and checked in one native pass, or None where something is amiss."""
+        if native is None:
+            return None
+        header, scratch = self._files[0].header, self._scratch
+        plan = native.plan(
+            demand.record_ids,
+            demand.extents.devices,
+            demand.extents.offsets,
+            demand.rows,
+            demand.checksums,
+            demand.memory,
+            scratch,
+            self._areas,
+            header.record_bytes,
+            header.block_size_bytes,
+            len(scratch),
+            MAX_TRANSFER_BYTES,
+            demand.rows is None,
+        )
+        return None if plan is None else self._batch(plan, demand)
+
+    def _batch(self, plan: Any, demand: Demand) -> Batch:
+        memory, is_write = demand.memory, demand.rows is None
+        return Batch(plan, self._fds, self._paths, memory, self._scratch, is_write=is_write)
 
 
 class PlainPlan:
-    """What `native_plan` gives, in Python; see `Plan`."""
+    """What a native plan is, in Python; see `Plan`."""
 
     def __init__(self, files: Sequence[DeviceFile], demand: Demand, gap_bytes: int) -> None:
         extents, self._memory = demand.extents, demand.memory
@@ -107,7 +123,11 @@ class PlainPlan:
             "ids": demand.record_ids[order].tolist(),
             "rows": rows.tolist(),
             "offsets": (extents.offsets[order] + starts[devices]).tolist(),
-            "checksums": [] if demand.checksums is None else demand.checksums[order].tolist(),
+            "checksums": (
+                []
+                if demand.checksums is None
+                else demand.checksums[demand.record_ids[order]].tolist()
+            ),
         }
         size = demand.memory.shape[1]
         self._transfers = _join(

@@ -33,7 +33,7 @@ from kvswap.storage.keeping import (
 )
 from kvswap.storage.manifest import Manifest, SavedState
 from kvswap.storage.posix import check_not_forked
-from kvswap.storage.requests import Demand, as_ids, check_memory, plan_batch
+from kvswap.storage.requests import Demand, Planner, as_ids, check_memory
 
 
 class BlockStore:
@@ -74,6 +74,8 @@ class BlockStore:
         self._kept, self._meter, self._in_flight = kept, Meter(), InFlight()
         self._save_lock = threading.Lock()
         self._scratch = aligned_empty(identity.storage.gap_bytes(self.layout.record_bytes))
+        self._planner = Planner(files, self._scratch)
+        self._is_direct = all(file.is_direct for file in files)
         self._owner = os.getpid()
         resources.callback(self._in_flight.wait)
         self._release = weakref.finalize(self, _release, resources, self._owner)
@@ -230,7 +232,7 @@ class BlockStore:
     @property
     def is_direct(self) -> bool:
         """Whether every device bypasses the page cache."""
-        return all(file.is_direct for file in self._files)
+        return self._is_direct
 
     @property
     def table_bytes(self) -> int:
@@ -301,27 +303,34 @@ class BlockStore:
             If the arguments do not fit together.
         """
         self._check_open()
-        record_ids, rows = np.asarray(record_ids, np.int64), np.asarray(rows, np.int64)
-        count = len(record_ids)
+        demand = Demand(record_ids, extents, out, rows, self._checksums.values)
+        batch = self._planner.at_once(demand)
+        if not batch:  # nothing to move, or something is amiss
+            batch = self._checked_read(demand)
+        return FinishedTicket() if batch is None else self._submit(batch)
+
+    def _checked_read(self, demand: Demand) -> Batch | None:
+        """Look at every argument of a read that was not in order at once."""
+        record_ids, rows = np.asarray(demand.record_ids, np.int64), np.asarray(demand.rows)
+        count, extents = len(record_ids), demand.extents
         _same_length(count, rows=rows, devices=extents.devices, offsets=extents.offsets)
         if not count:
-            return FinishedTicket()
-        checksums = self._checksums.get(record_ids)
-        if np.count_nonzero(checksums) != count:
+            return None
+        record_ids, rows = as_ids(record_ids, "record_ids"), as_ids(rows, "rows")
+        if not self._checksums.has(record_ids):
             # Never written, or being written by somebody who did not wait for it.
             self._in_flight.wait()
-            checksums = self._checksums.get(record_ids)
-        if np.count_nonzero(checksums) != count:
-            as_ids(record_ids, "record_ids")
-            check_memory(out, as_ids(rows, "rows"), self.layout.record_bytes, "out")
+        if not self._checksums.has(record_ids):
+            check_memory(demand.memory, rows, self.layout.record_bytes, "out")
+            never = [each for each in record_ids.tolist() if not self._checksums.has([each])]
             raise CorruptStoreError(
                 self._files[0].path,
                 "records read must have been written",
                 expected="all",
-                found=f"never: {record_ids[checksums == 0].tolist()}",
+                found=f"never: {never}",
             )
-        demand = Demand(record_ids, extents, out, rows, checksums)
-        return self._submit(plan_batch(self._files, demand, self._scratch))
+        table = self._checksums.values
+        return self._planner.batch(Demand(record_ids, extents, demand.memory, rows, table))
 
     def write(self, record_ids: np.ndarray, extents: Extents, records: np.ndarray) -> Ticket:
         """Begin to write records; a read submitted once the ticket is done finds them.
@@ -349,18 +358,26 @@ class BlockStore:
             If the arguments do not fit together.
         """
         self._check_open()
-        record_ids = as_ids(record_ids, "record_ids")
-        count = len(record_ids)
-        _same_length(count, devices=extents.devices, offsets=extents.offsets, records=records)
-        if not count:
+        demand = Demand(record_ids, extents, records)
+        batch = self._planner.at_once(demand)
+        if not batch:
+            batch = self._checked_write(demand)
+        if batch is None:
             return FinishedTicket()
-        check_memory(records, np.arange(count), self.layout.record_bytes, "records")
-        self._reserve_for(extents)
-        batch = plan_batch(self._files, Demand(record_ids, extents, records), self._scratch)
-        self._checksums.cover(int(record_ids.max()))
         # Until it is written again a record is none: a failed write must not be read as the old.
-        self._checksums.put(record_ids, [0] * len(record_ids))
+        self._checksums.put(record_ids, 0)
         return self._submit(batch)
+
+    def _checked_write(self, demand: Demand) -> Batch | None:
+        """Look at every argument of a write that was not in order at once, and reserve its room."""
+        record_ids, extents = as_ids(demand.record_ids, "record_ids"), demand.extents
+        count, memory = len(record_ids), demand.memory
+        _same_length(count, devices=extents.devices, offsets=extents.offsets, records=memory)
+        if not count:
+            return None
+        check_memory(memory, np.arange(count), self.layout.record_bytes, "records")
+        self._reserve_for(extents)
+        return self._planner.batch(Demand(record_ids, extents, memory))
 
     # -- keeping --------------------------------------------------------------------------
 
@@ -424,6 +441,7 @@ class BlockStore:
             batch,
             self._files,
             self._meter,
+            is_direct=self._is_direct,
             written=self._checksums if batch.is_write else None,
             # Work that ends by itself may outlive the last use of the store.
             owner=self if self._backend.has_workers else None,

@@ -1,0 +1,67 @@
+"""Native packing and merging are the torch reference's."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from kvswap.core.geometry import KVGeometry, RecordLayout
+from kvswap.kernels.attention import Partial, RunningMerge
+from kvswap.kernels.native import forced
+from kvswap.kernels.records import DTYPES, pack_groups, record_view
+
+
+def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    bits = np.random.default_rng(2).integers(0, 256, (*shape, dtype.itemsize), np.uint8)
+    return torch.from_numpy(bits).view(dtype).squeeze(-1)
+
+
+def sources(heads: int, tokens: int, dim: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Keys and values as they come: together, token by token, and out of a longer buffer."""
+    return {
+        "heads apart": random_bits((2, heads, tokens, dim), dtype),
+        "heads side by side": random_bits((2, tokens, heads, dim), dtype).transpose(1, 2),
+        "out of a buffer": random_bits((2, heads, tokens + 3, dim), dtype)[:, :, 2 : tokens + 2],
+    }
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize(("size", "groups", "dim"), [(1, 1, 5), (4, 3, 16), (8, 200, 64)])
+def test_native_packing_gives_the_same_bytes(kernel, dtype, size, groups, dim):
+    geometry = KVGeometry(num_layers=1, num_heads=3, num_kv_heads=3, head_dim=dim, dtype=dtype)
+    layout = RecordLayout(geometry=geometry, group_size=size, block_size_bytes=512)
+    for name, (keys, values) in sources(3, size * groups, dim, DTYPES[dtype]).items():
+        packed = np.full((2, groups, layout.record_bytes), 0xAB, np.uint8)
+        pack_groups(keys, values, record_view(packed[0], layout))
+        with forced("torch"):
+            pack_groups(keys, values, record_view(packed[1], layout))
+        assert (packed[0] == packed[1]).all(), name
+
+
+@pytest.mark.parametrize(("heads", "q_len", "dim"), [(1, 1, 1), (4, 3, 24), (16, 300, 64)])
+def test_native_merging_gives_the_same_attention(kernel, heads, q_len, dim):
+    parts = [
+        Partial(torch.randn(heads, q_len, dim), torch.randn(heads, q_len) * 20) for _ in range(4)
+    ]
+    parts[1].lse[0] = float("-inf")  # a part of which a query sees nothing
+    for order in itertools.permutations(range(4), 3):
+        merged = []
+        for name in (kernel, "torch"):
+            with forced(name):
+                merge = RunningMerge()
+                for place in order:
+                    merge.add(Partial(parts[place].out.clone(), parts[place].lse.clone()))
+            merged.append(merge)
+        torch.testing.assert_close(merged[0].out, merged[1].out)
+        torch.testing.assert_close(merged[0].lse, merged[1].lse)
+
+
+def test_what_nobody_sees_stays_unseen(kernel):
+    merge = RunningMerge()
+    for _ in range(2):
+        merge.add(Partial(torch.zeros(2, 1, 4), torch.full((2, 1), float("-inf"))))
+    assert torch.isneginf(merge.lse).all()
+    assert torch.equal(merge.out, torch.zeros(2, 1, 4))
