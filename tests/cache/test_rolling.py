@@ -55,7 +55,7 @@ class NewestTokens(RuleBasedStateMachine):
     def put_a_part_of_what_it_holds(self, data: st.DataObject) -> None:
         layer, row = self.place(data)
         first = data.draw(st.integers(0, len(self.model[layer][row])))
-        keys, values = self.buffer.get(layer, row)
+        keys, values = self.buffer.copy_of(layer, row)
         self.buffer.put(layer, row, keys[:, first:], values[:, first:])
         del self.model[layer][row][:first]
 

@@ -137,7 +137,7 @@ class LayerCache:
         batch.rolling.lengths[layer_idx, 0] = rolling.length + 1
         count = self._groups_to_flush(batch, rolling.length + 1)
         if count:
-            keys, values = (held.clone() for held in batch.rolling.get(layer_idx, 0))
+            keys, values = batch.rolling.copy_of(layer_idx, 0)
             self._move_out(batch, 0, keys, values, held=rolling.length, count=count)
         batch.note_columns(layer_idx, None, 1)
         return out

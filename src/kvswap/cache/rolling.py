@@ -60,13 +60,19 @@ class RollingBuffer:
         address = self._tokens.data_ptr() + place * row_bytes
         return Rolling(address, room, int(self.lengths[layer_idx, row]))
 
+    def copy_of(self, layer_idx: int, row: int) -> tuple[Tensor, Tensor]:
+        """Return what `get` does, as copies."""
+        length = int(self.lengths[layer_idx, row])
+        keys, values = self._tokens[layer_idx, row, :, :, :length].clone()
+        return keys, values
+
     def put(self, layer_idx: int, row: int, keys: Tensor, values: Tensor) -> None:
-        """Replace what is held of one sequence; the tokens may be views of this buffer."""
+        """Replace what is held of one sequence; the tokens are no views of this buffer."""
         length = keys.shape[1]
-        both = self._tokens[layer_idx, row, :, :, :length]
-        # clone: source and target may overlap when the oldest tokens have been flushed
-        both[0].copy_(keys.clone())
-        both[1].copy_(values.clone())
+        if length:
+            both = self._tokens[layer_idx, row, :, :, :length]
+            both[0].copy_(keys)
+            both[1].copy_(values)
         self.lengths[layer_idx, row] = length
 
     def append(self, layer_idx: int, row: int, keys: Tensor, values: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from torch import Tensor
 
@@ -68,11 +70,16 @@ class GroupSelection:
             scores,
             layer_idx=layer_idx,
             budget_groups=self._budget_groups,
-            pinned=self._pinned(len(groups)),
+            pinned=_pinned(len(groups), self._sink_groups, self._recent_groups),
         )
         return groups[positions]
 
-    def _pinned(self, num_groups: int) -> np.ndarray:
-        sinks = min(num_groups, self._sink_groups)
-        recent = min(num_groups - sinks, self._recent_groups)
-        return np.concatenate((np.arange(sinks), np.arange(num_groups - recent, num_groups)))
+
+@lru_cache(maxsize=16)
+def _pinned(num_groups: int, sink_groups: int, recent_groups: int) -> np.ndarray:
+    """Return the first and the last positions; the same array for the same numbers."""
+    sinks = min(num_groups, sink_groups)
+    recent = min(num_groups - sinks, recent_groups)
+    pinned = np.concatenate((np.arange(sinks), np.arange(num_groups - recent, num_groups)))
+    pinned.flags.writeable = False
+    return pinned

@@ -138,7 +138,7 @@ class ModelBinding:
         def query_made(module: nn.Module, _: Any, output: Any) -> None:
             forwards = getattr(self._active, "forwards", None)
             # Within an adapter that has taken its place the output is not yet the query.
-            if forwards is not None and module is estimator.modules().last:
+            if forwards is not None and estimator.ends_with(module):
                 forwards.query_made(index, estimator, output)
 
         def attention_added(_: nn.Module, args: tuple[Any, ...]) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from kvswap.kernels.rope import is_plain, rotate
@@ -111,7 +110,9 @@ class QueryEstimator:
             type(attention).__module__
         ].apply_rotary_pos_emb
         self._shape = (num_heads, head_dim)
-        self._is_plain = is_plain(self._rope, num_heads=num_heads, head_dim=head_dim)
+        self._is_plain = self._rotates and is_plain(
+            self._rope, num_heads=num_heads, head_dim=head_dim
+        )
 
     @classmethod
     def build(
@@ -126,6 +127,11 @@ class QueryEstimator:
         except AttributeError:  # a variant of the family: its real query serves
             return None
 
+    def ends_with(self, module: nn.Module) -> bool:
+        """Whether a module is the last one before RoPE, as they are now."""
+        recipe = self._recipe
+        return module is getattr(self._attention, recipe.head_norm or recipe.projection)
+
     def modules(self) -> QueryModules:
         """Return the modules as they are now: an adapter may have taken the place of one."""
         recipe, attention = self._recipe, self._attention
@@ -139,7 +145,6 @@ class QueryEstimator:
             after_attention=getattr(self._layer, recipe.after_attention),
         )
 
-    @torch.no_grad()
     def estimate(self, residual: Tensor, position_embeddings: Any) -> Tensor:
         """Return the query [batch, num_heads, q_len, head_dim] after RoPE.
 
@@ -156,16 +161,16 @@ class QueryEstimator:
             query = modules.head_norm(query)
         return self.finish(query, position_embeddings)
 
-    @torch.no_grad()
     def finish(self, output: Tensor, position_embeddings: Any) -> Tensor:
         """Return the query after RoPE from what the last module before it put out."""
         by_head = self._by_head(output)
-        query = by_head.transpose(1, 2)
-        if not self._rotates:
-            return query
         cos, sin = position_embeddings
-        rotated = rotate(by_head, cos, sin) if self._is_plain else None
-        return self._rope(query, query[:, :1], cos, sin)[0] if rotated is None else rotated
+        if self._is_plain:
+            rotated = rotate(by_head, cos, sin)
+            if rotated is not None:
+                return rotated
+        query = by_head.transpose(1, 2)
+        return self._rope(query, query[:, :1], cos, sin)[0] if self._rotates else query
 
     def _by_head(self, output: Tensor) -> Tensor:
         num_heads, head_dim = self._shape

@@ -218,6 +218,8 @@ class Forwards:
     def _by_row(self, query: Tensor) -> list[Tensor]:
         """Split a query [batch, num_heads, q_len, head_dim] into rows without their padding."""
         real = self._real(self._mask)
+        if real is None and len(query) == 1:
+            return [query[0]]
         return [row if real is None else row[:, real[i]] for i, row in enumerate(query.unbind(0))]
 
     def after_layers(self) -> None:
