@@ -29,7 +29,7 @@ T* pointer(uintptr_t address) {
 }
 
 using Ids = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using RowTable = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void check_below(const int64_t* ids, int64_t count, int64_t end, const char* what) {
   for (int64_t i = 0; i < count; ++i) {
@@ -140,7 +140,7 @@ class Attender {
   // One new token: query [num_heads, head_dim], key and value [kv_heads, head_dim] by address
   // and stride of the head; rolling [2, kv_heads, room, head_dim] holds `length` tokens, and is
   // given the new one behind them.
-  void decode(uintptr_t query, int64_t num_heads, int64_t query_stride, Ids groups, RowTable row_of,
+  void decode(uintptr_t query, int64_t num_heads, int64_t query_stride, Ids groups, Table row_of,
               uintptr_t rolling, int64_t room, int64_t length, uintptr_t key, int64_t key_stride,
               uintptr_t value, int64_t value_stride, float scaling, float softcap,
               uintptr_t out) const {
@@ -198,6 +198,15 @@ void top(uintptr_t scores, int64_t num_scores, Ids pinned, Positions out) {
   top_positions(pointer<const float>(scores), num_scores, count, first, num_pinned, target);
 }
 
+void discourage_scores(uintptr_t scores, int64_t num_scores, Table kept, float least) {
+  const auto count = static_cast<int64_t>(kept.shape(0));
+  for (int64_t i = 0; i < count; ++i) {
+    if (kept.data()[i] >= num_scores)
+      throw std::invalid_argument("kept must be positions of scores");
+  }
+  discourage(pointer<float>(scores), num_scores, kept.data(), count, least);
+}
+
 void rotate_queries(uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t tokens, int64_t heads,
                     int64_t dim, int dtype, uintptr_t out) {
   rotate(pointer<const void>(x), pointer<const void>(cos), pointer<const void>(sin), tokens, heads,
@@ -243,6 +252,8 @@ void bind_kernels(nb::module_& m) {
   m.def("top", top, nb::arg("scores"), nb::arg("num_scores"), nb::arg("pinned"),
         nb::arg("out").noconvert(),  // a copy of another type would be filled in its place
         "Fill out with the positions of the pinned and the largest scores, ascending.");
+  m.def("discourage", discourage_scores, nb::arg("scores"), nb::arg("num_scores"), nb::arg("kept"),
+        nb::arg("least"), "Let scores below the least fall behind, by address.");
   m.def("pack", pack_records, nb::arg("tokens"), nb::arg("records"), nb::arg("stride_bytes"),
         nb::arg("count"), nb::arg("group_size"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
         nb::arg("dtype"), "Lay consecutive groups of tokens out as records, by address.");

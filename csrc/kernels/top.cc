@@ -13,6 +13,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kSpan = 32;  // looked through together
+constexpr float kPenalty = 65536.0f;
 constexpr float kLargest = std::numeric_limits<float>::max();
 
 // Integers in the order of the floats, infinities included, and back.
@@ -70,6 +71,17 @@ void top_positions(const float* scores, int64_t num_scores, int64_t count, const
       const float x = held[static_cast<size_t>(i)];
       if (x > least || (x == least && equal-- > 0)) *out++ = i;
     }
+  }
+}
+
+void discourage(float* scores, int64_t num_scores, const int32_t* kept, int64_t num_kept,
+                float least) {
+  thread_local std::vector<float> before;
+  before.clear();
+  for (int64_t i = 0; i < num_kept; ++i) before.push_back(kept[i] < 0 ? 0 : scores[kept[i]]);
+  for (int64_t i = 0; i < num_scores; ++i) scores[i] -= scores[i] < least ? kPenalty : 0.0f;
+  for (int64_t i = 0; i < num_kept; ++i) {
+    if (kept[i] >= 0) scores[kept[i]] = before[static_cast<size_t>(i)];
   }
 }
 

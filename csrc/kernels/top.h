@@ -10,4 +10,9 @@ namespace kvswap {
 void top_positions(const float* scores, int64_t num_scores, int64_t count, const int64_t* pinned,
                    int64_t num_pinned, int64_t* out);
 
+// Lets every score below `least` fall behind all others, except those at `kept` positions;
+// negative ones are skipped.
+void discourage(float* scores, int64_t num_scores, const int32_t* kept, int64_t num_kept,
+                float least);
+
 }  // namespace kvswap

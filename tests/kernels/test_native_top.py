@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswap.kernels.native import native_names
+from kvswap.kernels.native import forced, native_names
+from kvswap.kernels.scores import discourage
 from kvswap.predict.topk import TopKSelector
 from tests.kernels.conftest import proven
 
@@ -104,3 +105,23 @@ def test_pinned_positions_of_no_score_are_refused(name, place):
 def test_an_array_that_could_only_be_filled_as_a_copy_is_refused(name, out):
     with proven(name), pytest.raises(TypeError):
         top(torch.randn(5), np.empty(0, np.int64), out)
+
+
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_low_scores_fall_behind_unless_kept(kernel, count):
+    scores = torch.randn(count) * 5
+    kept = np.random.default_rng(count).integers(-1, count, count // 3 + 1).astype(np.int32)
+    found, expected = scores.clone(), scores.clone()
+    discourage(found, kept, 1.5)
+    with forced("torch"):
+        discourage(expected, kept, 1.5)
+    assert torch.equal(found, expected)
+    stays = scores >= 1.5
+    stays[torch.from_numpy(kept[kept >= 0]).long()] = True
+    assert torch.equal(found[stays], scores[stays])
+    assert (found[~stays] < scores.min()).all()
+
+
+def test_positions_beyond_the_scores_are_refused(kernel):
+    with pytest.raises(ValueError, match="kept must be positions"):
+        discourage(torch.zeros(3), np.array([3], np.int32), 0.0)

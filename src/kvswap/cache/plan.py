@@ -259,7 +259,9 @@ class _Shape:
         # holders and stripe; its place in a sequence and in the saved one; what lies in gaps
         # that are read through.
         tables = self.num_groups * 8 * layers + SequentialPlacement.plan_bytes(self.num_groups)
-        tables += SequenceBatch.plan_table_bytes(layout, self.batch_size, self.max_context)
+        tables += SequenceBatch.plan_table_bytes(
+            layout, self.batch_size, self.max_context, budget_groups if rank else 0
+        )
         tables += 8 * self.num_groups * int(self.config.storage.keep)
         tables += self.config.storage.gap_bytes(layout.record_bytes)
         staging = 2 * staging_rows * layout.record_bytes

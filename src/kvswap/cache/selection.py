@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -10,11 +11,17 @@ from torch import Tensor
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.config import CacheConfig
 from kvswap.core.units import ceil_div
+from kvswap.kernels.scores import discourage
 from kvswap.predict import SELECTORS, KeyIndex
 
 
 class GroupSelection:
     """Scores with a layer's index and lets the selector choose.
+
+    What was selected in the step before lies in memory. Other groups have to be read, and are
+    selected first only where some query head is expected to give them a share of its attention
+    that is worth it (`CacheConfig.worth_reading`); after those come the ones of the step
+    before, and then all others, each in the order of their scores.
 
     Parameters
     ----------
@@ -36,11 +43,19 @@ class GroupSelection:
         self._selector = SELECTORS.get(config.selector)()
         self._indexes = indexes
         self._budget_groups = budget_groups
+        even_share = config.worth_reading / max(1, budget_groups)
+        self._least = math.log(even_share) if even_share else -math.inf
         self._sink_groups = ceil_div(config.sink_tokens, group_size)
         self._recent_groups = ceil_div(config.recent_tokens, group_size)
 
     def select(
-        self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], *, scaling: float
+        self,
+        batch: SequenceBatch,
+        layer_idx: int,
+        queries: list[Tensor],
+        *,
+        scaling: float,
+        is_final: bool = True,
     ) -> list[np.ndarray]:
         """Return the ids of each row's groups.
 
@@ -52,27 +67,39 @@ class GroupSelection:
             One a row, without padding; several tokens share one selection.
         scaling : float
             Factor on the dot products.
+        is_final : bool
+            It will be attended to, so the next step's selection keeps to it.
         """
-        return [
-            self._select_row(batch.flushed_groups(layer_idx, row), layer_idx, query, scaling)
-            for row, query in enumerate(queries)
-        ]
+        chosen = []
+        for row, query in enumerate(queries):
+            groups = batch.flushed_groups(layer_idx, row)
+            last = batch.chosen[layer_idx, row]
+            positions = self._select_row(groups, layer_idx, query, scaling, last)
+            if positions is None:
+                chosen.append(groups if query.shape[1] else groups[:0])
+                continue
+            if is_final:
+                batch.choose(layer_idx, row, positions)
+            chosen.append(groups[positions])
+        return chosen
 
     def _select_row(
-        self, groups: np.ndarray, layer_idx: int, query: Tensor, scaling: float
-    ) -> np.ndarray:
+        self, groups: np.ndarray, layer_idx: int, query: Tensor, scaling: float, last: np.ndarray
+    ) -> np.ndarray | None:
+        """Return positions, or None where there is nothing to choose."""
         if not query.shape[1]:  # a row that is all padding attends to nothing
-            return groups[:0]
+            return None
         if len(groups) <= self._budget_groups:
-            return groups
+            return None
         scores = self._indexes[layer_idx].score(query.cpu(), groups, scaling=scaling)
-        positions = self._selector.select(
+        if self._least > -math.inf and last[0] >= 0:
+            discourage(scores, np.where(last < len(groups), last, -1), self._least)
+        return self._selector.select(
             scores,
             layer_idx=layer_idx,
             budget_groups=self._budget_groups,
             pinned=_pinned(len(groups), self._sink_groups, self._recent_groups),
         )
-        return groups[positions]
 
 
 @lru_cache(maxsize=16)

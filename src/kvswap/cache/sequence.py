@@ -45,6 +45,8 @@ class SequenceBatch:
         Shape of a group.
     batch_size : int
         Rows.
+    choice_groups : int
+        Most groups that a layer selects; 0 where none ever does.
 
     Attributes
     ----------
@@ -58,12 +60,14 @@ class SequenceBatch:
         Length as transformers counts it, padding included.
     padding : Tensor [batch_size, columns], bool, or None
         Which columns are tokens; None while all are. Padding itself is never stored.
+    chosen : ndarray [num_layers, batch_size, choice_groups], int32
+        Positions that each layer selected in the step before; -1 behind the last.
     undo : Undo or None
         Set while a flush moves tokens out of the rolling buffer, and left by an interrupted
         one.
     """
 
-    def __init__(self, layout: RecordLayout, batch_size: int) -> None:
+    def __init__(self, layout: RecordLayout, batch_size: int, choice_groups: int = 0) -> None:
         num_layers = layout.geometry.num_layers
         self.layout = layout
         self.groups: list[np.ndarray] = [np.empty(0, np.int64) for _ in range(batch_size)]
@@ -71,21 +75,25 @@ class SequenceBatch:
         self.rolling = RollingBuffer(layout, batch_size)
         self.columns = np.zeros(num_layers, np.int64)
         self.padding: Tensor | None = None
+        self.chosen = np.full((num_layers, batch_size, choice_groups), -1, np.int32)
         self.undo: Undo | None = None
 
     @classmethod
-    def plan_table_bytes(cls, layout: RecordLayout, batch_size: int, max_context: int) -> int:
+    def plan_table_bytes(
+        cls, layout: RecordLayout, batch_size: int, max_context: int, choice_groups: int
+    ) -> int:
         """Return the most bytes that the tables take, a mask of padding included."""
         groups = ceil_div(max_context, layout.group_size)
         layers = layout.geometry.num_layers
-        return batch_size * (8 * groups + max_context) + 8 * layers * (batch_size + 1)
+        by_row = 8 * groups + max_context + 4 * layers * choice_groups
+        return batch_size * by_row + 8 * layers * (batch_size + 1)
 
     @property
     def table_nbytes(self) -> int:
         """Bytes of the tables; the rolling buffer counts for itself."""
         padding = 0 if self.padding is None else self.padding.nbytes
         ids = sum(part.nbytes for part in self.groups)
-        return ids + self.flushed.nbytes + self.columns.nbytes + padding
+        return ids + self.flushed.nbytes + self.columns.nbytes + self.chosen.nbytes + padding
 
     @property
     def batch_size(self) -> int:
@@ -106,6 +114,11 @@ class SequenceBatch:
     def flushed_groups(self, layer_idx: int, row: int) -> np.ndarray:
         """Return the ids of a row's groups that a layer has on disk."""
         return self.groups[row][: self.flushed[layer_idx, row]]
+
+    def choose(self, layer_idx: int, row: int, positions: np.ndarray) -> None:
+        """Remember what a layer selects in this step."""
+        self.chosen[layer_idx, row, : len(positions)] = positions
+        self.chosen[layer_idx, row, len(positions) :] = -1
 
     def note_columns(self, layer_idx: int, real: Tensor | None, q_len: int) -> None:
         """Count the columns of a forward for one layer.
@@ -138,6 +151,7 @@ class SequenceBatch:
         self.__dict__.update(
             groups=groups,
             flushed=self.flushed[:, rows].copy(),
+            chosen=self.chosen[:, rows],
             rolling=self.rolling.select(rows),
             padding=None if padding is None else padding[torch.from_numpy(rows)],
         )
@@ -152,7 +166,7 @@ class SequenceBatch:
         for ids in twin.groups:
             placement.retain(ids)
         twin.flushed, twin.columns = self.flushed.copy(), self.columns.copy()
-        twin.rolling = self.rolling.copy()
+        twin.rolling, twin.chosen = self.rolling.copy(), self.chosen.copy()
         twin.padding = None if self.padding is None else self.padding.clone()
         twin.undo = None
         return twin
@@ -161,20 +175,24 @@ class SequenceBatch:
         """Return everything as plain arrays."""
         lengths = np.array([len(ids) for ids in self.groups], np.int64)
         state = {"groups": np.concatenate(self.groups), "lengths": lengths}
-        state |= {"flushed": self.flushed, "columns": self.columns}
+        state |= {"flushed": self.flushed, "columns": self.columns, "chosen": self.chosen}
         state |= {f"rolling.{name}": part for name, part in self.rolling.state().items()}
         if self.padding is not None:
             state["padding"] = self.padding.numpy().astype(np.uint8)
         return state
 
     @classmethod
-    def from_state(cls, layout: RecordLayout, state: dict[str, np.ndarray]) -> SequenceBatch:
+    def from_state(
+        cls, layout: RecordLayout, state: dict[str, np.ndarray], choice_groups: int = 0
+    ) -> SequenceBatch:
         """Rebuild a batch from `state`; the placement's counts are restored apart."""
-        batch = cls(layout, len(state["lengths"]))
+        batch = cls(layout, len(state["lengths"]), choice_groups)
         bounds = np.cumsum(state["lengths"])[:-1]
         batch.groups = [ids.copy() for ids in np.split(state["groups"], bounds)]
         batch.flushed[...] = state["flushed"]
         batch.columns[...] = state["columns"]
+        held = min(choice_groups, state["chosen"].shape[2])  # another budget, another length
+        batch.chosen[..., :held] = state["chosen"][..., :held]
         prefix = "rolling."
         parts = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
         batch.rolling.load_state(parts)

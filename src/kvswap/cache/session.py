@@ -164,6 +164,11 @@ class CacheSession:
         self.fitter = IndexFitter(self)
         self.fitter.load_projection()
 
+    @property
+    def choice_groups(self) -> int:
+        """Most groups that a layer selects of a row; 0 where all of them always are."""
+        return self.plan.budget_groups if self.plan.rank else 0
+
     def memory_report(self) -> dict[str, int]:
         """Return bytes held for the cache, by part, with their sum and the budget.
 
@@ -194,7 +199,7 @@ class CacheSession:
         """Return empty sequences, taking the session's memory if they are its first."""
         if not self.is_allocated:
             self.allocate(max(batch_size, self.config.max_batch or 0))
-        batch = SequenceBatch(self.layout, batch_size)
+        batch = SequenceBatch(self.layout, batch_size, self.choice_groups)
         self.adopt(batch)
         return batch
 
@@ -339,8 +344,11 @@ class CacheSession:
         self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], *, scaling: float
     ) -> None:
         """Submit the reads of an estimated query's selection before its layer begins."""
-        groups = self.selection.select(batch, layer_idx, queries, scaling=scaling)
-        into = self._speculated if self.config.correct_prediction else self._pending
+        is_final = not self.config.correct_prediction
+        groups = self.selection.select(
+            batch, layer_idx, queries, scaling=scaling, is_final=is_final
+        )
+        into = self._pending if is_final else self._speculated
         into[layer_idx] = self.prefetcher.submit(layer_idx, groups)
 
     def is_selected(self, layer_idx: int) -> bool:

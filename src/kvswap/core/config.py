@@ -144,6 +144,10 @@ class CacheConfig:
         read while the layer before computes, what was not is read when the query is known.
         False attends to the prediction itself, as KVSwap was published: no second scoring
         and no late reads, for models whose layers change the residual little.
+    worth_reading : float
+        A group that was not selected in the step before, and so would have to be read, comes
+        behind those that were unless some query head is expected to give it this part of an
+        even share among the selected groups. 0 selects what scores best, whatever it costs.
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads.
     code : {"bf16", "int8", "rot4"}, optional
@@ -175,6 +179,7 @@ class CacheConfig:
     index: str = "lowrank"
     selector: str = "topk"
     correct_prediction: bool = True
+    worth_reading: float = 0.5
     rank: int | None = None
     code: str | None = None
     projection: str | os.PathLike[str] | None = None
@@ -213,9 +218,8 @@ class CacheConfig:
             object.__setattr__(self, "projection", str(self.projection))
 
     def _check_what_is_chosen(self) -> None:
-        floor = self.recall_floor
-        if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 <= floor <= 1:
-            raise ConfigError(f"recall_floor must be a number in [0, 1], got {floor!r}")
+        _share("recall_floor", self.recall_floor)
+        _share("worth_reading", self.worth_reading)
         for name in ("index", "selector"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a name, got {getattr(self, name)!r}")
@@ -242,6 +246,11 @@ class CacheConfig:
             return cls(storage=storage, **rest)
         except (TypeError, KeyError) as error:
             raise ConfigError(f"config has unknown or missing fields: {error}") from error
+
+
+def _share(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be a number in [0, 1], got {value!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -78,7 +78,7 @@ def _build(
             for name, table in store.tables.items()
             if name.startswith(_BATCH)
         }
-        batch = SequenceBatch.from_state(session.layout, state)
+        batch = SequenceBatch.from_state(session.layout, state, session.choice_groups)
         session.resume(batch, store.tables, fitted_tokens=meta["fitted_tokens"])
         session.fitter.is_calibrated = bool(meta["is_calibrated"])
         store.tables = {}  # copied: to keep them would take their memory twice

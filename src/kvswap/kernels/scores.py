@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from kvswap.kernels.native import native
+
+_PENALTY = 65536.0
 
 
 def group_maximum(scores: Tensor, group_size: int) -> Tensor:
@@ -39,3 +44,25 @@ def reduce_heads(group_scores: Tensor) -> Tensor:
     """
     by_head = group_scores.t().contiguous()
     return (by_head - torch.logsumexp(by_head, 1, keepdim=True)).amax(0)
+
+
+def discourage(scores: Tensor, kept: np.ndarray, least: float) -> None:
+    """Let scores fall behind all others, in place, where they are low and not among those kept.
+
+    Parameters
+    ----------
+    scores : Tensor [num_groups], float32
+        On the host, in one piece.
+    kept : ndarray [n], int32
+        Positions whose scores stay; negative ones are skipped.
+    least : float
+        Scores from here on stay too. The order among those that fall is as before, as far as
+        float32 can tell.
+    """
+    module = native()
+    if module is not None:
+        module.discourage(scores.data_ptr(), len(scores), kept, least)
+        return
+    falls = scores < least
+    falls[torch.from_numpy(kept[kept >= 0]).long()] = False
+    scores[falls] -= _PENALTY

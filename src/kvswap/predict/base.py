@@ -101,7 +101,8 @@ class KeyIndex(ABC):
         Returns
         -------
         Tensor [n], float32
-            Higher is expected to matter more.
+            Logarithm of the largest share of a query head's attention that a group is expected
+            to receive: higher matters more.
         """
 
     @abstractmethod

@@ -1,0 +1,108 @@
+"""What has to be read is selected only where it is worth it; the rest stays as it was."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import kvswap
+from kvswap.cache.selection import GroupSelection
+from kvswap.cache.sequence import SequenceBatch
+from kvswap.core.errors import ConfigError
+from kvswap.core.geometry import KVGeometry, RecordLayout
+
+GROUPS, BUDGET = 40, 8
+PINNED = {0, 38, 39}
+
+
+class GivenScores:
+    """An index that scores as told."""
+
+    def __init__(self) -> None:
+        self.scores = torch.full((GROUPS,), -20.0)
+
+    def score(self, query, groups, *, scaling):
+        return self.scores[: len(groups)].clone()
+
+
+class Layer:
+    """One layer of one sequence, whose scores a test sets."""
+
+    def __init__(self, tmp_path, **config) -> None:
+        geometry = KVGeometry(
+            num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, dtype="float32"
+        )
+        layout = RecordLayout(geometry=geometry, group_size=4)
+        storage = kvswap.StorageConfig(directories=[tmp_path])
+        settings = {"sink_tokens": 4, "recent_tokens": 8, **config}
+        self.index = GivenScores()
+        self.selection = GroupSelection(
+            kvswap.CacheConfig(kv_memory="1MiB", storage=storage, **settings),
+            [self.index],
+            group_size=4,
+            budget_groups=BUDGET,
+        )
+        self.batch = SequenceBatch(layout, 1, BUDGET)
+        self.batch.groups[0] = np.arange(100, 100 + GROUPS)
+        self.batch.flushed[0, 0] = GROUPS
+
+    def select(self, shares: dict[int, float], *, is_final: bool = True) -> set[int]:
+        """Select where some positions have these shares, and all others hardly any."""
+        self.index.scores[:] = -20.0 - torch.arange(GROUPS) / 100
+        for position, share in shares.items():
+            self.index.scores[position] = math.log(share)
+        queries = [torch.zeros(2, 1, 8)]
+        (groups,) = self.selection.select(self.batch, 0, queries, scaling=1.0, is_final=is_final)
+        return set((groups - 100).tolist())
+
+
+def test_what_is_worth_reading_comes_first_then_what_was_selected_before(tmp_path):
+    layer = Layer(tmp_path)
+    even = 1 / BUDGET
+    first = layer.select({position: even for position in (10, 11, 12, 13, 14)})
+    assert first == PINNED | {10, 11, 12, 13, 14}
+    # One is worth it, one is not, though it scores higher than all that is held.
+    second = layer.select({20: 0.6 * even, 21: 0.4 * even, 10: 0.3 * even})
+    assert second == PINNED | {20, 10, 11, 12, 13}
+    assert layer.select({}) == second
+
+
+def test_a_prediction_changes_nothing(tmp_path):
+    layer = Layer(tmp_path)
+    before = layer.select({position: 0.1 for position in (10, 11, 12, 13, 14)})
+    layer.select({position: 0.1 for position in (30, 31, 32, 33, 34)}, is_final=False)
+    assert layer.select({}) == before
+
+
+def test_at_zero_the_best_scores_are_selected_whatever_was_before(tmp_path):
+    layer = Layer(tmp_path, worth_reading=0)
+    layer.select({position: 0.1 for position in (10, 11, 12, 13, 14)})
+    assert layer.select({21: 1e-6}) == PINNED | {21, 1, 2, 3, 4}
+
+
+def test_positions_that_a_crop_took_away_are_forgotten(tmp_path):
+    layer = Layer(tmp_path)
+    layer.select({position: 0.2 for position in (30, 31, 32, 33, 34)})
+    layer.batch.flushed[0, 0] = 32
+    assert layer.select({}) == {0, 30, 31} | {1, 2, 3, 4, 5}
+
+
+def test_rows_take_their_selection_along(tmp_path):
+    batch = Layer(tmp_path).batch
+    batch = SequenceBatch(batch.layout, 2, BUDGET)
+    for row in (0, 1):
+        batch.choose(0, row, np.arange(3) + 10 * row)
+    again = SequenceBatch.from_state(batch.layout, batch.state(), BUDGET)
+    assert (again.chosen == batch.chosen).all()
+    assert batch.chosen[0, 1].tolist() == [10, 11, 12, -1, -1, -1, -1, -1]
+    smaller = SequenceBatch.from_state(batch.layout, batch.state(), 2)
+    assert smaller.chosen[0].tolist() == [[0, 1], [10, 11]]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, "half", True])
+def test_a_share_that_is_none_is_refused(tmp_path, share):
+    with pytest.raises(ConfigError, match="worth_reading must be a number"):
+        Layer(tmp_path, worth_reading=share)
