@@ -63,12 +63,14 @@ class GroupSelection:
             return groups[:0]
         if len(groups) <= self._budget_groups:
             return groups
-        scores = self._indexes[layer_idx].score(query.cpu(), groups, scaling=scaling)
+        index, pinned = self._indexes[layer_idx], self._pinned(len(groups))
+        if self._selector.needs_only_best:
+            wanted = max(self._budget_groups, len(pinned))
+            scores = index.score_best(query.cpu(), groups, scaling=scaling, wanted=wanted)
+        else:
+            scores = index.score(query.cpu(), groups, scaling=scaling)
         positions = self._selector.select(
-            scores,
-            layer_idx=layer_idx,
-            budget_groups=self._budget_groups,
-            pinned=self._pinned(len(groups)),
+            scores, layer_idx=layer_idx, budget_groups=self._budget_groups, pinned=pinned
         )
         return groups[positions]
 

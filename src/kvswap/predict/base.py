@@ -104,6 +104,25 @@ class KeyIndex(ABC):
             Higher is expected to matter more.
         """
 
+    def score_best(
+        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: int
+    ) -> Tensor:
+        """Score groups as `score` does, where only the best of them will be looked at.
+
+        Parameters
+        ----------
+        query, groups, scaling
+            See `score`.
+        wanted : int
+            How many.
+
+        Returns
+        -------
+        Tensor [n], float32
+            That of `score`, but a group that ``wanted`` others surpass may have less.
+        """
+        return self.score(query, groups, scaling=scaling)
+
     @abstractmethod
     def state(self) -> dict[str, np.ndarray]:
         """Return everything needed to score again, by name."""
@@ -114,7 +133,16 @@ class KeyIndex(ABC):
 
 
 class Selector(ABC):
-    """Turns scores into the groups to read."""
+    """Turns scores into the groups to read.
+
+    Attributes
+    ----------
+    needs_only_best : bool
+        Whether no score but the ``budget_groups`` highest is looked at; the others may then be
+        lower than they are. False unless a class says otherwise.
+    """
+
+    needs_only_best: bool = False
 
     @abstractmethod
     def select(
