@@ -3,7 +3,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/parallel.h"
+#include "kernels/bounds.h"
 #include "kernels/queries.h"
 #include "kernels/rows.h"
 #include "kernels/spans.h"
@@ -14,7 +14,6 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kBlockRows = 128;  // of the sample, whose sums do not depend on the threads
-constexpr int64_t kLeastRows = 64;   // a thread's worth
 constexpr int64_t kRowsAhead = 3;
 constexpr int64_t kLeastRun = 8;  // rows on average, or bounds cost what scores do
 
@@ -22,7 +21,8 @@ size_t at(int64_t i) { return static_cast<size_t>(i); }
 
 // What a thread keeps from call to call.
 struct Workspace {
-  std::vector<float> scores, bounds, priorities, found, sample, tops, sums;
+  Bounds bounds;
+  std::vector<float> scores, priorities, found, sample, tops, sums;
   std::vector<char> is_scored;
   std::vector<int64_t> scored;
 };
@@ -39,7 +39,6 @@ class Pass {
         num_ids_(num_ids),
         work_(work),
         threads_(threads),
-        width_(4 * queries.quads),
         in_quad_(4 * rows.in_row),
         length_(queries.quads * in_quad_),
         scale_(at(length_)),
@@ -60,10 +59,13 @@ class Pass {
 
   // The rows that may hold one of the `wanted` best groups, and a few more.
   void run(const Spans& spans, int64_t wanted) {
-    find_bounds(spans);
+    work_.bounds.find(keys_, spans, queries_, rows_, threads_);
     score_sample();
-    score_reaching(highest_bounds().data());
-    score_reaching(std::vector<float>(top_, top_ + kMaxQueries).data());
+    float least[kMaxQueries];
+    work_.bounds.highest(least);
+    score_reaching(least);
+    std::copy_n(top_, kMaxQueries, least);
+    score_reaching(least);
     find_shifts();
     find_priorities();
     score_from(nth_largest(work_.priorities, wanted));
@@ -77,7 +79,6 @@ class Pass {
 
  private:
   int64_t query_of(int64_t column) const { return column / in_quad_ * 4 + column % 4; }
-  float* bound(int64_t row) const { return work_.bounds.data() + row * width_; }
 
   // Calls body(position) for the sample: as many groups as a row holds, every so often. Where
   // they lie in rows does not matter to it.
@@ -95,67 +96,14 @@ class Pass {
     score([&](int64_t row) { return holds[at(row)] != 0; });
   }
 
-  std::vector<float> highest_bounds() const {
-    std::vector<float> highest(bound(0), bound(1));
-    for (int64_t row = 1; row < rows_.count; ++row) {
-      const float* x = bound(row);
-      for (size_t q = 0; q < highest.size(); ++q) highest[q] = std::max(highest[q], x[q]);
-    }
-    return highest;
-  }
-
   // Rows of which some query may find its `least`.
-  void score_reaching(const float* least) {
-    float limit[kMaxQueries];
-    std::fill_n(limit, kMaxQueries, kInfinity);
-    std::copy_n(least, queries_.count, limit);
-    score([&](int64_t row) {
-      const float* x = bound(row);
-      int reaching = 0;
-      for (int64_t q = 0; q < width_; ++q) reaching |= x[q] >= limit[q];
-      return reaching != 0;
-    });
+  void score_reaching(float* least) {
+    std::fill(least + queries_.count, least + kMaxQueries, kInfinity);
+    score([&](int64_t row) { return work_.bounds.reaches(row, least); });
   }
 
   void score_from(float least) {
     score([&](int64_t row) { return work_.priorities[at(row)] >= least; });
-  }
-
-  template <class F>
-  void share(int64_t count, F&& body) const {
-    const auto most = static_cast<int>(std::min<int64_t>(threads_, count / kLeastRows + 1));
-    parallel(most, [&](int thread, int total) {
-      body(thread, count * thread / total, count * (thread + 1) / total);
-    });
-  }
-
-  // The most that each query can give any key of a row's span.
-  void find_bounds(const Spans& spans) {
-    CodedKeys centres = keys_;
-    centres.code = keys_.code == Code::bf16 ? Code::bf16 : Code::int8;
-    centres.codes = spans.codes;
-    centres.scales = spans.scales;
-    centres.width = span_width(keys_);
-    centres.group_size = 1;
-    Queries queries = queries_;
-    for (int q = 0; q < queries.count; ++q) queries.start[q] = -128 * queries.sum[q];
-    work_.bounds.resize(at(rows_.count * width_));
-    share(rows_.count, [&](int, int64_t begin, int64_t end) {
-      float scores[kMaxQueries * kTileTokens];
-      int64_t held = -1;
-      rows_.each(begin, end, [&](const Run& run, int64_t in_run, int64_t row) {
-        const int64_t span = run.id / rows_.in_row + in_run, tile = span / kTileTokens;
-        if (tile != held) score_tiles(centres, queries, held = tile, 1, scores);
-        const float* centre = scores + span % kTileTokens * 4;
-        const float radius = spans.radii[span];
-        float* out = bound(row);
-        for (int q = 0; q < queries.quads * 4; q += 4, out += 4, centre += 4 * kTileTokens) {
-          for (int i = 0; i < 4; ++i) {
-            out[i] = centre[i] * queries.scale[q + i] + queries.norm[q + i] * radius;
-          }
-        }
-      });
-    });
   }
 
   // Scores the rows of which `asks` is true and that have no scores yet.
@@ -166,7 +114,7 @@ class Pass {
       if (!work_.is_scored[at(row)] && asks(row)) work_.scored.push_back(row);
     }
     std::vector<float> tops(at(threads_ * length_), -kInfinity);
-    share(num_scored() - before, [&](int thread, int64_t begin, int64_t end) {
+    share_rows(threads_, num_scored() - before, [&](int thread, int64_t begin, int64_t end) {
       float* top = tops.data() + thread * length_;
       for (int64_t i = before + begin; i < before + end; ++i) {
         if (i + kRowsAhead < before + end) prefetch(work_.scored[at(i + kRowsAhead)]);
@@ -231,22 +179,19 @@ class Pass {
   // The highest score that a row's bounds leave to it.
   void find_priorities() {
     float shift[kMaxQueries];
-    for (int64_t q = 0; q < width_; ++q) shift[q] = shift_[at(q / 4 * in_quad_ + q % 4)];
+    for (int64_t q = 0; q < 4 * queries_.quads; ++q) {
+      shift[q] = shift_[at(q / 4 * in_quad_ + q % 4)];
+    }
     work_.priorities.resize(at(rows_.count));
     for (int64_t row = 0; row < rows_.count; ++row) {
-      const float* x = bound(row);
-      float best[4] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
-      for (int64_t q = 0; q < width_; q += 4) {
-        for (int64_t i = 0; i < 4; ++i) best[i] = std::max(best[i], x[q + i] - shift[q + i]);
-      }
-      work_.priorities[at(row)] = best_of_four(best);
+      work_.priorities[at(row)] = work_.bounds.best(row, shift);
     }
   }
 
   // Scores of the groups in rows that have been scored since the last call.
   void finish() {
     if (!finished_) work_.found.assign(at(num_ids_), -kInfinity);
-    share(num_scored() - finished_, [&](int, int64_t begin, int64_t end) {
+    share_rows(threads_, num_scored() - finished_, [&](int, int64_t begin, int64_t end) {
       float best[4 * kTileTokens];
       for (int64_t i = finished_ + begin; i < finished_ + end; ++i) {
         const int64_t row = work_.scored[at(i)];
@@ -267,7 +212,7 @@ class Pass {
   int64_t num_ids_;
   Workspace& work_;
   int threads_;
-  int64_t width_, in_quad_, length_;  // floats of a row's bounds, of four queries, of a row
+  int64_t in_quad_, length_;  // floats of four queries, and of a row
   int64_t finished_ = 0;
   float top_[kMaxQueries];
   std::vector<float> scale_, shift_;
@@ -291,7 +236,11 @@ double scan_best(const CodedKeys& keys, const Spans* spans, const QueryView& que
   for (int64_t first = 0; first < all; first += kMaxQueries, ++passes) {
     const Queries queries = prepare(keys, query, first, scaling, threads);
     Pass pass(keys, queries, rows, count, work, threads);
-    spans&& is_worth ? pass.run(*spans, wanted) : pass.run();
+    if (spans && is_worth) {
+      pass.run(*spans, wanted);
+    } else {
+      pass.run();
+    }
     const std::vector<float>& found = pass.found();
     for (int64_t i = 0; i < count; ++i) out[i] = std::max(out[i], found[at(i)]);
     scored += pass.num_scored();
