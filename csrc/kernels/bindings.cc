@@ -15,6 +15,7 @@
 #include "kernels/records.h"
 #include "kernels/rope.h"
 #include "kernels/scan.h"
+#include "kernels/spans.h"
 #include "kernels/top.h"
 
 namespace nb = nanobind;
@@ -76,6 +77,42 @@ class Scanner {
     scan_groups(keys_, view, scaling, data, count, pointer<float>(out));
   }
 
+  void hold_spans(uintptr_t codes, uintptr_t scales, uintptr_t radii) {
+    spans_ = {pointer<uint8_t>(codes), pointer<uint16_t>(scales), pointer<float>(radii)};
+  }
+
+  void bound(Ids ids) const {
+    const auto count = static_cast<int64_t>(ids.shape(0));
+    const int64_t* data = ids.data();
+    nb::gil_scoped_release released;
+    check_spans();
+    check_below(data, count, keys_.num_groups, "group ids must be those of this index");
+    bound_spans(keys_, spans_, data, count);
+  }
+
+  // query: as an Attender's, with the dtype in front.
+  double best(const nb::tuple& query, float scaling, Ids ids, int64_t wanted, Table kept,
+              bool by_spans, uintptr_t out) const {
+    const auto count = static_cast<int64_t>(ids.shape(0));
+    const int64_t* data = ids.data();
+    const QueryView view{pointer<const void>(nb::cast<uintptr_t>(query[1])),
+                         static_cast<Dtype>(nb::cast<int>(query[0])),
+                         nb::cast<int64_t>(query[2]),
+                         nb::cast<int64_t>(query[3]),
+                         nb::cast<int64_t>(query[4]),
+                         nb::cast<int64_t>(query[5])};
+    nb::gil_scoped_release released;
+    check_heads(view.num_heads, keys_.kv_heads);
+    if (by_spans) check_spans();
+    check_below(data, count, keys_.num_groups, "group ids must be those of this index");
+    const Wanted asked{wanted, kept.data(), static_cast<int64_t>(kept.shape(0))};
+    for (int64_t i = 0; i < asked.num_kept; ++i) {
+      if (asked.kept[i] >= count) throw std::invalid_argument("kept must be positions of ids");
+    }
+    return scan_best(keys_, by_spans ? &spans_ : nullptr, view, scaling, data, count, asked,
+                     pointer<float>(out));
+  }
+
   void encode(uintptr_t tokens, int dtype, Ids ids) const {
     const auto count = static_cast<int64_t>(ids.shape(0));
     const int64_t* data = ids.data();
@@ -86,9 +123,14 @@ class Scanner {
   }
 
  private:
+  void check_spans() const {
+    if (!spans_.radii) throw std::invalid_argument("spans must be held first");
+  }
+
   uint8_t* codes_;
   uint16_t* scales_;
   CodedKeys keys_;
+  Spans spans_{};
 };
 
 // Address of keys, of values, count, strides of keys' heads and tokens, of values'.
@@ -272,7 +314,13 @@ void bind_kernels(nb::module_& m) {
       .def("scan", &Scanner::scan, nb::arg("query"), nb::arg("dtype"), nb::arg("num_heads"),
            nb::arg("q_len"), nb::arg("head_stride"), nb::arg("token_stride"), nb::arg("scaling"),
            nb::arg("ids"), nb::arg("out"))
-      .def("encode", &Scanner::encode, nb::arg("tokens"), nb::arg("dtype"), nb::arg("ids"));
+      .def("encode", &Scanner::encode, nb::arg("tokens"), nb::arg("dtype"), nb::arg("ids"))
+      .def("hold_spans", &Scanner::hold_spans, nb::arg("codes"), nb::arg("scales"),
+           nb::arg("radii"))
+      .def("bound", &Scanner::bound, nb::arg("ids"))
+      .def("best", &Scanner::best, nb::arg("query"), nb::arg("scaling"), nb::arg("ids"),
+           nb::arg("wanted"), nb::arg("kept"), nb::arg("by_spans"), nb::arg("out"),
+           "Score groups, by spans only those that can be among the best; return their share.");
   nb::class_<Attender>(m, "Attender", "The slots of all layers, by address.")
       .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int>(), nb::arg("pool"),
            nb::arg("num_slots"), nb::arg("record_bytes"), nb::arg("group_size"),

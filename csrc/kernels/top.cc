@@ -25,9 +25,10 @@ float unordered(uint32_t key) {
   return std::bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
-// The largest number that at least `count` of the scores reach, or any that exactly so many
-// do. Halving the range of the integers needs 32 passes at most, and each is a plain count.
-float threshold(const std::vector<float>& scores, int64_t count) {
+}  // namespace
+
+// Halving the range of the integers needs 32 passes at most, and each is a plain count.
+float nth_largest(const std::vector<float>& scores, int64_t count) {
   uint32_t low = ordered(-kInfinity), high = ordered(kInfinity);
   while (low < high) {
     const uint32_t middle = low + (high - low + 1) / 2;
@@ -43,8 +44,6 @@ float threshold(const std::vector<float>& scores, int64_t count) {
   return unordered(low);
 }
 
-}  // namespace
-
 void top_positions(const float* scores, int64_t num_scores, int64_t count, const int64_t* pinned,
                    int64_t num_pinned, int64_t* out) {
   if (count <= 0) return;
@@ -56,7 +55,7 @@ void top_positions(const float* scores, int64_t num_scores, int64_t count, const
     held[static_cast<size_t>(i)] = x == x ? std::min(x, kLargest) : -kInfinity;
   }
   for (int64_t i = 0; i < num_pinned; ++i) held[static_cast<size_t>(pinned[i])] = kInfinity;
-  const float least = threshold(held, count);
+  const float least = nth_largest(held, count);
   // Where more reach it than are wanted, the first of those that equal it are taken.
   const int64_t reach = kernels().count_from(held.data(), num_scores, least);
   int64_t equal = count;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace kvswap {
 
@@ -9,6 +10,10 @@ namespace kvswap {
 // equal ones the first. count is at most the number of scores and at least that of the pinned.
 void top_positions(const float* scores, int64_t num_scores, int64_t count, const int64_t* pinned,
                    int64_t num_pinned, int64_t* out);
+
+// The largest number that at least `count` of the scores reach, or any that exactly so many do;
+// minus infinity where they are fewer.
+float nth_largest(const std::vector<float>& scores, int64_t count);
 
 // Lets every score below `least` fall behind all others, except those at `kept` positions;
 // negative ones are skipped.

@@ -111,6 +111,18 @@ class Scanner:
         out: int,
     ) -> None: ...
     def encode(self, tokens: int, dtype: int, ids: NDArray[np.int64]) -> None: ...
+    def hold_spans(self, codes: int, scales: int, radii: int) -> None: ...
+    def bound(self, ids: NDArray[np.int64]) -> None: ...
+    def best(
+        self,
+        query: tuple[int, int, int, int, int, int],
+        scaling: float,
+        ids: NDArray[np.int64],
+        wanted: int,
+        kept: NDArray[np.int32],
+        by_spans: bool,
+        out: int,
+    ) -> float: ...
 
 class Attender:
     def __init__(

@@ -91,15 +91,27 @@ class GroupSelection:
             return None
         if len(groups) <= self._budget_groups:
             return None
-        scores = self._indexes[layer_idx].score(query.cpu(), groups, scaling=scaling)
-        if self._least > -math.inf and last[0] >= 0:
-            discourage(scores, np.where(last < len(groups), last, -1), self._least)
+        last = np.where(last < len(groups), last, -1)
+        scores = self._score(groups, layer_idx, query.cpu(), scaling, last)
         return self._selector.select(
             scores,
             layer_idx=layer_idx,
             budget_groups=self._budget_groups,
             pinned=_pinned(len(groups), self._sink_groups, self._recent_groups),
         )
+
+    def _score(
+        self, groups: np.ndarray, layer_idx: int, query: Tensor, scaling: float, last: np.ndarray
+    ) -> Tensor:
+        index = self._indexes[layer_idx]
+        if self._selector.needs_only_best:
+            wanted = max(self._budget_groups, self._sink_groups + self._recent_groups)
+            scores = index.score_best(query, groups, scaling=scaling, wanted=wanted, kept=last)
+        else:
+            scores = index.score(query, groups, scaling=scaling)
+        if self._least > -math.inf and last[0] >= 0:
+            discourage(scores, last, self._least)
+        return scores
 
 
 @lru_cache(maxsize=16)

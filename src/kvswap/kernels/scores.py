@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvswap.kernels.native import native
 
+SAMPLED_FROM = 1024
+"""Rows of scores from which on a sample of the groups may stand for all."""
+SAMPLE_STRIDE = 16
+"""One row of so many is in it. Both as csrc/kernels/spans.h has them."""
 _PENALTY = 65536.0
 
 
@@ -26,7 +32,7 @@ def group_maximum(scores: Tensor, group_size: int) -> Tensor:
     return scores.unflatten(0, (-1, group_size)).amax(1)
 
 
-def reduce_heads(group_scores: Tensor) -> Tensor:
+def reduce_heads(group_scores: Tensor, sampled: Tensor | None = None) -> Tensor:
     """Reduce query heads to one score a group, so that no head's own target is lost.
 
     Each head is first set against its own log-sum-exp over groups, which makes heads of
@@ -36,6 +42,9 @@ def reduce_heads(group_scores: Tensor) -> Tensor:
     ----------
     group_scores : Tensor [num_groups, num_queries], float32
         Scaled as attention scales them.
+    sampled : Tensor [num_groups], bool, optional
+        Groups that stand for all. A head is then set against its best group and what the
+        sample says of all of them, which need not be known one by one.
 
     Returns
     -------
@@ -43,7 +52,30 @@ def reduce_heads(group_scores: Tensor) -> Tensor:
         Higher is expected to matter more; compare within one call only.
     """
     by_head = group_scores.t().contiguous()
-    return (by_head - torch.logsumexp(by_head, 1, keepdim=True)).amax(0)
+    if sampled is None:
+        return (by_head - torch.logsumexp(by_head, 1, keepdim=True)).amax(0)
+    weight = math.log(len(sampled) / int(sampled.sum()))
+    rest = torch.logsumexp(by_head[:, sampled], 1, keepdim=True) + weight
+    return (by_head - torch.logaddexp(by_head.amax(1, keepdim=True), rest)).amax(0)
+
+
+def sampled_groups(num_groups: int, row_groups: int) -> Tensor | None:
+    """Return which groups stand for all: some neighbours, every so often.
+
+    Parameters
+    ----------
+    num_groups : int
+    row_groups : int
+        Neighbours: groups of a row of scores, which is what one tile holds.
+
+    Returns
+    -------
+    Tensor [num_groups], bool, or None
+        None where there are so few that all of them count.
+    """
+    if num_groups < SAMPLED_FROM * row_groups:
+        return None
+    return torch.arange(num_groups) // row_groups % SAMPLE_STRIDE == SAMPLE_STRIDE // 2
 
 
 def discourage(scores: Tensor, kept: np.ndarray, least: float) -> None:

@@ -1,6 +1,6 @@
 """Which groups will matter: key indexes estimate attention, selectors choose."""
 
-from kvswap.predict import lowrank, topk
+from kvswap.predict import lowrank, spanned, topk
 from kvswap.predict.base import (
     INDEXES,
     SELECTORS,
@@ -22,5 +22,6 @@ __all__ = [
     "register_index",
     "register_selector",
     "selector_names",
+    "spanned",
     "topk",
 ]

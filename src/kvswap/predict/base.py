@@ -105,6 +105,34 @@ class KeyIndex(ABC):
             to receive: higher matters more.
         """
 
+    def score_best(
+        self,
+        query: Tensor,
+        groups: np.ndarray,
+        *,
+        scaling: float,
+        wanted: int,
+        kept: np.ndarray,
+    ) -> Tensor:
+        """Score groups as `score` does, where only the best of them will be looked at.
+
+        Parameters
+        ----------
+        query, groups, scaling
+            See `score`.
+        wanted : int
+            How many.
+        kept : ndarray [k], int32
+            Positions whose scores will be looked at too; negative ones are skipped.
+
+        Returns
+        -------
+        Tensor [n], float32
+            That of `score`, but a group that ``wanted`` others surpass, and that is not among
+            those kept, may have less.
+        """
+        return self.score(query, groups, scaling=scaling)
+
     @abstractmethod
     def state(self) -> dict[str, np.ndarray]:
         """Return everything needed to score again, by name."""
@@ -115,7 +143,16 @@ class KeyIndex(ABC):
 
 
 class Selector(ABC):
-    """Turns scores into the groups to read."""
+    """Turns scores into the groups to read.
+
+    Attributes
+    ----------
+    needs_only_best : bool
+        Whether no score but the ``budget_groups`` highest is looked at; the others may then be
+        lower than they are. False unless a class says otherwise.
+    """
+
+    needs_only_best: bool = False
 
     @abstractmethod
     def select(

@@ -179,10 +179,13 @@ class LowRankIndex(KeyIndex):
         best: Tensor | None = None
         for first in range(0, query.shape[1], per_pass):
             block = projected[first : first + per_pass].flatten(0, 1)
-            reduced = reduce_heads(self._score_groups(block, groups))
+            reduced = self._reduce_heads(self._score_groups(block, groups))
             best = reduced if best is None else torch.maximum(best, reduced)
         assert best is not None
         return best
+
+    def _reduce_heads(self, scores: Tensor) -> Tensor:
+        return reduce_heads(scores)
 
     def _project(self, query: Tensor) -> Tensor:
         """Carry each query head through its KV head's slice: [q_len, num_heads, rank]."""

@@ -14,6 +14,8 @@ from kvswap.predict.base import Selector, register_selector
 class TopKSelector(Selector):
     """Pinned groups first, then the best of the rest."""
 
+    needs_only_best = True
+
     def __init__(self) -> None:
         self._native = native()
 

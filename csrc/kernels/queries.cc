@@ -1,0 +1,133 @@
+#include "kernels/queries.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "common/parallel.h"
+#include "kernels/half.h"
+
+namespace kvswap {
+namespace {
+
+// Carries a query head through its KV head's part of the projection.
+void project_query(const CodedKeys& keys, const QueryView& query, int64_t index, float scaling,
+                   float* out) {
+  const int64_t head = index % query.num_heads, token = index / query.num_heads;
+  const int64_t kv_head = head / (query.num_heads / keys.kv_heads);
+  const size_t item = query.dtype == Dtype::f32 ? 4 : 2;
+  const auto* data =
+      static_cast<const char*>(query.data) +
+      static_cast<size_t>(head * query.head_stride + token * query.token_stride) * item;
+  thread_local std::vector<float> wide;
+  wide.resize(static_cast<size_t>(keys.head_dim));
+  kernels().widen(data, query.dtype, keys.head_dim, wide.data());
+  std::fill_n(out, keys.rank, 0.0f);
+  kernels().project(wide.data(), keys.head_dim, keys.basis + kv_head * keys.head_dim * keys.rank,
+                    keys.rank, out);
+  for (int64_t i = 0; i < keys.rank; ++i) out[i] *= scaling;
+}
+
+// Puts coefficient j of query q where the tiles' bytes meet it.
+void place(const CodedKeys& keys, Queries& queries, int q, const float* coefficients) {
+  const auto word = [&](int64_t chunk) {
+    return reinterpret_cast<char*>(&queries.words[static_cast<size_t>(chunk * kMaxQueries + q)]);
+  };
+  float squares = 0;
+  if (keys.code == Code::bf16) {
+    for (int64_t j = 0; j < keys.rank; ++j) {
+      const uint16_t half = to_bf16(coefficients[j]);
+      const float rounded = from_bf16(half);
+      squares += rounded * rounded;
+      std::memcpy(word(j / 2) + 2 * (j % 2), &half, 2);
+    }
+    queries.norm[q] = std::sqrt(squares);
+    return;
+  }
+  float top = 0;
+  for (int64_t j = 0; j < keys.rank; ++j) top = std::max(top, std::fabs(coefficients[j]));
+  const float scale = top > 0 ? top / 127 : 1.0f;
+  const int64_t half = keys.code == Code::rot4 ? keys.rank / 2 : keys.rank;
+  int32_t sum = 0;
+  for (int64_t j = 0; j < keys.rank; ++j) {
+    const auto rounded = static_cast<int8_t>(std::nearbyint(coefficients[j] / scale));
+    const int64_t at = j % half, chunk = at / 4 + (j < half ? 0 : keys.width / 4);
+    word(chunk)[at % 4] = static_cast<char>(rounded);
+    sum += rounded;
+    squares += static_cast<float>(rounded * rounded);
+  }
+  queries.scale[q] = scale;
+  queries.sum[q] = sum;
+  queries.norm[q] = scale * std::sqrt(squares);
+  queries.start[q] = keys.code == Code::rot4 ? -(sum * 15 >> 1) : -sum * 128;
+}
+
+}  // namespace
+
+Queries prepare(const CodedKeys& keys, const QueryView& query, int64_t first, float scaling,
+                int threads) {
+  Queries made;
+  const int64_t all = query.num_heads * query.q_len;
+  made.count = static_cast<int>(std::min<int64_t>(kMaxQueries, all - first));
+  made.quads = (made.count + 3) / 4;
+  std::fill_n(made.scale, kMaxQueries, 1.0f);
+  std::fill_n(made.start, kMaxQueries, 0);
+  std::fill_n(made.sum, kMaxQueries, 0);
+  std::fill_n(made.norm, kMaxQueries, 0.0f);
+  const int64_t planes = keys.code == Code::rot4 ? 2 : 1;
+  made.words.assign(static_cast<size_t>(planes * keys.width / 4 * kMaxQueries), 0);
+  parallel(std::min(threads, made.count), [&](int thread, int total) {
+    std::vector<float> coefficients(static_cast<size_t>(keys.rank));
+    const int begin = made.count * thread / total, end = made.count * (thread + 1) / total;
+    for (int q = begin; q < end; ++q) {
+      project_query(keys, query, first + q, scaling, coefficients.data());
+      place(keys, made, q, coefficients.data());
+    }
+  });
+  return made;
+}
+
+void score_tiles(const CodedKeys& keys, const Queries& queries, int64_t first, int64_t count,
+                 float* out) {
+  TileScore a;
+  a.chunks = keys.width / 4;
+  a.num_quads = queries.quads;
+  a.query = queries.words.data();
+  a.start = queries.start;
+  a.group_size = static_cast<int>(std::min<int64_t>(keys.group_size, kTileTokens));
+  const int64_t length = queries.quads * 4 * (kTileTokens / a.group_size);
+  float more[kMaxQueries * kTileTokens];
+  for (int64_t tile = first; tile < first + count; ++tile) {
+    a.codes = keys.codes + tile * keys.width * kTileTokens;
+    a.scale = keys.scales ? keys.scales + tile * kTileTokens : nullptr;
+    a.out = tile == first ? out : more;
+    kernels().score_tile(keys.code, a);
+    if (tile == first) continue;
+    for (int64_t i = 0; i < length; ++i) out[i] = std::max(out[i], more[i]);
+  }
+}
+
+QuerySums merge_columns(const Queries& queries, int64_t in_row, const std::vector<float>& tops,
+                        const std::vector<float>& sums) {
+  QuerySums made;
+  std::fill_n(made.largest, kMaxQueries, -std::numeric_limits<float>::infinity());
+  const int64_t length = queries.quads * 4 * in_row;
+  const auto all = static_cast<int64_t>(tops.size());
+  for (int64_t column = 0; column < length; ++column) {
+    float& largest = made.largest[column / (4 * in_row) * 4 + column % 4];
+    for (int64_t i = column; i < all; i += length) {
+      largest = std::max(largest, tops[static_cast<size_t>(i)]);
+    }
+  }
+  for (int64_t column = 0; column < length; ++column) {
+    const int64_t q = column / (4 * in_row) * 4 + column % 4;
+    for (int64_t i = column; i < all; i += length) {
+      const auto at = static_cast<size_t>(i);
+      made.sum[q] += static_cast<double>(sums[at] * std::exp(tops[at] - made.largest[q]));
+    }
+  }
+  return made;
+}
+
+}  // namespace kvswap
