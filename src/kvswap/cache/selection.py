@@ -63,7 +63,10 @@ class GroupSelection:
             return groups[:0]
         if len(groups) <= self._budget_groups:
             return groups
-        scores = self._indexes[layer_idx].score(query.cpu(), groups, scaling=scaling)
+        index = self._indexes[layer_idx]
+        scores = index.score(query.to(index.device), groups, scaling=scaling)
+        if not self._selector.serves_device:
+            scores = scores.cpu()
         positions = self._selector.select(
             scores,
             layer_idx=layer_idx,

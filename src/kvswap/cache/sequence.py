@@ -45,6 +45,8 @@ class SequenceBatch:
         Shape of a group.
     batch_size : int
         Rows.
+    device : torch.device, optional
+        Where rolling buffers lie; default: the host.
 
     Attributes
     ----------
@@ -63,12 +65,14 @@ class SequenceBatch:
         one.
     """
 
-    def __init__(self, layout: RecordLayout, batch_size: int) -> None:
+    def __init__(
+        self, layout: RecordLayout, batch_size: int, device: torch.device | None = None
+    ) -> None:
         num_layers = layout.geometry.num_layers
         self.layout = layout
         self.groups: list[np.ndarray] = [np.empty(0, np.int64) for _ in range(batch_size)]
         self.flushed = np.zeros((num_layers, batch_size), np.int64)
-        self.rolling = RollingBuffer(layout, batch_size)
+        self.rolling = RollingBuffer(layout, batch_size, device)
         self.columns = np.zeros(num_layers, np.int64)
         self.padding: Tensor | None = None
         self.undo: Undo | None = None
@@ -168,9 +172,14 @@ class SequenceBatch:
         return state
 
     @classmethod
-    def from_state(cls, layout: RecordLayout, state: dict[str, np.ndarray]) -> SequenceBatch:
+    def from_state(
+        cls,
+        layout: RecordLayout,
+        state: dict[str, np.ndarray],
+        device: torch.device | None = None,
+    ) -> SequenceBatch:
         """Rebuild a batch from `state`; the placement's counts are restored apart."""
-        batch = cls(layout, len(state["lengths"]))
+        batch = cls(layout, len(state["lengths"]), device)
         bounds = np.cumsum(state["lengths"])[:-1]
         batch.groups = [ids.copy() for ids in np.split(state["groups"], bounds)]
         batch.flushed[...] = state["flushed"]
