@@ -22,6 +22,42 @@ _CHANGING = [
 ]  # compiled once, whatever they are
 
 
+@triton.jit
+def _take(
+    q,
+    best,
+    total,
+    acc,
+    keys,
+    values,
+    is_token,
+    is_seen,
+    is_dim,
+    scaling,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+):
+    """Take some tokens into a running softmax."""
+    mask = is_token[:, None] & is_dim
+    k = tl.load(keys, mask=mask, other=0.0)
+    v = tl.load(values, mask=mask, other=0.0)
+    if IS_WIDE:
+        k = k.to(tl.float32)
+        v = v.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scaling
+    if HAS_SOFTCAP:  # tanh, by the sigmoid that the language has
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+    scores = tl.where(is_seen & is_token[None, :], scores, float("-inf"))
+    higher = tl.maximum(best, tl.max(scores, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far
+    weights = tl.exp(scores - base[:, None])
+    fade = tl.exp(best - base)
+    total = total * fade + tl.sum(weights, 1)
+    acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="tf32x3")
+    return higher, total, acc
+
+
 @triton.jit(do_not_specialize=_CHANGING)
 def attend_splits(
     query,
@@ -53,7 +89,6 @@ def attend_splits(
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -62,17 +97,16 @@ def attend_splits(
 ):
     """Attend to one split of the tokens: those of slots, of the rolling buffer, the newest.
 
-    A program has some query rows (head and query token) of one KV head. Each source is loaded
-    under a mask of its own, and their sum is the token, as only one of them has it.
+    A program has some query rows (head and query token) of one KV head.
     """
     kv_head = tl.program_id(0)
     split = tl.program_id(2)
     rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
-    is_row = rows < SHARED * q_len
+    is_row = (rows < SHARED * q_len)[:, None]
     is_dim = (dims < HEAD_DIM)[None, :]
     at_row = kv_head * SHARED * q_len + rows
-    rows_mask = is_row[:, None] & is_dim
+    rows_mask = is_row & is_dim
     q = tl.load(query + at_row[:, None] * HEAD_DIM + dims[None, :], mask=rows_mask, other=0.0)
     if IS_WIDE:
         q = q.to(tl.float32)
@@ -80,59 +114,87 @@ def attend_splits(
     best = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-    end = tl.minimum((split + 1) * split_tokens, num_slot_tokens + num_rolling + num_newest)
-    for first in range(split * split_tokens, end, BLOCK_TOKENS):
-        tokens = first + tl.arange(0, BLOCK_TOKENS)
-        in_slots = tokens < tl.minimum(num_slot_tokens, end)
-        slot = tl.load(slot_rows + tokens // GROUP_SIZE, mask=in_slots, other=0)
+    block = tl.arange(0, BLOCK_TOKENS)
+    begin = split * split_tokens
+    end = begin + split_tokens
+    last = tl.minimum(end, num_slot_tokens)
+    for first in range(begin, last, BLOCK_TOKENS):
+        tokens = first + block
+        is_token = tokens < last
+        slot = tl.load(slot_rows + tokens // GROUP_SIZE, mask=is_token, other=0)
         in_slot = (kv_head * GROUP_SIZE + tokens % GROUP_SIZE) * HEAD_DIM
-        key_at = (slot * record_elements + in_slot)[:, None] + dims[None, :]
-        value_at = key_at + NUM_KV_HEADS * GROUP_SIZE * HEAD_DIM
-        slot_mask = in_slots[:, None] & is_dim
-        place = tokens - num_slot_tokens
-        in_rolling = (place >= 0) & (place < num_rolling) & (tokens < end)
-        rolling_mask = in_rolling[:, None] & is_dim
-        newest = place - num_rolling
-        in_newest = (newest >= 0) & (tokens < end)
-        newest_mask = in_newest[:, None] & is_dim
-
-        at = (kv_head * rolling_keys_head + place * rolling_keys_token)[:, None] + dims[None, :]
-        k = tl.load(slots + key_at, mask=slot_mask, other=0.0)
-        k += tl.load(rolling_keys + at, mask=rolling_mask, other=0.0)
-        at = (kv_head * newest_keys_head + newest * newest_keys_token)[:, None] + dims[None, :]
-        k += tl.load(newest_keys + at, mask=newest_mask, other=0.0)
-        at = (kv_head * rolling_values_head + place * rolling_values_token)[:, None]
-        v = tl.load(slots + value_at, mask=slot_mask, other=0.0)
-        v += tl.load(rolling_values + at + dims[None, :], mask=rolling_mask, other=0.0)
-        at = (kv_head * newest_values_head + newest * newest_values_token)[:, None]
-        v += tl.load(newest_values + at + dims[None, :], mask=newest_mask, other=0.0)
-        if IS_WIDE:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-        if HAS_SOFTCAP:  # tanh, by the sigmoid that the language has
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        is_seen = (tokens < end)[None, :] & is_row[:, None]
-        if IS_CAUSAL:
-            is_later = newest[None, :] > (rows % q_len)[:, None]
-            is_seen = is_seen & ~(in_newest[None, :] & is_later)
-        scores = tl.where(is_seen, scores, float("-inf"))
-
-        higher = tl.maximum(best, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far
-        weights = tl.exp(scores - base[:, None])
-        fade = tl.exp(best - base)
-        total = total * fade + tl.sum(weights, 1)
-        acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        best = higher
+        keys = slots + (slot * record_elements + in_slot)[:, None] + dims[None, :]
+        values = keys + NUM_KV_HEADS * GROUP_SIZE * HEAD_DIM
+        best, total, acc = _take(
+            q,
+            best,
+            total,
+            acc,
+            keys,
+            values,
+            is_token,
+            is_row,
+            is_dim,
+            scaling,
+            softcap,
+            HAS_SOFTCAP,
+            IS_WIDE,
+        )
+    begin = tl.maximum(begin - num_slot_tokens, 0)
+    end = end - num_slot_tokens
+    last = tl.minimum(end, num_rolling)
+    for first in range(begin, last, BLOCK_TOKENS):
+        tokens = first + block
+        at = kv_head * rolling_keys_head + tokens * rolling_keys_token
+        keys = rolling_keys + at[:, None] + dims[None, :]
+        at = kv_head * rolling_values_head + tokens * rolling_values_token
+        values = rolling_values + at[:, None] + dims[None, :]
+        best, total, acc = _take(
+            q,
+            best,
+            total,
+            acc,
+            keys,
+            values,
+            tokens < last,
+            is_row,
+            is_dim,
+            scaling,
+            softcap,
+            HAS_SOFTCAP,
+            IS_WIDE,
+        )
+    begin = tl.maximum(begin - num_rolling, 0)
+    last = tl.minimum(end - num_rolling, num_newest)
+    for first in range(begin, last, BLOCK_TOKENS):
+        tokens = first + block
+        at = kv_head * newest_keys_head + tokens * newest_keys_token
+        keys = newest_keys + at[:, None] + dims[None, :]
+        at = kv_head * newest_values_head + tokens * newest_values_token
+        values = newest_values + at[:, None] + dims[None, :]
+        is_seen = is_row & (tokens[None, :] <= (rows % q_len)[:, None])
+        best, total, acc = _take(
+            q,
+            best,
+            total,
+            acc,
+            keys,
+            values,
+            tokens < last,
+            is_seen,
+            is_dim,
+            scaling,
+            softcap,
+            HAS_SOFTCAP,
+            IS_WIDE,
+        )
 
     some = tl.where(total == 0.0, 1.0, total)
     at_row = (split * NUM_KV_HEADS * SHARED * q_len + at_row).to(tl.int64)
     acc = acc / some[:, None]
     tl.store(out + at_row[:, None] * HEAD_DIM + dims[None, :], acc, mask=rows_mask)
     summed = tl.where(total == 0.0, float("-inf"), best + tl.log(some))
-    tl.store(lse + at_row, summed, mask=is_row)
+    tl.store(lse + at_row, summed, mask=rows < SHARED * q_len)
 
 
 @triton.jit(do_not_specialize=_CHANGING)

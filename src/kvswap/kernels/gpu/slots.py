@@ -15,7 +15,8 @@ from kvswap.kernels.gpu.attend import attend_splits, merge_splits
 from kvswap.kernels.records import DTYPES
 from kvswap.kernels.slots import SPLIT_TOKENS, Tokens, num_splits
 
-_MOST_ROWS = 64  # query rows of a program
+_BLOCK_BYTES = 16384  # of keys in a program's block: values and what is loaded ahead come on top
+NUM_STAGES = 2
 
 
 class DeviceSlotAttention:
@@ -87,7 +88,9 @@ class DeviceSlotAttention:
         shared, rest = divmod(num_heads, geometry.num_kv_heads)
         if rest:
             raise ValueError("query heads must be a multiple of the KV heads")
-        block_rows = min(_MOST_ROWS, max(16, triton.next_power_of_2(shared * q_len)))
+        is_wide = query.dtype != self._pool.dtype
+        block = block_of(head_dim, 4 if is_wide else query.element_size())
+        block_rows = min(block, max(16, triton.next_power_of_2(shared * q_len)))
         blocks = ceil_div(shared * q_len, block_rows)
         counts = (len(rows) * layout.group_size, rolling[0].shape[1], newest[0].shape[1])
         splits = num_splits(geometry.num_kv_heads * blocks, sum(counts))
@@ -96,7 +99,6 @@ class DeviceSlotAttention:
         out = query.new_empty((splits, *query.shape), dtype=torch.float32)
         lse = query.new_empty((splits, num_heads, q_len), dtype=torch.float32)
         slot_rows = self._accelerator.upload(rows) if len(rows) else self._no_slots
-        is_wide = query.dtype != self._pool.dtype or is_interpreting()
         with self._accelerator.current():
             attend_splits[(geometry.num_kv_heads, blocks, splits)](
                 query, self._pool, slot_rows, *rolling, *newest, out, lse,
@@ -105,9 +107,9 @@ class DeviceSlotAttention:
                 params.scaling, params.softcap or 1.0,
                 SHARED=shared, NUM_KV_HEADS=geometry.num_kv_heads,
                 GROUP_SIZE=layout.group_size, HEAD_DIM=head_dim,
-                IS_CAUSAL=q_len > 1, HAS_SOFTCAP=params.softcap is not None, IS_WIDE=is_wide,
-                BLOCK_ROWS=block_rows, BLOCK_TOKENS=SPLIT_TOKENS,
-                BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
+                HAS_SOFTCAP=params.softcap is not None, IS_WIDE=is_wide or is_interpreting(),
+                BLOCK_ROWS=block_rows, BLOCK_TOKENS=block,
+                BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)), num_stages=NUM_STAGES,
             )  # fmt: skip
             return self._merged(out, lse)
 
@@ -122,6 +124,12 @@ class DeviceSlotAttention:
             BLOCK_DIM=triton.next_power_of_2(head_dim),
         )  # fmt: skip
         return Partial(out, lse)
+
+
+def block_of(head_dim: int, itemsize: int) -> int:
+    """Return how many tokens, and at most how many query rows, a program takes at once."""
+    row_bytes = triton.next_power_of_2(head_dim) * itemsize
+    return int(max(16, min(SPLIT_TOKENS, _BLOCK_BYTES // row_bytes)))
 
 
 def _side_by_side(tokens: Tokens) -> Tokens:
