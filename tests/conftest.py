@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,9 @@ from kvswap.core.geometry import KVGeometry
 # Nothing is timed: a slow machine is no failure.
 settings.register_profile("kvswap", deadline=None)
 settings.load_profile("kvswap")
+# Before triton is imported: where there is no GPU its kernels run by interpretation.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # Models are tiny: a second thread costs more than it computes.
 torch.set_num_threads(1)
 

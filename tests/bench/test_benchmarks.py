@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from kvswap.kernels.native import has_triton
 from kvswap.storage.uring import uring_error
 
 pytestmark = pytest.mark.smoke
@@ -30,7 +32,7 @@ def call(script: str, tmp_path: Path, *options: str) -> str:
         text=True,
         check=False,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path[:1]])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -68,6 +70,38 @@ def test_decode_throughput(tmp_path):
     for record in records:
         assert_whole(record)
     assert 0 < records[2]["value"] <= 0.5
+    assert 0 < records[0]["extra"]["kvswap"]["hit_rate"] < 1
+
+
+def test_cuda_decode_refuses_where_there_is_no_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    script = ROOT / "benchmarks" / "system" / "cuda_decode.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kv-dir", str(tmp_path), "--quick"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])},
+    )
+    assert done.returncode == 1
+    assert done.stderr == "cuda_decode: there is no CUDA device here, and nothing was measured\n"
+
+
+@pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+def test_cuda_decode(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVSWAP_KERNEL", "triton")
+    records = run("system/cuda_decode.py", tmp_path, "--quick")
+    assert [record["metric"] for record in records] == [
+        "cuda_speedup_dynamiccache_4k",
+        "cuda_kv_memory_share_4k",
+    ]
+    for record in records:
+        assert_whole(record)
+    memory = records[0]["extra"]["kvswap"]["memory"]
+    assert 0 < memory["on_device"] < memory["total"]
+    assert 0 < records[1]["value"] <= 0.7
     assert 0 < records[0]["extra"]["kvswap"]["hit_rate"] < 1
 
 

@@ -40,14 +40,16 @@ fixed = st.fixed_dictionaries(
         "num_slots": st.integers(1, 300),
         "rank": st.sampled_from([2, 8]),
         "code": st.sampled_from(["bf16", "int8", "rot4"]),
+        "on_device": st.just(True),
     },
 )
 shapes = st.tuples(geometries, fixed, st.integers(1, 4), st.integers(1, 70_000))
 
 
 def plan(geometry: KVGeometry, budget: int, rows: int, context: int, **fields) -> CachePlan:
+    on_device = fields.pop("on_device", False)
     config = CacheConfig(kv_memory=budget, storage=STORAGE, **fields)
-    return plan_cache(geometry, config, batch_size=rows, max_context=context)
+    return plan_cache(geometry, config, batch_size=rows, max_context=context, on_device=on_device)
 
 
 def smallest_budget(geometry: KVGeometry, rows: int, context: int, **fields) -> int:
@@ -63,7 +65,11 @@ def test_parts_add_up_to_no_more_than_the_budget(shape, more):
     budget = smallest_budget(geometry, rows, context, **fields) + more
     made = plan(geometry, budget, rows, context, **fields)
     assert sum(made.parts.values()) == made.total_bytes <= budget
-    assert set(made.parts) == {"index", "slots", "rolling", "tables", "staging", "workspace"}
+    names = {"index", "slots", "rolling", "tables", "staging", "workspace"}
+    there = {"index", "slots", "rolling", "landing", "device_workspace"}
+    assert set(made.parts) == names | (there if "on_device" in fields else set())
+    assert set(made.device_parts) == (there if "on_device" in fields else set())
+    assert made.device_bytes == sum(made.parts[name] for name in made.device_parts)
     assert all(nbytes >= 0 for nbytes in made.parts.values())
 
 

@@ -21,6 +21,8 @@ PINNED = {0, 38, 39}
 class GivenScores:
     """An index that scores as told."""
 
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
         self.scores = torch.full((GROUPS,), -20.0)
 
@@ -45,7 +47,7 @@ class Layer:
             group_size=4,
             budget_groups=BUDGET,
         )
-        self.batch = SequenceBatch(layout, 1, BUDGET)
+        self.batch = SequenceBatch(layout, 1, choice_groups=BUDGET)
         self.batch.groups[0] = np.arange(100, 100 + GROUPS)
         self.batch.flushed[0, 0] = GROUPS
 
@@ -92,13 +94,13 @@ def test_positions_that_a_crop_took_away_are_forgotten(tmp_path):
 
 def test_rows_take_their_selection_along(tmp_path):
     batch = Layer(tmp_path).batch
-    batch = SequenceBatch(batch.layout, 2, BUDGET)
+    batch = SequenceBatch(batch.layout, 2, choice_groups=BUDGET)
     for row in (0, 1):
         batch.choose(0, row, np.arange(3) + 10 * row)
-    again = SequenceBatch.from_state(batch.layout, batch.state(), BUDGET)
+    again = SequenceBatch.from_state(batch.layout, batch.state(), choice_groups=BUDGET)
     assert (again.chosen == batch.chosen).all()
     assert batch.chosen[0, 1].tolist() == [10, 11, 12, -1, -1, -1, -1, -1]
-    smaller = SequenceBatch.from_state(batch.layout, batch.state(), 2)
+    smaller = SequenceBatch.from_state(batch.layout, batch.state(), choice_groups=2)
     assert smaller.chosen[0].tolist() == [[0, 1], [10, 11]]
 
 

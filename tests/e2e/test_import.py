@@ -22,7 +22,7 @@ PROBE = """
     before = state()
     import kvswap
     {extra}
-    heavy = ["torch", "transformers", "numpy", "safetensors", "click", "rich"]
+    heavy = ["torch", "triton", "transformers", "numpy", "safetensors", "click", "rich"]
     found = [name for name in heavy if name in sys.modules]
     print(json.dumps([before == state(), found]))
 """

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from kvswap.core.extension import native as extension
-from kvswap.kernels.native import forced, kernel_name, native_names
+from kvswap.kernels.accelerator import Accelerator, accelerator_of
+from kvswap.kernels.native import TRITON, forced, has_triton, kernel_name, native_names
 
 
 @contextmanager
@@ -25,3 +27,15 @@ def proven(name: str) -> Iterator[str]:
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     with proven(request.param) as name:
         yield name
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """Triton's kernels, forced: on a GPU where there is one, else by interpretation."""
+    if not has_triton():
+        pytest.skip("triton is not installed")
+    with forced(TRITON):
+        assert kernel_name() == TRITON
+        found = accelerator_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        assert found is not None
+        yield found

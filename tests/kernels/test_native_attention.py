@@ -50,8 +50,7 @@ class Case:
     def params(self) -> AttentionParams:
         return AttentionParams(scaling=self.head_dim**-0.5, softcap=self.softcap)
 
-    def attention(self, dtype: str) -> SlotAttention:
-        """Make slots that hold the same numbers in some dtype."""
+    def layout(self, dtype: str) -> RecordLayout:
         geometry = KVGeometry(
             num_layers=1,
             num_heads=self.kv_heads * self.shared,
@@ -59,7 +58,11 @@ class Case:
             head_dim=self.head_dim,
             dtype=dtype,
         )
-        layout = RecordLayout(geometry=geometry, group_size=self.group_size)
+        return RecordLayout(geometry=geometry, group_size=self.group_size)
+
+    def attention(self, dtype: str) -> SlotAttention:
+        """Make slots that hold the same numbers in some dtype."""
+        layout = self.layout(dtype)
         pool = np.full((SLOTS, layout.record_bytes), 0xFF, np.uint8)  # padding is no number
         record_view(pool, layout).copy_(self.pool.to(DTYPES[self.dtype]))
         return SlotAttention(pool, layout)

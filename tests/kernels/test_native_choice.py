@@ -8,10 +8,19 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from kvswap.core.errors import KernelUnavailableError
 from kvswap.core.extension import native as extension
-from kvswap.kernels.native import REFERENCE, forced, kernel_name, native, native_names
+from kvswap.kernels.accelerator import accelerator_of
+from kvswap.kernels.native import (
+    REFERENCE,
+    forced,
+    has_triton,
+    kernel_name,
+    native,
+    native_names,
+)
 
 needs_native = pytest.mark.skipif(extension is None, reason="the extension is not there")
 
@@ -31,9 +40,15 @@ print(json.dumps([name, list(native_names()), about]))
 """
 
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels run here")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+
+
 def asked(**settings: str) -> tuple[str, list[str], list[str]]:
     """Return the name of what runs in a new process, what could, and what was said."""
-    kept = {name: v for name, v in os.environ.items() if not name.startswith("KVSWAP_")}
+    kept = {
+        name: v for name, v in os.environ.items() if not name.startswith(("KVSWAP_", "TRITON_"))
+    }
     done = subprocess.run(
         [sys.executable, "-c", PROBE],
         capture_output=True,
@@ -56,6 +71,7 @@ def test_the_environment_forces_kernels_by_name(name):
     assert asked(KVSWAP_KERNEL=name)[0] == name
 
 
+@no_gpu
 @needs_native
 def test_an_unknown_name_is_refused_with_those_present():
     refused, names, _ = asked(KVSWAP_KERNEL="sse9")
@@ -69,6 +85,7 @@ def test_without_the_extension_the_reference_runs_and_says_so_once():
     assert said == ["plain torch computes what native kernels would, as they were not built"]
 
 
+@no_gpu
 def test_kernels_that_are_absent_are_refused_with_those_present():
     refused, _, _ = asked(KVSWAP_NATIVE="0", KVSWAP_KERNEL="portable")
     assert refused == "refused: KVSWAP_KERNEL must be one of torch, got 'portable'"
@@ -99,3 +116,43 @@ def test_forcing_what_is_not_there_changes_nothing():
 @needs_native
 def test_the_portable_kernels_run_everywhere_and_come_last():
     assert native_names()[-1] == "portable"
+
+
+@needs_triton
+def test_triton_is_chosen_by_name_where_it_is_interpreted():
+    assert asked(KVSWAP_KERNEL="triton", TRITON_INTERPRET="1")[0] == "triton"
+    assert asked(TRITON_INTERPRET="1")[0] != "triton"
+
+
+@no_gpu
+def test_triton_is_refused_where_nothing_runs_it():
+    refused, _, _ = asked(KVSWAP_KERNEL="triton")
+    assert refused.startswith("refused: KVSWAP_KERNEL must be one of torch, ")
+    assert refused.endswith("got 'triton'")
+
+
+def test_a_model_on_the_host_has_no_accelerator_unless_it_is_forced(monkeypatch):
+    host = torch.device("cpu")
+    assert accelerator_of(host) is None
+    with forced(REFERENCE):
+        assert accelerator_of(torch.device("cuda")) is None
+    monkeypatch.setenv("KVSWAP_KERNEL", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(KernelUnavailableError, match="needs triton and a model on a CUDA device"):
+        accelerator_of(host)
+
+
+def test_without_triton_a_model_on_a_gpu_keeps_its_cache_on_the_host(monkeypatch):
+    monkeypatch.setattr("kvswap.kernels.accelerator.has_triton", lambda: False)
+    with pytest.warns(RuntimeWarning, match="triton is not installed"):
+        assert accelerator_of(torch.device("cuda")) is None
+
+
+@needs_native
+def test_what_stays_on_the_host_has_the_best_kernels_beside_triton():
+    if not has_triton() or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
+        pytest.skip("triton does not run here")
+    with forced("triton"):
+        assert kernel_name() == "triton"
+        assert native() is extension
+        assert extension.kernel_name() == native_names()[0]

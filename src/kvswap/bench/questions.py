@@ -283,7 +283,7 @@ def _compared(
 ) -> Comparison:
     stats, parts = cache.stats(), cache.memory_report()
     total = parts.pop("total")
-    parts.pop("budget")
+    parts.pop("budget"), parts.pop("on_device", None)
     return Comparison(
         context_tokens=len(document.words),
         full_kv_bytes=full_bytes,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from kvswap.cache.prefetch import Prefetcher
@@ -32,13 +34,13 @@ class ReadLog:
     def of(cls, session: CacheSession) -> ReadLog:
         """Return a log of all that a session's steps will read."""
         log = cls(session)
-        session.prefetcher = Prefetcher(session.reuse, log, session.counters)  # type: ignore[arg-type]
+        session.prefetcher = Prefetcher(session.reuse, log, session.counters)
         return log
 
-    def read(self, layer_idx: int, groups: np.ndarray, out: np.ndarray, rows: np.ndarray) -> Ticket:
-        """Read as `RecordIO` does, and note it."""
+    def read(self, layer_idx: int, groups: np.ndarray, out: Any, rows: np.ndarray) -> Ticket:
+        """Read as the session does, and note it."""
         self._batches.append((layer_idx, groups))
-        return self._records.read(layer_idx, groups, out, rows)
+        return self._session.residence.reads.read(layer_idx, groups, out, rows)
 
     def clear(self) -> None:
         """Forget what was noted."""

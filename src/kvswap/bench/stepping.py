@@ -40,12 +40,21 @@ def stepper(model: PreTrainedModel, cache: Cache, implementation: str) -> Callab
     @torch.no_grad()
     def run(count: int) -> float:
         model.set_attn_implementation(implementation)
+        token = TOKEN.to(model.device)
+        _finish(model)
         begin = time.perf_counter()
         for _ in range(count):
-            model(input_ids=TOKEN, past_key_values=cache, use_cache=True)
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+        _finish(model)
         return (time.perf_counter() - begin) / count
 
     return run
+
+
+def _finish(model: PreTrainedModel) -> None:
+    """Wait for what a model's GPU has still to do."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
 
 
 def alternate(sides: Mapping[str, Side], samples: int, *, warm: int = 2) -> dict[str, list[float]]:
@@ -65,10 +74,10 @@ def alternate(sides: Mapping[str, Side], samples: int, *, warm: int = 2) -> dict
     return seconds
 
 
-def fill_stock(cache: Cache, context: Context) -> None:
-    """Put a context into one of transformers' caches."""
+def fill_stock(cache: Cache, context: Context, device: str = "cpu") -> None:
+    """Put a context into one of transformers' caches, on a device."""
     for layer_idx, keys, values in context:
-        cache.update(keys[None], values[None], layer_idx)
+        cache.update(keys[None].to(device), values[None].to(device), layer_idx)
 
 
 def hold_everything(cache: KVSwapCache) -> None:

@@ -36,6 +36,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
         "tie_word_embeddings": True,
     },
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 5e5,
+        "tie_word_embeddings": False,
+    },
     "toy": {
         "model_type": "qwen3",
         "hidden_size": 64,
@@ -49,7 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Shapes by name; the first from Qwen/Qwen3-0.6B's config."""
+"""Shapes by name; those of models from the configs of Qwen3-0.6B and Llama-3.1-8B."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +105,7 @@ def random_model(
     num_layers: int | None = None,
     max_positions: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
     seed: int = 0,
 ) -> PreTrainedModel:
     """Build a model of a known shape with random weights.
@@ -103,6 +117,8 @@ def random_model(
     num_layers, max_positions : int, optional
         In place of the shape's own; positions only raise it.
     dtype : torch.dtype
+    device : str
+        Where weights are made, and stay.
     seed : int
 
     Raises
@@ -123,7 +139,8 @@ def random_model(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # weights are made in place: no float32 copy of them
     try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     finally:
         torch.set_default_dtype(before)
     return model.to(dtype).eval()
@@ -212,6 +229,7 @@ def refile(
     cache.resume(batch, fingerprint=None, is_prefill=True)
     session.begin_forward(batch, num_tokens, is_prefill=True)
     for layer_idx, keys, values in context:
+        keys, values = keys.to(session.device), values.to(session.device)
         session.layers[layer_idx].append(batch, [RowInput(keys, keys, values, None)])
         batch.note_columns(layer_idx, None, num_tokens)
     session.end_forward(batch, num_tokens)

@@ -139,6 +139,7 @@ class Trace:
 class RecordingSelector(TopKSelector):
     """Selects as always and keeps what was chosen; made by `recording`."""
 
+    serves_device = False
     watch: LayerWatch
     real: dict[int, list[tuple[np.ndarray, int]]]
     estimated: dict[int, list[np.ndarray]]

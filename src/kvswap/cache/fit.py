@@ -82,12 +82,12 @@ class IndexFitter:
         index, size = session.indexes[layer_idx], session.layout.group_size
         stride = max(1, len(groups) * size // _SAMPLE_TOKENS)
         for keys, _ in session.records.stream(layer_idx, groups[::stride]):
-            index.observe(_flat(keys))
+            index.observe(_flat(keys).to(index.device))
         index.fit()
         place = 0
         for keys, _ in session.records.stream(layer_idx, groups):
             count = keys.shape[1] // size
-            index.encode(groups[place : place + count], _flat(keys))
+            index.encode(groups[place : place + count], _flat(keys).to(index.device))
             place += count
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kvswap.cache.sequence import SequenceBatch, Undo
-from kvswap.kernels.attention import AttentionParams, RunningMerge, partial_attention
+from kvswap.kernels.attention import AttentionParams, RunningMerge
 from kvswap.kernels.records import pack_groups
-from kvswap.kernels.slots import Tokens
+from kvswap.kernels.slots import SlotAttention, Tokens
 
 if TYPE_CHECKING:
     from kvswap.cache.session import CacheSession
@@ -89,12 +89,13 @@ class LayerCache:
         Tensor [batch, num_heads, q_len, head_dim], the query's dtype
             Zero at padding.
         """
-        home = query.device
-        if home.type != "cpu":  # slots and rolling buffer are on the host, and so is attention
-            query, keys, values = query.cpu(), keys.cpu(), values.cpu()
-            real = None if real is None else real.cpu()
-            params = params.on_host()
-        if real is None and self._session.is_selecting and query.shape[0] == query.shape[2] == 1:
+        home, here = query.device, self._session.device
+        if home != here:  # slots and rolling buffer are here, and so is attention
+            query, keys, values = query.to(here), keys.to(here), values.to(here)
+            params = params.on(here)
+        if real is not None:
+            real = real.cpu()
+        elif self._session.is_selecting and query.shape[0] == query.shape[2] == 1:
             token = self._attend_token(batch, query, (keys, values), params)
             if token is not None:
                 return token.to(home)
@@ -125,14 +126,17 @@ class LayerCache:
         None, with nothing done, where the general way is needed; it gives the same.
         """
         session, layer_idx = self._session, self.layer_idx
-        if not session.attention.decodes(query, params) or session.recall.is_due(layer_idx):
+        attention = session.attention
+        if not isinstance(attention, SlotAttention) or not attention.decodes(query, params):
+            return None
+        if session.recall.is_due(layer_idx):
             return None
         pending = session.selected(batch, layer_idx, [query[0]], scaling=params.scaling)
         if not pending.fits:
             return None
         session.prefetcher.bring(pending)
         rolling, row_of = batch.rolling.place(layer_idx, 0), session.reuse.rows_of(layer_idx)
-        out = session.attention.decode(query, pending.needed, row_of, rolling, newest, params)
+        out = attention.decode(query, pending.needed, row_of, rolling, newest, params)
         session.attended(pending)
         batch.rolling.lengths[layer_idx, 0] = rolling.length + 1
         count = self._groups_to_flush(batch, rolling.length + 1)
@@ -155,9 +159,9 @@ class LayerCache:
                 continue
             groups = batch.flushed_groups(self.layer_idx, row)
             # Nothing is selected in a prefill: the slots' memory serves to read in.
-            lent = self._session.reuse.pool
+            lent = self._session.residence.lent
             for keys, values in self._session.records.stream(self.layer_idx, groups, lent=lent):
-                merges[row].add(partial_attention(given.query, keys, values, params))
+                merges[row].add(self._session.attention.partial(given.query, keys, values, params))
             self._attend_new(batch, row, given, merges[row], params)
 
     def _attend_new(
@@ -169,10 +173,10 @@ class LayerCache:
         params: AttentionParams,
     ) -> None:
         keys, values = batch.rolling.get(self.layer_idx, row)
+        partial = self._session.attention.partial
         if keys.shape[1]:
-            merged.add(partial_attention(given.query, keys, values, params))
-        new = partial_attention(given.query, given.keys, given.values, params, is_causal=True)
-        merged.add(new)
+            merged.add(partial(given.query, keys, values, params))
+        merged.add(partial(given.query, given.keys, given.values, params, is_causal=True))
 
     def _attend_selected(
         self,
@@ -255,7 +259,8 @@ class LayerCache:
         session.records.write(self.layer_idx, groups, keys, values)
         if session.index_ready:
             flat = keys.transpose(0, 1).flatten(1)
-            session.indexes[self.layer_idx].encode(groups, flat)
+            index = session.indexes[self.layer_idx]
+            index.encode(groups, flat.to(index.device))
         if session.is_selecting:
             self._keep_in_memory(groups, keys, values)
 

@@ -23,6 +23,7 @@ from kvswap.core.config import CacheConfig
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.core.units import ceil_div, format_bytes
+from kvswap.kernels.slots import split_bytes
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES
 
@@ -57,6 +58,8 @@ class CachePlan:
         Records in each of two staging buffers.
     parts : dict of str to int
         Bytes by part.
+    device_parts : tuple of str
+        Those that lie on a device; all others are on the host.
     """
 
     layout: RecordLayout
@@ -69,11 +72,17 @@ class CachePlan:
     num_slots: int
     staging_rows: int
     parts: dict[str, int]
+    device_parts: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
         """Sum of all parts."""
         return sum(self.parts.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """Sum of those on a device."""
+        return sum(self.parts[name] for name in self.device_parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan, ready for JSON."""
@@ -90,7 +99,12 @@ def default_group_size(geometry: KVGeometry, block_size_bytes: int) -> int:
 
 
 def plan_cache(
-    geometry: KVGeometry, config: CacheConfig, *, batch_size: int, max_context: int
+    geometry: KVGeometry,
+    config: CacheConfig,
+    *,
+    batch_size: int,
+    max_context: int,
+    on_device: bool = False,
 ) -> CachePlan:
     """Share the budget out by the rules at the head of this module.
 
@@ -104,6 +118,8 @@ def plan_cache(
         Sequences to plan for.
     max_context : int
         Longest sequence in tokens.
+    on_device : bool
+        Slots, rolling buffers and indexes lie on a device; the budget counts both sides.
 
     Returns
     -------
@@ -114,7 +130,8 @@ def plan_cache(
     BudgetError
         If the budget is too small; it names the smallest that works.
     """
-    shape = _Shape(geometry, config, batch_size, max_context)
+    kind = _DeviceShape if on_device else _Shape
+    shape = kind(geometry, config, batch_size, max_context)
     candidates = shape.candidates()
     budget = config.kv_memory_bytes
     for plan in candidates:
@@ -224,6 +241,11 @@ class _Shape:
             tokens //= 2
         return candidates
 
+    @property
+    def device_parts(self) -> tuple[str, ...]:
+        """Names of the parts on a device."""
+        return ()
+
     def _plan(self, rank: int, budget_groups: int, slots: int, staging_rows: int) -> CachePlan:
         return CachePlan(
             layout=self.layout,
@@ -236,6 +258,7 @@ class _Shape:
             num_slots=slots,
             staging_rows=staging_rows,
             parts=self._parts(rank, budget_groups, slots, staging_rows),
+            device_parts=self.device_parts,
         )
 
     @property
@@ -272,4 +295,39 @@ class _Shape:
             "tables": tables,
             "staging": staging,
             "workspace": workspace + staging,  # what a staging buffer holds, unpacked
+        }
+
+
+class _DeviceShape(_Shape):
+    """The same with slots, rolling buffers and indexes on a device.
+
+    A part lies wholly on one side: bookkeeping of what is on the device counts as tables.
+    Records land in a third staging buffer, and from there in one on the device.
+    """
+
+    @property
+    def device_parts(self) -> tuple[str, ...]:
+        """Names of the parts on a device."""
+        index = ("index",) if self.index.serves_device else ()
+        return (*index, "slots", "rolling", "landing", "device_workspace")
+
+    @property
+    def _staging_row_bytes(self) -> int:
+        return 8 * self.layout.record_bytes  # three, one to land in, and two unpacked, twice
+
+    def _parts(
+        self, rank: int, budget_groups: int, slots: int, staging_rows: int
+    ) -> dict[str, int]:
+        parts = super()._parts(rank, budget_groups, slots, staging_rows)
+        layers, landing = self.geometry.num_layers, staging_rows * self.layout.record_bytes
+        pool = layers * slots * self.layout.record_bytes
+        lengths = 8 * layers * self.batch_size
+        return parts | {
+            "slots": pool,
+            "rolling": parts["rolling"] - lengths,
+            "tables": parts["tables"] + parts["slots"] - pool + lengths,
+            "staging": parts["staging"] + landing,
+            "landing": landing,
+            # Fits and what a staging buffer holds are on both sides for a while.
+            "device_workspace": parts["workspace"] + split_bytes(self.geometry),
         }

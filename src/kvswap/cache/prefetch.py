@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvswap.cache.records import RecordIO
+from kvswap.cache.residence import Reads
 from kvswap.cache.reuse import ReuseBuffer
 from kvswap.core.stats import CacheStats
 from kvswap.storage.base import Ticket
@@ -57,13 +57,13 @@ class Prefetcher:
     ----------
     reuse : ReuseBuffer
         Slots to read into.
-    records : RecordIO
-        Reads.
+    records : Reads
+        Into those slots.
     stats : CacheStats
         Hits and stalls are counted here.
     """
 
-    def __init__(self, reuse: ReuseBuffer, records: RecordIO, stats: CacheStats) -> None:
+    def __init__(self, reuse: ReuseBuffer, records: Reads, stats: CacheStats) -> None:
         self._reuse, self._records, self._stats = reuse, records, stats
         self._clock = 0
 

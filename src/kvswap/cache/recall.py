@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvswap.cache.sequence import SequenceBatch
-from kvswap.kernels.attention import AttentionParams, RunningMerge, partial_attention
+from kvswap.kernels.attention import AttentionParams, RunningMerge
 
 if TYPE_CHECKING:
     from kvswap.cache.layer import RowInput
@@ -70,13 +70,13 @@ class RecallSampler:
         seen: RunningMerge,
         params: AttentionParams,
     ) -> float:
-        whole = RunningMerge()
+        whole, partial = RunningMerge(), self._session.attention.partial
         keys, values = batch.rolling.get(layer_idx, row)
         if keys.shape[1]:
-            whole.add(partial_attention(given.query, keys, values, params))
-        new = partial_attention(given.query, given.keys, given.values, params, is_causal=True)
+            whole.add(partial(given.query, keys, values, params))
+        new = partial(given.query, given.keys, given.values, params, is_causal=True)
         whole.add(new)
         groups = batch.flushed_groups(layer_idx, row)
         for keys, values in self._session.records.stream(layer_idx, groups):
-            whole.add(partial_attention(given.query, keys, values, params))
+            whole.add(partial(given.query, keys, values, params))
         return float(torch.exp(seen.lse - whole.lse).clamp(max=1).mean())

@@ -78,6 +78,8 @@ class RecordIO:
         What a record holds.
     staging_rows : int
         Records in each of two staging buffers: reads have one, writes the other.
+    device : torch.device, optional
+        Where `stream` gives tokens; default: the host.
 
     Notes
     -----
@@ -87,8 +89,14 @@ class RecordIO:
     """
 
     def __init__(
-        self, store: BlockStore, placement: Placement, layout: RecordLayout, staging_rows: int
+        self,
+        store: BlockStore,
+        placement: Placement,
+        layout: RecordLayout,
+        staging_rows: int,
+        device: torch.device | None = None,
     ) -> None:
+        self._device = device or torch.device("cpu")
         self.store, self.placement, self.layout = store, placement, layout
         self._rows = staging_rows
         self._read_half, self._write_half = np.split(
@@ -233,6 +241,7 @@ class RecordIO:
         """Bring each head's tokens together, in ``room`` if given."""
         apart = record_view(records, self.layout).permute(1, 2, 0, 3, 4)
         both = apart.flatten(2, 3) if room is None else _copied(apart, room).flatten(2, 3)
+        both = both.to(self._device)
         return both[0], both[1]
 
 

@@ -25,10 +25,12 @@ class ReuseBuffer:
         Group ids are below this.
     record_bytes : int
         Bytes of a slot.
+    pool : Tensor [num_layers * num_slots, record_bytes], uint8, optional
+        Slots on a device; default: memory of its own.
 
     Attributes
     ----------
-    pool : ndarray [num_layers * num_slots, record_bytes], uint8
+    pool : ndarray or Tensor [num_layers * num_slots, record_bytes], uint8
         All slots, layer after layer. A row of it is what `lookup` and `admit` return.
     is_sound : bool
         False where an interrupt may have left the tables half changed: then only `clear`
@@ -36,10 +38,18 @@ class ReuseBuffer:
     """
 
     def __init__(
-        self, *, num_layers: int, num_slots: int, num_groups: int, record_bytes: int
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        num_groups: int,
+        record_bytes: int,
+        pool: Any = None,
     ) -> None:
         self.num_slots, self.is_sound = num_slots, True
-        self.pool = aligned_empty((num_layers * num_slots, record_bytes))
+        if pool is None:
+            pool = aligned_empty((num_layers * num_slots, record_bytes))
+        self.pool: Any = pool
         self._row_of = np.full((num_layers, num_groups), -1, np.int32)
         self._group_in = np.full((num_layers, num_slots), -1, np.int64)
         self._last_used = np.full((num_layers, num_slots), -1, np.int64)

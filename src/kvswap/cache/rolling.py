@@ -20,6 +20,8 @@ class RollingBuffer:
         Shape of a group.
     batch_size : int
         Sequences.
+    device : torch.device, optional
+        Where tokens lie; default: the host.
 
     Notes
     -----
@@ -27,11 +29,15 @@ class RollingBuffer:
     fills meanwhile.
     """
 
-    def __init__(self, layout: RecordLayout, batch_size: int) -> None:
+    def __init__(
+        self, layout: RecordLayout, batch_size: int, device: torch.device | None = None
+    ) -> None:
         geometry = layout.geometry
         self._shape = (2, geometry.num_kv_heads, 2 * layout.group_size, geometry.head_dim)
         self._tokens = torch.zeros(
-            (geometry.num_layers, batch_size, *self._shape), dtype=DTYPES[geometry.dtype]
+            (geometry.num_layers, batch_size, *self._shape),
+            dtype=DTYPES[geometry.dtype],
+            device=device,
         )
         self.lengths = np.zeros((geometry.num_layers, batch_size), np.int64)
 
@@ -45,6 +51,11 @@ class RollingBuffer:
     def nbytes(self) -> int:
         """Bytes of the buffer."""
         return self._tokens.nbytes + self.lengths.nbytes
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of it that lie where the tokens do."""
+        return self._tokens.nbytes
 
     def get(self, layer_idx: int, row: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [num_kv_heads, length, head_dim] of one sequence, as views."""
@@ -101,9 +112,9 @@ class RollingBuffer:
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the buffer as plain arrays."""
-        return {"tokens": self._tokens.view(torch.uint8).numpy(), "lengths": self.lengths}
+        return {"tokens": self._tokens.view(torch.uint8).cpu().numpy(), "lengths": self.lengths}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `state` gave."""
-        self._tokens.view(torch.uint8).numpy()[...] = state["tokens"]
+        self._tokens.view(torch.uint8).copy_(torch.from_numpy(state["tokens"].copy()))
         self.lengths[...] = state["lengths"]

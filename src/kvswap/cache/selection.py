@@ -92,7 +92,7 @@ class GroupSelection:
         if len(groups) <= self._budget_groups:
             return None
         last = np.where(last < len(groups), last, -1)
-        scores = self._score(groups, layer_idx, query.cpu(), scaling, last)
+        scores = self._score(groups, layer_idx, query, scaling, last)
         return self._selector.select(
             scores,
             layer_idx=layer_idx,
@@ -104,6 +104,7 @@ class GroupSelection:
         self, groups: np.ndarray, layer_idx: int, query: Tensor, scaling: float, last: np.ndarray
     ) -> Tensor:
         index = self._indexes[layer_idx]
+        query = query.to(index.device)
         if self._selector.needs_only_best:
             wanted = max(self._budget_groups, self._sink_groups + self._recent_groups)
             scores = index.score_best(query, groups, scaling=scaling, wanted=wanted, kept=last)
@@ -111,7 +112,7 @@ class GroupSelection:
             scores = index.score(query, groups, scaling=scaling)
         if self._least > -math.inf and last[0] >= 0:
             discourage(scores, last, self._least)
-        return scores
+        return scores if self._selector.serves_device else scores.cpu()
 
 
 @lru_cache(maxsize=16)
@@ -119,6 +120,4 @@ def _pinned(num_groups: int, sink_groups: int, recent_groups: int) -> np.ndarray
     """Return the first and the last positions; the same array for the same numbers."""
     sinks = min(num_groups, sink_groups)
     recent = min(num_groups - sinks, recent_groups)
-    pinned = np.concatenate((np.arange(sinks), np.arange(num_groups - recent, num_groups)))
-    pinned.flags.writeable = False
-    return pinned
+    return np.concatenate((np.arange(sinks), np.arange(num_groups - recent, num_groups)))

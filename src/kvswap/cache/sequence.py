@@ -45,6 +45,8 @@ class SequenceBatch:
         Shape of a group.
     batch_size : int
         Rows.
+    device : torch.device, optional
+        Where rolling buffers lie; default: the host.
     choice_groups : int
         Most groups that a layer selects; 0 where none ever does.
 
@@ -67,12 +69,19 @@ class SequenceBatch:
         one.
     """
 
-    def __init__(self, layout: RecordLayout, batch_size: int, choice_groups: int = 0) -> None:
+    def __init__(
+        self,
+        layout: RecordLayout,
+        batch_size: int,
+        device: torch.device | None = None,
+        *,
+        choice_groups: int = 0,
+    ) -> None:
         num_layers = layout.geometry.num_layers
         self.layout = layout
         self.groups: list[np.ndarray] = [np.empty(0, np.int64) for _ in range(batch_size)]
         self.flushed = np.zeros((num_layers, batch_size), np.int64)
-        self.rolling = RollingBuffer(layout, batch_size)
+        self.rolling = RollingBuffer(layout, batch_size, device)
         self.columns = np.zeros(num_layers, np.int64)
         self.padding: Tensor | None = None
         self.chosen = np.full((num_layers, batch_size, choice_groups), -1, np.int32)
@@ -183,10 +192,15 @@ class SequenceBatch:
 
     @classmethod
     def from_state(
-        cls, layout: RecordLayout, state: dict[str, np.ndarray], choice_groups: int = 0
+        cls,
+        layout: RecordLayout,
+        state: dict[str, np.ndarray],
+        device: torch.device | None = None,
+        *,
+        choice_groups: int = 0,
     ) -> SequenceBatch:
         """Rebuild a batch from `state`; the placement's counts are restored apart."""
-        batch = cls(layout, len(state["lengths"]), choice_groups)
+        batch = cls(layout, len(state["lengths"]), device, choice_groups=choice_groups)
         bounds = np.cumsum(state["lengths"])[:-1]
         batch.groups = [ids.copy() for ids in np.split(state["groups"], bounds)]
         batch.flushed[...] = state["flushed"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kvswap.cache.fit import IndexFitter
@@ -16,6 +17,7 @@ from kvswap.cache.plan import CachePlan, plan_cache
 from kvswap.cache.prefetch import Pending, Prefetcher
 from kvswap.cache.recall import RecallSampler
 from kvswap.cache.records import RecordIO
+from kvswap.cache.residence import Residence
 from kvswap.cache.reuse import ReuseBuffer
 from kvswap.cache.selection import GroupSelection
 from kvswap.cache.sequence import SequenceBatch
@@ -25,8 +27,8 @@ from kvswap.core.errors import BudgetError, ConfigError, KVSwapError, SessionClo
 from kvswap.core.geometry import KVGeometry
 from kvswap.core.stats import CacheStats
 from kvswap.core.units import format_bytes
+from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.records import record_view
-from kvswap.kernels.slots import SlotAttention
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES, SELECTORS, KeyIndex
 from kvswap.storage.store import BlockStore
@@ -36,6 +38,7 @@ _HEAVY = (
     "indexes",
     "selection",
     "attention",
+    "residence",
     "slots",
     "reuse",
     "records",
@@ -56,6 +59,8 @@ class CacheSession:
         Budget, storage and selection.
     max_context : int
         Tokens of a sequence to plan for.
+    accelerator : Accelerator, optional
+        Device for slots, rolling buffers and indexes; default: the host.
     store : BlockStore, optional
         An opened store to go on with; a new one is made otherwise.
 
@@ -78,12 +83,14 @@ class CacheSession:
         config: CacheConfig,
         *,
         max_context: int,
+        accelerator: Accelerator | None = None,
         store: BlockStore | None = None,
     ) -> None:
         self.geometry, self.config, self.max_context = geometry, config, max_context
+        self.accelerator = accelerator
+        self.device = torch.device("cpu") if accelerator is None else accelerator.device
         SELECTORS.get(config.selector)  # an unknown name is said now, not at the first forward
-        rows = config.max_batch or 1
-        self.plan = plan_cache(geometry, config, batch_size=rows, max_context=max_context)
+        self.plan = self._plan_for(config.max_batch or 1)
         self.layout = self.plan.layout
         self.counters = CacheStats()
         self.layers = [LayerCache(self, i) for i in range(geometry.num_layers)]
@@ -100,6 +107,15 @@ class CacheSession:
 
     # -- memory ---------------------------------------------------------------------------
 
+    def _plan_for(self, batch_size: int) -> CachePlan:
+        return plan_cache(
+            self.geometry,
+            self.config,
+            batch_size=batch_size,
+            max_context=self.max_context,
+            on_device=self.accelerator is not None,
+        )
+
     def allocate(self, batch_size: int) -> None:
         """Take all memory for a batch, once.
 
@@ -110,9 +126,7 @@ class CacheSession:
         StoreFullError
             If the disk cannot hold ``max_context`` tokens that the config asks for.
         """
-        plan = plan_cache(
-            self.geometry, self.config, batch_size=batch_size, max_context=self.max_context
-        )
+        plan = self._plan_for(batch_size)
         placement = SequentialPlacement(
             num_layers=self.geometry.num_layers,
             num_groups=plan.num_groups,
@@ -122,16 +136,22 @@ class CacheSession:
             self.store.check_room(0, placement.planned_bytes)
         self.plan, self.placement = plan, placement
         self.store.reserve_records(plan.num_groups * self.geometry.num_layers)
-        self.records = RecordIO(self.store, placement, self.layout, plan.staging_rows)
+        self.records = RecordIO(self.store, placement, self.layout, plan.staging_rows, self.device)
+        self.residence = (
+            Residence.on_host(plan, self.records)
+            if self.accelerator is None
+            else Residence.on_device(plan, self.records, self.accelerator)
+        )
         self.reuse = ReuseBuffer(
             num_layers=self.geometry.num_layers,
             num_slots=plan.num_slots,
             num_groups=plan.num_groups,
             record_bytes=self.layout.record_bytes,
+            pool=self.residence.pool,
         )
-        self.slots = record_view(self.reuse.pool, self.layout)
-        self.attention = SlotAttention(self.reuse.pool, self.layout)
-        self.prefetcher = Prefetcher(self.reuse, self.records, self.counters)
+        self.slots = record_view(self.residence.pool, self.layout)
+        self.attention = self.residence.attention
+        self.prefetcher = Prefetcher(self.reuse, self.residence.reads, self.counters)
         self.sequences = Sequences(
             self.layout,
             placement,
@@ -154,6 +174,9 @@ class CacheSession:
             )
             for _ in range(self.geometry.num_layers if plan.rank else 0)
         ]
+        if self.accelerator is not None:
+            for index in self.indexes if kind.serves_device else ():
+                index.move(self.accelerator)
         self.selection = GroupSelection(
             self.config,
             self.indexes,
@@ -178,6 +201,8 @@ class CacheSession:
             ``index, slots, rolling, tables, staging, workspace, total, budget``. Workspace is
             the most that fitting, scoring and unpacking take for a while; all else is what
             the arrays take now. Before the first forward and after closing, what is planned.
+            With slots on a device, each part lies wholly on one side, so that ``landing`` and
+            ``device_workspace`` are parts too, and ``on_device`` is the sum of those there.
         """
         parts = dict(self.plan.parts)
         if self.is_allocated and not self._is_closed:
@@ -191,7 +216,26 @@ class CacheSession:
                 "tables": tables,
                 "staging": self.records.nbytes,
             }
-        return parts | {"total": sum(parts.values()), "budget": self.config.kv_memory_bytes}
+            if self.accelerator is not None:
+                parts = self._split_by_side(parts, batches)
+        sums = {"total": sum(parts.values()), "budget": self.config.kv_memory_bytes}
+        if self.accelerator is not None:
+            sums["on_device"] = sum(parts[name] for name in self.plan.device_parts)
+        return parts | sums
+
+    def _split_by_side(self, parts: dict[str, int], batches: list[SequenceBatch]) -> dict[str, int]:
+        """Count bookkeeping of what lies on the device among the tables, which do not."""
+        apart = {
+            "slots": self.residence.pool.nbytes,
+            "rolling": sum(batch.rolling.token_nbytes for batch in batches),
+        }
+        moved = sum(parts[name] - nbytes for name, nbytes in apart.items())
+        return parts | {
+            **apart,
+            "tables": parts["tables"] + moved,
+            "staging": parts["staging"] + self.residence.staging_nbytes,
+            "landing": self.residence.landing_nbytes,
+        }
 
     # -- sequences ------------------------------------------------------------------------
 
@@ -199,7 +243,9 @@ class CacheSession:
         """Return empty sequences, taking the session's memory if they are its first."""
         if not self.is_allocated:
             self.allocate(max(batch_size, self.config.max_batch or 0))
-        batch = SequenceBatch(self.layout, batch_size, self.choice_groups)
+        batch = SequenceBatch(
+            self.layout, batch_size, self.device, choice_groups=self.choice_groups
+        )
         self.adopt(batch)
         return batch
 

@@ -95,7 +95,7 @@ def answer(request: Request, emit: Emit | None) -> RunResult:
         new = _generate(model, cache, ids, request, stream)
         generate_s = time.perf_counter() - begin
         parts, stats = cache.memory_report(), cache.stats()
-        total, _ = parts.pop("total"), parts.pop("budget")
+        total, _, _ = parts.pop("total"), parts.pop("budget"), parts.pop("on_device", None)
         return RunResult(
             text=decode(tokenizer, new),
             context_tokens=ids.shape[1],

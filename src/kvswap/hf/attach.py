@@ -11,6 +11,7 @@ from kvswap.core.config import CacheConfig
 from kvswap.core.errors import ConfigError
 from kvswap.hf.cache import KVSwapCache
 from kvswap.hf.geometry import ModelShape, fingerprint, read_shape, stock_layers
+from kvswap.kernels.accelerator import accelerator_of
 from kvswap.predict.projection import Projection
 
 
@@ -37,6 +38,8 @@ def attach(model: PreTrainedModel, config: CacheConfig | KVSwapCache) -> KVSwapC
         with another model.
     UnsupportedModelError
         If the model's attention cannot be served.
+    KernelUnavailableError
+        If ``KVSWAP_KERNEL`` names kernels that cannot run where the model lies.
     StoreError
         If the store cannot be made.
     """
@@ -50,7 +53,12 @@ def attach(model: PreTrainedModel, config: CacheConfig | KVSwapCache) -> KVSwapC
     layers = stock_layers(model.config)
     if config.storage.keep and len(shape.disk_layers) != len(layers):
         raise ConfigError("keep must be False for a model with layers that are not on disk")
-    session = CacheSession(shape.geometry, config, max_context=context_limit(shape, config))
+    session = CacheSession(
+        shape.geometry,
+        config,
+        max_context=context_limit(shape, config),
+        accelerator=accelerator_of(model.device),
+    )
     cache = KVSwapCache(session, config, layers)
     try:
         cache.bind(model)

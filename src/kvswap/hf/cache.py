@@ -139,7 +139,7 @@ class KVSwapCache(Cache):
         batch = self._forwards.batch
         if attention_mask is None and batch is not None and batch.padding is not None:
             new = torch.ones(input_ids.shape, dtype=torch.bool)
-            attention_mask = torch.cat((batch.padding, new), 1)
+            attention_mask = torch.cat((batch.padding, new), 1).to(input_ids.device)
         self._forwards.in_chunks, self._session.prefill_total = True, past + total
         try:
             for first in range(0, total, self._config.prefill_chunk):
@@ -211,7 +211,11 @@ class KVSwapCache(Cache):
 
     @classmethod
     def open(
-        cls, directory: str | os.PathLike[str], *, kv_memory: int | str | None = None
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        kv_memory: int | str | None = None,
+        device: str = "cpu",
     ) -> KVSwapCache:
         """Open a kept store; `kvswap.attach` then ties it to its model.
 
@@ -221,6 +225,9 @@ class KVSwapCache(Cache):
             The directory that was named in its `StorageConfig`.
         kv_memory : int or str, optional
             Another budget than the one it was made with.
+        device : str
+            Where the model lies that it will be attached to, as torch names it. With another
+            one it works too, copying back and forth.
 
         Raises
         ------
@@ -229,7 +236,7 @@ class KVSwapCache(Cache):
         StoreLockedError
             If it is in use.
         """
-        return persist.open_cache(cls, directory, kv_memory)
+        return persist.open_cache(cls, directory, kv_memory, device)
 
     def close(self) -> None:
         """Save a kept store, detach from the model and close; safe to call again."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from kvswap.cache.plan import plan_cache
 from kvswap.cache.sequence import SequenceBatch
@@ -14,6 +15,7 @@ from kvswap.cache.session import CacheSession
 from kvswap.core.config import CacheConfig
 from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import KVGeometry
+from kvswap.kernels.accelerator import Accelerator, accelerator_of
 from kvswap.storage.store import BlockStore
 
 if TYPE_CHECKING:
@@ -51,34 +53,48 @@ def save(
 
 
 def open_cache(
-    cls: type[KVSwapCache], directory: str | os.PathLike[str], kv_memory: int | str | None
+    cls: type[KVSwapCache],
+    directory: str | os.PathLike[str],
+    kv_memory: int | str | None,
+    device: str,
 ) -> KVSwapCache:
     """Open a kept store; see `KVSwapCache.open`."""
     store = BlockStore.open(directory)
     try:
-        return _build(cls, store, os.fspath(directory), kv_memory)
+        accelerator = accelerator_of(torch.device(device))
+        return _build(cls, store, os.fspath(directory), kv_memory, accelerator)
     except BaseException:
         store.close()
         raise
 
 
 def _build(
-    cls: type[KVSwapCache], store: BlockStore, directory: str, kv_memory: int | str | None
+    cls: type[KVSwapCache],
+    store: BlockStore,
+    directory: str,
+    kv_memory: int | str | None,
+    accelerator: Accelerator | None,
 ) -> KVSwapCache:
     manifest = store.manifest
     assert manifest is not None, "an opened store has a manifest"
     meta: dict[str, Any] = manifest.meta
     try:
-        config = _config(CacheConfig.from_dict(manifest.config), meta, directory, kv_memory)
+        config = CacheConfig.from_dict(manifest.config)
+        on_device = accelerator is not None
+        config = _config(config, meta, directory, kv_memory, on_device=on_device)
         geometry = KVGeometry(**meta["geometry"])
-        session = CacheSession(geometry, config, max_context=meta["max_context"], store=store)
+        session = CacheSession(
+            geometry, config, max_context=meta["max_context"], accelerator=accelerator, store=store
+        )
         session.allocate(meta["batch_size"])
         state = {
             name.removeprefix(_BATCH): table
             for name, table in store.tables.items()
             if name.startswith(_BATCH)
         }
-        batch = SequenceBatch.from_state(session.layout, state, session.choice_groups)
+        batch = SequenceBatch.from_state(
+            session.layout, state, session.device, choice_groups=session.choice_groups
+        )
         session.resume(batch, store.tables, fitted_tokens=meta["fitted_tokens"])
         session.fitter.is_calibrated = bool(meta["is_calibrated"])
         store.tables = {}  # copied: to keep them would take their memory twice
@@ -91,7 +107,12 @@ def _build(
 
 
 def _config(
-    config: CacheConfig, meta: dict[str, Any], directory: str, kv_memory: int | str | None
+    config: CacheConfig,
+    meta: dict[str, Any],
+    directory: str,
+    kv_memory: int | str | None,
+    *,
+    on_device: bool,
 ) -> CacheConfig:
     """Return the saved config with what must not change fixed, and what may, changed."""
     storage = replace(config.storage, directories=[directory])
@@ -105,6 +126,7 @@ def _config(
         config,
         batch_size=meta["batch_size"],
         max_context=meta["max_context"],
+        on_device=on_device,
     )
     if meta["rank"] and plan.rank:  # the codes that were saved serve on, whatever rank would fit
         config = replace(config, rank=meta["rank"], code=meta["code"])

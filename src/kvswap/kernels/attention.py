@@ -48,9 +48,9 @@ class AttentionParams:
     softcap: float | None = None
     sinks: Tensor | None = None
 
-    def on_host(self) -> AttentionParams:
-        """Return the same with its tensors in host memory."""
-        return self if self.sinks is None else replace(self, sinks=self.sinks.cpu())
+    def on(self, device: torch.device) -> AttentionParams:
+        """Return the same with its tensors on a device."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks.to(device))
 
 
 def partial_attention(

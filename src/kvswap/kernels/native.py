@@ -1,6 +1,7 @@
 """Which kernels run: those of the extension, for the best instruction set, or plain torch.
 
-``KVSWAP_KERNEL`` forces one by name: ``torch`` or one of `native_names`.
+``KVSWAP_KERNEL`` forces one by name: ``torch`` or one of `native_names`. ``triton`` forces those
+of a device (`kvswap.kernels.accelerator`); what stays on the host runs as if nothing was named.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +22,7 @@ from kvswap.core.extension import native as extension
 from kvswap.core.extension import warn_once
 
 REFERENCE = "torch"
+TRITON = "triton"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """As csrc/kernels/api.h numbers them."""
 
@@ -34,6 +37,8 @@ def native_names() -> tuple[str, ...]:
 def kernel_name() -> str:
     """Return the name of the kernels in use."""
     module = native()
+    if asked_for() == TRITON:
+        return TRITON
     return REFERENCE if module is None else str(module.kernel_name())
 
 
@@ -45,23 +50,44 @@ def native() -> ModuleType | None:
     KernelUnavailableError
         If ``KVSWAP_KERNEL`` names kernels that do not run here.
     """
-    return _choose(_forced[-1] if _forced else os.environ.get("KVSWAP_KERNEL", ""))
+    return _choose(asked_for())
+
+
+def asked_for() -> str:
+    """Return the name of the kernels that are forced, or nothing."""
+    return _forced[-1] if _forced else os.environ.get("KVSWAP_KERNEL", "")
+
+
+def is_interpreting() -> bool:
+    """Return whether Triton's kernels run on the CPU, by its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def has_triton() -> bool:
+    """Return whether triton can be imported."""
+    return find_spec("triton") is not None
 
 
 @cache
 def _choose(name: str) -> ModuleType | None:
     if name == REFERENCE:
         return None
-    if not name:
+    if not name or (name == TRITON and _runs_triton()):
         if extension is None:
             warn_once("plain torch computes what native kernels would, as they were not built")
         else:
             extension.use_kernels(extension.kernel_names()[0])
         return extension
     if extension is None or not extension.use_kernels(name):
-        present = ", ".join((REFERENCE, *native_names()))
+        triton = (TRITON,) if _runs_triton() else ()
+        present = ", ".join((REFERENCE, *native_names(), *triton))
         raise KernelUnavailableError(f"KVSWAP_KERNEL must be one of {present}, got {name!r}")
     return extension
+
+
+def _runs_triton() -> bool:
+    return has_triton() and (is_interpreting() or torch.cuda.is_available())
 
 
 @contextmanager

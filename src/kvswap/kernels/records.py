@@ -12,12 +12,12 @@ from kvswap.kernels.native import DTYPE_CODES, native, tokens_view
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def record_view(records: np.ndarray, layout: RecordLayout) -> Tensor:
+def record_view(records: np.ndarray | Tensor, layout: RecordLayout) -> Tensor:
     """See records as keys and values, without a copy.
 
     Parameters
     ----------
-    records : ndarray [num_records, record_bytes], uint8
+    records : ndarray or Tensor [num_records, record_bytes], uint8
         Slots, staging rows or anything else of the record's form.
     layout : RecordLayout
         Shape of a record.
@@ -28,7 +28,8 @@ def record_view(records: np.ndarray, layout: RecordLayout) -> Tensor:
         Index 1 is 0 for keys, 1 for values. Shares memory with ``records``.
     """
     geometry = layout.geometry
-    elements = torch.from_numpy(records).view(DTYPES[geometry.dtype])
+    bytes_ = records if isinstance(records, Tensor) else torch.from_numpy(records)
+    elements = bytes_.view(DTYPES[geometry.dtype])
     shape = (2, geometry.num_kv_heads, layout.group_size, geometry.head_dim)
     return elements[:, : int(np.prod(shape))].unflatten(1, shape)
 

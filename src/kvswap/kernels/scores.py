@@ -84,7 +84,7 @@ def discourage(scores: Tensor, kept: np.ndarray, least: float) -> None:
     Parameters
     ----------
     scores : Tensor [num_groups], float32
-        On the host, in one piece.
+        In one piece.
     kept : ndarray [n], int32
         Positions whose scores stay; negative ones are skipped.
     least : float
@@ -92,9 +92,9 @@ def discourage(scores: Tensor, kept: np.ndarray, least: float) -> None:
         float32 can tell.
     """
     module = native()
-    if module is not None:
+    if module is not None and scores.device.type == "cpu":
         module.discourage(scores.data_ptr(), len(scores), kept, least)
         return
     falls = scores < least
-    falls[torch.from_numpy(kept[kept >= 0]).long()] = False
+    falls[torch.from_numpy(kept[kept >= 0]).long().to(scores.device)] = False
     scores[falls] -= _PENALTY

@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvswap.core.geometry import RecordLayout
+from kvswap.core.geometry import KVGeometry, RecordLayout
+from kvswap.core.units import ceil_div
 from kvswap.kernels.attention import AttentionParams, Partial, RunningMerge, partial_attention
 from kvswap.kernels.native import DTYPE_CODES, native, query_view, tokens_view
 from kvswap.kernels.records import DTYPES, gather_groups, record_view
 
+SPLIT_TOKENS = 64  # the fewest that a program of a device attends to
+_PROGRAMS = 256  # about two for each processor of a large device: splits make up for few heads
 _FEW_ROWS = 64  # query rows of a KV head: beyond this a matrix product is faster
 
 Tokens = tuple[Tensor, Tensor]
@@ -60,6 +63,8 @@ class SlotAttention:
             head_dim=layout.geometry.head_dim,
             dtype=DTYPE_CODES[self._dtype],
         )
+
+    partial = staticmethod(partial_attention)  # to tokens that lie in no slot
 
     def attend(
         self,
@@ -179,3 +184,14 @@ class SlotAttention:
         if newest[0].shape[1]:
             merged.add(partial_attention(query, *newest, params, is_causal=True))
         return Partial(merged.out, merged.lse)
+
+
+def num_splits(programs: int, num_tokens: int) -> int:
+    """Return into how many parts a device splits tokens, where each part has so many programs."""
+    return max(1, min(ceil_div(_PROGRAMS, programs), ceil_div(num_tokens, SPLIT_TOKENS)))
+
+
+def split_bytes(geometry: KVGeometry) -> int:
+    """Return the most bytes that the parts of one query token take, their union included."""
+    most = ceil_div(_PROGRAMS, geometry.num_kv_heads) + 1
+    return most * geometry.num_heads * (geometry.head_dim + 1) * 4

@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kvswap.core.geometry import KVGeometry
 from kvswap.core.registry import Registry
+from kvswap.kernels.accelerator import Accelerator
 
 
 class KeyIndex(ABC):
@@ -30,7 +32,17 @@ class KeyIndex(ABC):
         Coefficients of a token.
     code : str
         How they are stored.
+
+    Attributes
+    ----------
+    serves_device : bool
+        Whether it can lie on an accelerator (`move`); else it stays on the host.
+    device : torch.device
+        Where it lies: keys and queries are brought there, scores are given there.
     """
+
+    serves_device = False
+    device = torch.device("cpu")
 
     @abstractmethod
     def __init__(
@@ -60,6 +72,10 @@ class KeyIndex(ABC):
     @abstractmethod
     def is_fitted(self) -> bool:
         """Whether `encode` and `score` can be called."""
+
+    def move(self, accelerator: Accelerator) -> None:
+        """Move to an accelerator, where ``serves_device``; called before anything else."""
+        raise NotImplementedError("an index whose serves_device is True defines it")
 
     @abstractmethod
     def observe(self, keys: Tensor) -> None:
@@ -150,9 +166,12 @@ class Selector(ABC):
     needs_only_best : bool
         Whether no score but the ``budget_groups`` highest is looked at; the others may then be
         lower than they are. False unless a class says otherwise.
+    serves_device : bool
+        Whether scores may lie on an accelerator; else they are brought to the host before.
     """
 
     needs_only_best: bool = False
+    serves_device: bool = False
 
     @abstractmethod
     def select(

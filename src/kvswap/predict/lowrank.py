@@ -11,7 +11,7 @@ projection is fitted to the prompt itself where none was calibrated.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ from torch import Tensor
 from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import KVGeometry
 from kvswap.core.units import align_up
+from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.codes import CODES
 from kvswap.kernels.native import DTYPE_CODES, native, query_view
 from kvswap.kernels.scores import group_maximum, reduce_heads
 from kvswap.kernels.tiles import TILE_TOKENS, put_codes, take_codes, tiled_zeros
 from kvswap.predict.base import KeyIndex, register_index
 from kvswap.predict.projection import fit_workspace_bytes, leading_basis
+
+if TYPE_CHECKING:
+    from kvswap.kernels.gpu.index import DeviceScanner
 
 _LEAST_BLOCK_TOKENS = 2048  # scored at once; more where fitting takes the memory anyway
 _BLOCK_QUERIES = 8
@@ -37,6 +41,8 @@ _WIDE_TOKENS = 512  # tokens held in float32 at once while fitting and encoding
 @register_index("lowrank")
 class LowRankIndex(KeyIndex):
     """One layer's low-rank index; see `KeyIndex` and the module's head."""
+
+    serves_device = True
 
     def __init__(
         self, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
@@ -56,6 +62,7 @@ class LowRankIndex(KeyIndex):
         tokens = _block_tokens(geometry, rank, code, num_groups, group_size)
         self._block_groups = max(1, tokens // group_size)
         self._scanner = self._make_scanner(num_groups)
+        self._device_scanner: DeviceScanner | None = None
 
     def _make_scanner(self, num_groups: int) -> Any:
         module = native()
@@ -71,6 +78,16 @@ class LowRankIndex(KeyIndex):
             num_kv_heads=self._geometry.num_kv_heads,
             head_dim=self._geometry.head_dim,
         )
+
+    def move(self, accelerator: Accelerator) -> None:
+        """Move codes, scales and projection to a device; see `KeyIndex.move`."""
+        from kvswap.kernels.gpu.index import DeviceScanner
+
+        self.device = accelerator.device
+        self._tiles, self._basis = self._tiles.to(self.device), self._basis.to(self.device)
+        self._scales = None if self._scales is None else self._scales.to(self.device)
+        self._scanner = None
+        self._device_scanner = DeviceScanner(self._code, self._group_size, accelerator)
 
     @classmethod
     def plan_bytes(
@@ -109,7 +126,7 @@ class LowRankIndex(KeyIndex):
     def observe(self, keys: Tensor) -> None:
         """Add keys to the uncentred covariance."""
         if self._covariance is None:
-            self._covariance = torch.zeros(keys.shape[1], keys.shape[1])
+            self._covariance = torch.zeros(keys.shape[1], keys.shape[1], device=self.device)
         for block in keys.split(_WIDE_TOKENS):
             wide = block.float()
             self._covariance.addmm_(wide.t(), wide)
@@ -118,7 +135,7 @@ class LowRankIndex(KeyIndex):
         """Take the leading eigenvectors and rotate them among themselves."""
         if self._covariance is None:
             raise ConfigError("fit needs observed keys, got none")
-        basis = leading_basis(self._covariance, self._code.rank)
+        basis = leading_basis(self._covariance.cpu(), self._code.rank)
         self._covariance = None
         self.set_basis(basis)
 
@@ -196,6 +213,8 @@ class LowRankIndex(KeyIndex):
         return projected.unflatten(1, (-1, query.shape[1])).flatten(0, 1).transpose(0, 1)
 
     def _score_groups(self, queries: Tensor, groups: np.ndarray) -> Tensor:
+        if self._device_scanner is not None:
+            return self._device_scanner.scan(queries, self._tiles, self._scales, groups)
         scored = []
         for first in range(0, len(groups), self._block_groups):
             tokens = self._tokens_of(groups[first : first + self._block_groups])
@@ -207,8 +226,8 @@ class LowRankIndex(KeyIndex):
     def state(self) -> dict[str, np.ndarray]:
         """Return projection, codes and scales as plain arrays."""
         arrays = {
-            "basis": self._basis.view(torch.uint16).numpy(),
-            "tiles": self._tiles.numpy(),
+            "basis": self._basis.view(torch.uint16).cpu().numpy(),
+            "tiles": self._tiles.cpu().numpy(),
         }
         if self._scales is not None:
             arrays["scales"] = _plain_bytes(self._scales)
@@ -221,12 +240,13 @@ class LowRankIndex(KeyIndex):
         for name, held in (("tiles", self._tiles), ("scales", self._scales)):
             if held is None:
                 continue
-            target = _plain_bytes(held)
+            target = held.view(torch.uint8)
             if name not in state or state[name].shape != target.shape:
                 found = state[name].shape if name in state else "nothing"
-                raise CorruptStoreError("index", name, expected=target.shape, found=found)
-            target[...] = state[name]
-        self._basis.view(torch.uint16).numpy()[...] = state["basis"]
+                expected = tuple(target.shape)
+                raise CorruptStoreError("index", name, expected=expected, found=found)
+            target.copy_(torch.from_numpy(state[name].copy()))
+        self._basis.view(torch.uint16).copy_(torch.from_numpy(state["basis"].copy()))
         self._is_fitted = True
 
 
@@ -255,4 +275,4 @@ def _block_tokens(
 
 
 def _plain_bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.view(torch.uint8).numpy()
+    return tensor.view(torch.uint8).cpu().numpy()

@@ -15,6 +15,7 @@ class TopKSelector(Selector):
     """Pinned groups first, then the best of the rest."""
 
     needs_only_best = True
+    serves_device = True
 
     def __init__(self) -> None:
         self._native = native()
@@ -24,13 +25,19 @@ class TopKSelector(Selector):
     ) -> np.ndarray:
         """Choose the groups of highest score; see `Selector.select`."""
         count = min(max(budget_groups, len(pinned)), len(scores))
-        if self._native is not None and scores.dtype == torch.float32 and scores.is_contiguous():
+        is_here = scores.device.type == "cpu"
+        if (
+            self._native is not None
+            and is_here
+            and scores.dtype == torch.float32
+            and scores.is_contiguous()
+        ):
             chosen = np.empty(count, np.int64)
             self._native.top(scores.data_ptr(), len(scores), pinned, chosen)
             return chosen
         if len(pinned):
             scores = scores.clone()
             scores[torch.from_numpy(pinned)] = float("inf")
-        positions: np.ndarray = torch.topk(scores, count, sorted=False).indices.numpy()
+        positions: np.ndarray = torch.topk(scores, count, sorted=False).indices.cpu().numpy()
         positions.sort()
         return positions
