@@ -125,6 +125,13 @@ def test_a_peer_makes_steps_in_turn(tmp_path):
     assert str(tmp_path) not in records[0]["command"]
 
 
+def test_step_profile(tmp_path):
+    found = json.loads(call("system/step_profile.py", tmp_path, "--quick", "--json"))
+    assert found["calls_a_layer"]["attention over slots"] == 1
+    assert found["calls_a_layer"]["scan of the index"] >= 1
+    assert min(found["us_a_layer"].values()) > 0
+
+
 def test_roofline(tmp_path):
     records = run(
         "system/roofline.py", tmp_path, "--quick", "--device-model", "raw", "emmc", "--fast-dir",

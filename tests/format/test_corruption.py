@@ -319,6 +319,7 @@ BAD = [
     ("storage", None, "field storage"),
     ("storage.direct_io", "maybe", "field storage"),
     ("storage.num_threads", 0, "field storage"),
+    ("storage.device_model", {"iops": 1}, "field storage"),
     ("storage.disk_limit", "no size", "field storage"),
     ("devices", [], "field devices"),
     ("devices", {}, "field devices"),

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import (
     ConfigError,
     SessionClosedError,
@@ -107,6 +109,17 @@ def test_the_settings_of_a_store_hold_when_it_is_opened(tmp_path: Path) -> None:
         assert store.room_bytes(0) == MIB - 5 * 4096
     with BlockStore.open(tmp_path, disk_limit="2MiB", direct_io="auto", num_threads=1) as store:
         assert store.room_bytes(0) == 2 * MIB - 5 * 4096
+
+
+def test_a_store_stays_as_slow_as_it_was_made(tmp_path: Path) -> None:
+    slow = DeviceModel(name="slow", bytes_per_s=1e6, iops=20)
+    with make_store(tmp_path, keep=True, device_model=slow) as store:
+        fill(store, 2)
+        save(store)
+    with BlockStore.open(tmp_path) as store:
+        begin = time.monotonic()
+        read_back(store, range(2))
+        assert time.monotonic() - begin >= 1 / 20  # never faster than the device, however slow
 
 
 def test_a_kept_store_may_be_moved(tmp_path: Path) -> None:

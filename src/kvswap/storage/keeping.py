@@ -12,6 +12,7 @@ from uuid import UUID
 import numpy as np
 
 from kvswap.core.config import StorageConfig
+from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import RecordLayout
 from kvswap.storage.checksum import ChecksumTable
@@ -125,7 +126,10 @@ def _remove(path: Path) -> None:
 
 def storage_settings(storage: StorageConfig) -> dict[str, Any]:
     """Return what of a config holds wherever the store is moved to."""
-    return {name: getattr(storage, name) for name in _SETTINGS}
+    settings = {name: getattr(storage, name) for name in _SETTINGS}
+    if isinstance(storage.device_model, DeviceModel):
+        settings["device_model"] = storage.device_model.to_dict()
+    return settings
 
 
 def saved_storage(manifest: Manifest, path: Path, **instead: Any) -> StorageConfig:
@@ -139,7 +143,8 @@ def saved_storage(manifest: Manifest, path: Path, **instead: Any) -> StorageConf
     **instead
         Settings that replace those saved, where they are not None.
     """
-    settings: dict[str, Any] = {name: manifest.storage.get(name) for name in _SETTINGS}
+    names = (*_SETTINGS, "device_model")
+    settings: dict[str, Any] = {name: manifest.storage.get(name) for name in names}
     block = manifest.layout.block_size_bytes
     try:
         saved = StorageConfig(directories=[path], keep=True, block_size_bytes=block, **settings)
