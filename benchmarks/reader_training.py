@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,12 @@ def fit(
     stage: Stage,
     next_batch: Callable[[], Batch],
     name: str,
+    checkpoints: Path | None = None,
 ) -> None:
-    """Train in place for one stage; each has an optimizer of its own, warmed up."""
+    """Train in place for one stage; each has an optimizer of its own, warmed up.
+
+    Every 100 steps the weights go to a folder in `checkpoints`, in place of the last.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     started = time.monotonic()
     losses: list[float] = []
@@ -105,6 +110,8 @@ def fit(
         optimizer.step()
         losses.append(loss.item())
         rights.append(right)
+        if checkpoints is not None and (i + 1) % 100 == 0:
+            model.save_pretrained(checkpoints / "newest")
         if (i + 1) % 25 == 0 or i + 1 == stage.steps:
             print(
                 f"{name} ({stage.seq_len} tokens) step {i + 1} of {stage.steps},"

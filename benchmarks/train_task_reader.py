@@ -39,7 +39,7 @@ from kvswap.bench.tasks.words import vocabulary
 
 WORDS = vocabulary()
 IDS = {word: i for i, word in enumerate(WORDS)}
-NEEDLE, UUID_NEEDLE, CHAIN_LINE, LONGEST_QUESTION = 9, 11, 6, 180
+NEEDLE, UUID_NEEDLE, CHAIN_LINE, LONGEST_QUESTION = 9, 11, 5, 180
 OWN = {"vocab_size": len(IDS), "eos": IDS[EOS]}
 
 
@@ -99,7 +99,7 @@ def needles(
 def trace(tokens: int, room: int, rng: Generator) -> TaskDocument:
     """Chains of variables."""
     task = VariableTracking()
-    num_questions = min(35, room // 12, tokens // (CHAIN_LINE * (task.hops + 1)))
+    num_questions = min(35, room // 14, (tokens - 3) // (CHAIN_LINE * (task.hops + 1)))
     return _made(task, Words(number_words=int(rng.integers(16, 257))), tokens, num_questions, rng)
 
 
@@ -203,7 +203,8 @@ def main() -> None:
     for number in range(arguments.first_stage, len(stages)):
         started = time.monotonic()
         rng = np.random.default_rng([arguments.seed, number])
-        fit(model, stages[number], partial(next_batch, stages[number], rng), f"stage {number}")
+        make = partial(next_batch, stages[number], rng)
+        fit(model, stages[number], make, f"stage {number}", arguments.checkpoints)
         durations.append(time.monotonic() - started)
         save_reader(model, arguments.out, WORDS)
         if arguments.checkpoints:

@@ -133,9 +133,9 @@ def test_variables_are_traced_over_four_hops_in_order():
         value = question.prompt.removeprefix("trace ").removesuffix(" :")
         lines = [document.sentences[place].split() for place in question.evidence]
         assert list(question.evidence) == sorted(question.evidence)
-        assert [line[1] for line in lines] == list(question.answers)
-        assert " ".join(lines[0][3:-1]) == value
-        assert [line[3] for line in lines[1:]] == list(question.answers[:-1])
+        assert [line[-2] for line in lines] == list(question.answers)
+        assert " ".join(lines[0][1:3]) == value
+        assert [line[1] for line in lines[1:]] == list(question.answers[:-1])
 
 
 def test_words_asked_for_stand_most_often(language, num_tokens):

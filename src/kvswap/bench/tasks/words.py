@@ -7,11 +7,11 @@ several values of one key, and extraction::
     ask #1 red lamp #2 old door :
     #1 red lamp 241 117 #2 old door 290 123 .
 
-Variables are set, and traced from a value::
+Variables are set, copied to others, and traced from a value; what is told goes from left to right::
 
-    set bav to 241 117 . set keq to bav .
+    set 241 117 bav . copy bav keq .
     trace 241 117 :
-    bav keq .
+    241 117 bav keq .
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MOST_ASKED = 20
 
 ORDINALS = tuple(f"#{number}" for number in range(1, MOST_ASKED + 1))
 NUMBERS = tuple(str(number) for number in range(100, 356))
-SET, TO, TRACE, LIST, FREQUENT = "set", "to", "trace", "list", "frequent"
+SET, COPY, TRACE, LIST, FREQUENT = "set", "copy", "trace", "list", "frequent"
 
 KEY_ADJECTIVES = (
     *ADJECTIVES,
@@ -104,7 +104,7 @@ _SENTENCE = (
 
 def vocabulary() -> tuple[str, ...]:
     """All words, each at the place that is its token id; special tokens first."""
-    words = [PAD, UNK, EOS, ASK, COLON, STOP, SET, TO, TRACE, LIST, FREQUENT, *ORDINALS, *NUMBERS]
+    words = [PAD, UNK, EOS, ASK, COLON, STOP, SET, COPY, TRACE, LIST, FREQUENT, *ORDINALS, *NUMBERS]
     words += [*KEY_ADJECTIVES, *KEY_NOUNS, *NAMES]
     words += [word for kind in _SENTENCE for word in kind]
     words += [word for opening in FACT_OPENINGS for word in opening]
@@ -189,12 +189,12 @@ class Words(Language):
         return " ".join((*opening, key, value, STOP))
 
     def assigned(self, name: str, value: str) -> str:
-        """Say "set bav to 241 117 ."."""
-        return f"{SET} {name} {TO} {value} {STOP}"
+        """Say "set 241 117 bav ."."""
+        return f"{SET} {value} {name} {STOP}"
 
     def copied(self, name: str, source: str) -> str:
-        """Say "set keq to bav ."."""
-        return f"{SET} {name} {TO} {source} {STOP}"
+        """Say "copy bav keq ."."""
+        return f"{COPY} {source} {name} {STOP}"
 
     def fact(self, entity: str, prop: str, value: str, rng: Generator) -> str:
         """Say it as a needle whose key is the entity with the property."""
@@ -211,8 +211,8 @@ class Words(Language):
         return Asked(" ".join((ASK, *asked, COLON)), " ".join((*said, STOP)))
 
     def ask_chain(self, value: str, names: Sequence[str]) -> Asked:
-        """Name the value; the answer names the variables."""
-        return Asked(f"{TRACE} {value} {COLON}", " ".join((*names, STOP)))
+        """Name the value; the answer repeats it and names the variables."""
+        return Asked(f"{TRACE} {value} {COLON}", " ".join((value, *names, STOP)))
 
     def ask_frequent(self, label: str, terms: Sequence[str]) -> Asked:
         """Name the list; the answer names its terms."""
