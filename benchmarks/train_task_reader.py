@@ -50,10 +50,10 @@ STAGES = (
     Stage(32, 128, 200, 2e-3, 2e-3),
     Stage(64, 64, 100, 2e-3, 2e-3),
     Stage(128, 32, 200, 2e-3, 2e-3),
-    Stage(128, 32, 250, 2e-3, 2e-3, FEW),
-    Stage(256, 16, 700, 2e-3, 1.5e-3, SOME),
-    Stage(512, 8, 700, 1.5e-3, 1e-3, ALL),
-    Stage(512, 8, 800, 1e-3, 1e-3, ALL, crowd_tokens=FARTHEST),
+    Stage(128, 32, 100, 2e-3, 2e-3, FEW),
+    Stage(256, 16, 300, 2e-3, 1.5e-3, SOME),
+    Stage(512, 8, 400, 1.5e-3, 1e-3, ALL),
+    Stage(512, 8, 500, 1e-3, 1e-3, ALL, crowd_tokens=FARTHEST),
     Stage(1024, 5, 400, 1e-3, 3e-4, ALL, crowd_tokens=FARTHEST),
 )
 
