@@ -46,15 +46,17 @@ OWN = {"vocab_size": len(IDS), "eos": IDS[EOS]}
 FEW = ("one", "one", "trace")
 SOME = ("one", "several", "values", "trace", "trace", "long")
 ALL = ("one", "several", "values", "values", "trace", "long", "facts", "facts")
+HARD = ("several", "values", "values", "long", "trace", "facts", "facts", "facts")
 STAGES = (
     Stage(32, 128, 200, 2e-3, 2e-3),
     Stage(64, 64, 100, 2e-3, 2e-3),
     Stage(128, 32, 200, 2e-3, 2e-3),
     Stage(128, 32, 100, 2e-3, 2e-3, FEW),
     Stage(256, 16, 300, 2e-3, 1.5e-3, SOME),
-    Stage(512, 8, 400, 1.5e-3, 1e-3, ALL),
-    Stage(512, 8, 500, 1e-3, 1e-3, ALL, crowd_tokens=FARTHEST),
-    Stage(1024, 5, 400, 1e-3, 3e-4, ALL, crowd_tokens=FARTHEST),
+    Stage(512, 8, 200, 1.5e-3, 1.3e-3, ALL, crowd_tokens=FARTHEST),
+    Stage(512, 8, 200, 1.3e-3, 1e-3, ALL, crowd_tokens=FARTHEST),
+    Stage(512, 8, 200, 1e-3, 7e-4, HARD, crowd_tokens=FARTHEST),
+    Stage(1024, 5, 200, 7e-4, 2e-4, HARD, crowd_tokens=FARTHEST),
 )
 
 
@@ -82,7 +84,7 @@ def needles(
     task = NeedleTask()
     task.keys_asked, task.values_of_key = keys, values
     task.key, task.value = ("uuid", "uuid") if uuid else ("word", "number")
-    cost = UUID_NEEDLE if uuid else NEEDLE
+    cost = UUID_NEEDLE if uuid else NEEDLE + (values > 1)
     asked = keys * values
     num_questions = max(1, min(room // (10 * asked + 5), tokens // (cost * asked)))
     most = max(1, tokens // cost - num_questions * asked)

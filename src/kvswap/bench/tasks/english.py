@@ -96,8 +96,8 @@ class English(Language):
         """Return a sentence of five to fourteen words."""
         return self._style.essay(rng).removesuffix(" .").capitalize() + "."
 
-    def needle(self, key: str, value: str, rng: Generator) -> str:
-        """Say it as RULER does."""
+    def needle(self, key: str, value: str, rng: Generator, number: int | None = None) -> str:
+        """Say it as RULER does, which numbers no values."""
         what = "magic uuids" if "-" in value else "magic numbers"
         return f"One of the special {what} for {key} is: {value}."
 

@@ -73,8 +73,8 @@ class Language(ABC):
         return ""
 
     @abstractmethod
-    def needle(self, key: str, value: str, rng: Generator) -> str:
-        """Say that a key has a value."""
+    def needle(self, key: str, value: str, rng: Generator, number: int | None = None) -> str:
+        """Say that a key has a value; `number` says which, from 1, where it has several."""
 
     @abstractmethod
     def assigned(self, name: str, value: str) -> str:

@@ -49,22 +49,23 @@ class NeedleTask(Task):
         keys, values = language.keys(self.key, rng), language.values(self.value, rng)
         asked = [next(keys) for _ in range(num_questions * self.keys_asked)]
         others = [next(keys) for _ in range(len(asked) * self.distractors)]
-        told = [key for key in asked for _ in range(self.values_of_key)] + others
-        order = rng.permutation(len(told))
-        needles = [(told[i], next(values)) for i in order]
-        planted = [language.needle(key, value, rng) for key, value in needles]
+        several = self.values_of_key > 1
+        numbers = [n + 1 if several else None for n in range(self.values_of_key)]
+        told = [(key, number) for key in asked for number in numbers]
+        told += [(key, None) for key in others]
+        order = rng.permutation(len(told)).tolist()
+        given = [next(values) for _ in told]
+        planted = [language.needle(told[i][0], given[i], rng, told[i][1]) for i in order]
         filler = self._filler(language, keys, values, rng)
         sentences, places = write(planted, filler, language, num_tokens, rng)
-        of_key: dict[str, list[int]] = {}
-        for number in np.argsort(order).tolist():  # not by place: any order of values is right
-            of_key.setdefault(needles[number][0], []).append(number)
+        place_of = {i: place for i, place in zip(order, places, strict=True)}
+        each = self.keys_asked * self.values_of_key
         questions = []
-        for start in range(0, len(asked), self.keys_asked):
-            numbers = [n for key in asked[start : start + self.keys_asked] for n in of_key[key]]
-            found = [needles[number] for number in numbers]
-            asked_for = language.ask_needles([k for k, _ in found], [v for _, v in found])
-            evidence = [places[number] for number in numbers]
-            questions.append(ask(language, asked_for, [v for _, v in found], evidence))
+        for start in range(0, num_questions * each, each):
+            mine = range(start, start + each)
+            found = [given[i] for i in mine]
+            asked_for = language.ask_needles([told[i][0] for i in mine], found)
+            questions.append(ask(language, asked_for, found, [place_of[i] for i in mine]))
         return self.document(language, sentences, questions, seed)
 
     def score(self, question: TaskQuestion, output: str) -> float:

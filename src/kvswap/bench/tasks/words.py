@@ -7,6 +7,7 @@ several values of one key, and extraction::
     ask #1 red lamp #2 old door :
     #1 red lamp 241 117 #2 old door 290 123 .
 
+Values of a key that has several are numbered where they are told: "remember #2 red lamp 101 350 .".
 Variables are set, copied to others, and traced from a value; what is told goes from left to right::
 
     set 241 117 bav . copy bav keq .
@@ -183,10 +184,14 @@ class Words(Language):
         sizes = [14] * whole + [rest] * bool(rest)
         return " ".join(self._sentence(size, rng) for size in sizes)
 
-    def needle(self, key: str, value: str, rng: Generator) -> str:
-        """Say it after one of five openings."""
+    def needle(self, key: str, value: str, rng: Generator, number: int | None = None) -> str:
+        """Say it after one of five openings, with an ordinal before the key where it has several.
+
+        Readers as small as ours do not learn which values they have said already.
+        """
         opening = FACT_OPENINGS[rng.integers(len(FACT_OPENINGS))]
-        return " ".join((*opening, key, value, STOP))
+        which = () if number is None else (ORDINALS[number - 1],)
+        return " ".join((*opening, *which, key, value, STOP))
 
     def assigned(self, name: str, value: str) -> str:
         """Say "set 241 117 bav ."."""
