@@ -113,6 +113,10 @@ class English(Language):
         """Say it plainly."""
         return f"The {prop} of the {entity} is {value}."
 
+    def named(self, entity: str, prop: str) -> str:
+        """Name the property alone."""
+        return prop
+
     def listing(self, label: str, terms: Sequence[str]) -> tuple[str, ...]:
         """Return a numbered list."""
         entries = " ".join(f"{number}. {term}" for number, term in enumerate(terms, 1))

@@ -49,7 +49,8 @@ class Extraction(Task):
             mine = [i for i, fact in enumerate(facts) if fact[0] == number]
             props, told = [facts[i][1] for i in mine], [facts[i][2] for i in mine]
             asked = language.ask_facts(entity, props, told)
-            answers = [f"{prop}: {value}" for prop, value in zip(props, told, strict=True)]
+            named = [language.named(entity, prop) for prop in props]
+            answers = [f"{name}: {value}" for name, value in zip(named, told, strict=True)]
             questions.append(ask(language, asked, answers, [place_of[i] for i in mine]))
         return self.document(language, sentences, questions, seed)
 

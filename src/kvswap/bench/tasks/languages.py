@@ -89,6 +89,10 @@ class Language(ABC):
         """Say that a property of an entity has a value."""
 
     @abstractmethod
+    def named(self, entity: str, prop: str) -> str:
+        """Return what an answer calls a property of an entity, right before its value."""
+
+    @abstractmethod
     def listing(self, label: str, terms: Sequence[str]) -> tuple[str, ...]:
         """Return the sentences of a labelled list."""
 

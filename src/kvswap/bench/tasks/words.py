@@ -202,8 +202,12 @@ class Words(Language):
         return f"{COPY} {source} {name} {STOP}"
 
     def fact(self, entity: str, prop: str, value: str, rng: Generator) -> str:
-        """Say it as a needle whose key is the entity with the property."""
-        return self.needle(f"{entity} {prop}", value, rng)
+        """Say it as a needle whose key is the property with the entity."""
+        return self.needle(self.named(entity, prop), value, rng)
+
+    def named(self, entity: str, prop: str) -> str:
+        """Name both: what differs first, so that the number before it finds it."""
+        return f"{prop} {entity}"
 
     def listing(self, label: str, terms: Sequence[str]) -> tuple[str, ...]:
         """Return one sentence."""
@@ -225,7 +229,7 @@ class Words(Language):
 
     def ask_facts(self, entity: str, props: Sequence[str], values: Sequence[str]) -> Asked:
         """Ask for each as for a needle."""
-        return self.ask_needles([f"{entity} {prop}" for prop in props], values)
+        return self.ask_needles([self.named(entity, prop) for prop in props], values)
 
     def _sentence(self, size: int, rng: Generator) -> str:
         draws = rng.random(size - 1).tolist()
