@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kvswap.bench.reader.vocabulary import EOS, PAD, UNK, vocabulary
 from kvswap.bench.record import Record
@@ -17,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "reader.jsonl"
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """Make a tokenizer of words: split at blanks, decoded with blanks between."""
-    words = {word: i for i, word in enumerate(vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNK))
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -32,10 +33,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_reader(model: LlamaForCausalLM, folder: Path) -> None:
-    """Save model and tokenizer as a Hugging Face directory that old and new transformers load."""
+def save_reader(model: PreTrainedModel, folder: Path, words: Sequence[str] = vocabulary()) -> None:
+    """Save model and tokenizer as a Hugging Face directory that old and new transformers load.
+
+    `words` are the model's own, each at the place that is its token id.
+    """
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer(words).save_pretrained(folder)
     _amend(folder / "config.json", rope_theta=model.config.rope_parameters["rope_theta"])
     _amend(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     (folder / "model.safetensors").chmod(0o644)

@@ -5,8 +5,7 @@ tokens?
 
 Stages: first copying of repeated random sequences, then questions on generated documents of growing
 length. Sentences of short documents are moved apart by random jumps in the position ids, so that
-distances to 40K are seen at the cost of short sequences. All questions of a document are packed
-behind it in one sequence and masked from each other: each sees what it will see when asked alone.
+distances to 40K are seen at the cost of short sequences.
 
 What did not train: heads left to find the previous token by themselves (nothing learned in 650
 steps of copying at 128 tokens, nor in 600 with shorter sequences first), and copying at one fixed
@@ -22,183 +21,82 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.random import Generator
+from reader_batches import FARTHEST, Batch, Prompt, Row, Stage, asking, copying
 from reader_io import append_record, save_reader
-from torch import Tensor
-from torch.nn import functional
+from reader_training import fit, look_back, model_sizes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvswap.bench.reader.documents import KINDS, Document, make_document
-from kvswap.bench.reader.vocabulary import EOS, STOP, UNK, vocabulary
+from kvswap.bench.reader.vocabulary import EOS, STOP, vocabulary
 
 IDS = {word: i for i, word in enumerate(vocabulary())}
-LONGEST_FACT, LONGEST_QUESTION, FARTHEST, NEAR = 11, 96, 40_960, 32
+LONGEST_FACT, LONGEST_QUESTION = 11, 96
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of the training.
+class ReaderStage(Stage):
+    """A part of the training; `kinds` and `alike_codes` as in `make_document`."""
 
-    Attributes
-    ----------
-    seq_len
-        Tokens in a sequence, document and questions together.
-    batch_size, steps
-        Sequences in a step, and how many steps.
-    first_lr, last_lr
-        The learning rate falls linearly from one to the other.
-    kinds
-        Kinds of question; none: copying of random sequences.
-    crowd_tokens
-        Tokens that do not matter weigh as much as in documents of up to so many tokens: attention's
-        scores of what is far off and not asked for are raised by the logarithm of up to
-        `crowd_tokens` over the document's own tokens. Sharpens attention for long documents.
-    alike_codes
-        As in `make_document`.
-    """
-
-    seq_len: int
-    batch_size: int
-    steps: int
-    first_lr: float
-    last_lr: float
-    kinds: tuple[str, ...] = ()
-    crowd_tokens: int = 0
     alike_codes: bool = True
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tensors of a step: [batch, seq_len], mask [batch, 1, seq_len, seq_len]; -100 is no label."""
-
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
-    labels: Tensor
 
 
 ALL = ("single", "several", "several", "many")
 STAGES = (
-    Stage(32, 128, 200, 2e-3, 2e-3),
-    Stage(64, 64, 100, 2e-3, 2e-3),
-    Stage(128, 32, 200, 2e-3, 2e-3),
-    Stage(128, 32, 250, 2e-3, 2e-3, ("single",)),
-    Stage(256, 16, 500, 2e-3, 1.5e-3, ("single", "several")),
-    Stage(512, 8, 600, 1.5e-3, 1e-3, ALL),
-    Stage(512, 8, 400, 1e-3, 1e-3, ALL, crowd_tokens=FARTHEST),
-    Stage(1024, 5, 300, 1e-3, 5e-4, ALL, crowd_tokens=FARTHEST, alike_codes=False),
+    ReaderStage(32, 128, 200, 2e-3, 2e-3),
+    ReaderStage(64, 64, 100, 2e-3, 2e-3),
+    ReaderStage(128, 32, 200, 2e-3, 2e-3),
+    ReaderStage(128, 32, 250, 2e-3, 2e-3, ("single",)),
+    ReaderStage(256, 16, 500, 2e-3, 1.5e-3, ("single", "several")),
+    ReaderStage(512, 8, 600, 1.5e-3, 1e-3, ALL),
+    ReaderStage(512, 8, 400, 1e-3, 1e-3, ALL, crowd_tokens=FARTHEST),
+    ReaderStage(1024, 5, 300, 1e-3, 5e-4, ALL, crowd_tokens=FARTHEST, alike_codes=False),
 )
-WARMUP_STEPS = 25
-HEAD_DIM, ROPE_THETA = 64, 1e8
 
 
 def make_model(num_layers: int, hidden_size: int) -> LlamaForCausalLM:
     """Make a Llama of two KV heads of 64; its `rope_theta` leaves dimensions slow over 40K."""
-    config = LlamaConfig(
+    sizes = model_sizes(
         vocab_size=len(IDS),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=65_536,
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=IDS[EOS],
-        pad_token_id=0,
+        hidden=hidden_size,
+        layers=num_layers,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        eos=IDS[EOS],
     )
-    model = LlamaForCausalLM(config)
-    _look_back(model)
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    look_back(model)
     return model
 
 
-@torch.no_grad()
-def _look_back(model: LlamaForCausalLM) -> None:
-    """Let three heads of the first layer begin by attending 1, 2 and 3 tokens back.
-
-    One dimension of every embedding gets the same value; queries and keys made of it alone turn
-    with the rotary frequencies, so their product peaks at the distance by which the query is turned
-    ahead.
-    """
-    attention, size, pairs = model.model.layers[0].self_attn, HEAD_DIM, 12
-    model.model.embed_tokens.weight.normal_(std=0.05)
-    model.model.embed_tokens.weight[:, 0] = 0.15
-    frequency = ROPE_THETA ** (-torch.arange(pairs) * 2 / size)
-    for layer in model.model.layers:
-        layer.self_attn.v_proj.weight.normal_(std=0.09)
-    for head, distance in enumerate((1, 2, 3)):
-        query, key = attention.q_proj.weight[head * size :], attention.k_proj.weight
-        key = key[head // 2 * size :]
-        query[:size], key[:size] = 0, 0
-        query[:pairs, 0] = 2.5 * torch.cos(distance * frequency)
-        query[size // 2 : size // 2 + pairs, 0] = -2.5 * torch.sin(distance * frequency)
-        key[:pairs, 0] = 2.5
+def make_row(stage: ReaderStage, rng: Generator) -> Row:
+    """Make a document and its questions, as tokens."""
+    document = _document(stage, rng)
+    ids = _encode(document.words)
+    prompts = [
+        Prompt(
+            _encode(question.prompt),
+            _encode((*question.answer, EOS)),
+            [slice(fact.position, fact.position + LONGEST_FACT - 4) for fact in question.facts],
+        )
+        for question in document.questions
+    ]
+    return Row(ids, _spread(np.array(ids), rng), prompts)
 
 
-def copying(stage: Stage, rng: Generator) -> Batch:
-    """Random sequences said again; few different words in some, so that long matches are needed.
-
-    Their lengths and the jumps between them are random, so that no fixed distance does it.
-    """
-    shape = size, seq_len = stage.batch_size, stage.seq_len
-    words = np.exp(rng.uniform(math.log(24), math.log(len(IDS)), size=(size, 1)))
-    draws = IDS[UNK] + 1 + (rng.random(shape) * (words - IDS[UNK] - 1)).astype(np.int64)
-    shuffles = np.stack([rng.permutation(len(IDS)) for _ in range(size)])
-    draws = np.take_along_axis(shuffles, draws, axis=1)
-    periods = rng.integers(seq_len // 4, seq_len // 2 + 1, size=(size, 1))
-    places = np.arange(seq_len)[None]
-    ids = np.take_along_axis(draws, places % periods, axis=1)
-    labels = np.where(places > periods, ids, -100)
-    jumps = rng.integers(FARTHEST - seq_len, size=(size, 1)) * (rng.random((size, 1)) < 0.5)
-    positions = places + jumps * (places >= periods)
-    mask = np.tril(np.ones((seq_len, seq_len), dtype=bool))
-    return _batch(ids, positions, np.broadcast_to(mask, (size, *mask.shape)), labels)
+def _encode(words: Sequence[str]) -> list[int]:
+    return [IDS[word] for word in words]
 
 
-def asking(stage: Stage, rng: Generator) -> Batch:
-    """Documents with as many questions behind each as fit into the sequence."""
-    size, seq_len = stage.batch_size, stage.seq_len
-    ids, labels = np.zeros((size, seq_len), np.int64), np.full((size, seq_len), -100)
-    positions, blocks = np.zeros((size, seq_len), np.int64), np.full((size, seq_len), -1)
-    needed = np.zeros((size, seq_len, seq_len), dtype=bool)
-    crowds = np.zeros((size, 1, 1), np.float32)
-    for row in range(size):
-        document = _document(stage, rng)
-        end = len(document.words)
-        ids[row, :end] = [IDS[word] for word in document.words]
-        positions[row, :end] = _spread(ids[row, :end], rng)
-        blocks[row, :end] = 0
-        if stage.crowd_tokens:
-            crowds[row] = rng.uniform(0, math.log(max(1, stage.crowd_tokens / end)))
-        start = positions[row, end - 1] + 1
-        for number, question in enumerate(document.questions, 1):
-            words = (*question.prompt, *question.answer, EOS)
-            if end + len(words) > seq_len:
-                break
-            there = slice(end, end + len(words))
-            ids[row, there] = [IDS[word] for word in words]
-            positions[row, there] = start + np.arange(len(words))
-            blocks[row, there] = number
-            answer = slice(end + len(question.prompt), there.stop)
-            labels[row, answer] = ids[row, answer]
-            for fact in question.facts:
-                needed[row, there, fact.position : fact.position + LONGEST_FACT - 4] = True
-            end = there.stop
-    seen = (blocks[:, None, :] == 0) | (blocks[:, None, :] == blocks[:, :, None])
-    seen &= np.tril(np.ones((seq_len, seq_len), dtype=bool))
-    far = positions[:, :, None] - positions[:, None, :] > NEAR
-    crowded = far & (blocks[:, None, :] == 0) & ~needed
-    return _batch(ids, positions, seen, labels, crowds * crowded)
-
-
-def _document(stage: Stage, rng: Generator) -> Document:
+def _document(stage: ReaderStage, rng: Generator) -> Document:
     """Make a document of about half the sequence, its facts dense or sparse."""
     most = max(KINDS[kind][1] for kind in stage.kinds)
     num_tokens = int(stage.seq_len * rng.uniform(0.45, 0.7))
@@ -228,58 +126,11 @@ def _spread(ids: np.ndarray, rng: Generator) -> np.ndarray:
     return positions
 
 
-def _batch(
-    ids: np.ndarray,
-    positions: np.ndarray,
-    seen: np.ndarray,
-    labels: np.ndarray,
-    bias: np.ndarray | float = 0.0,
-) -> Batch:
-    mask = torch.from_numpy(np.where(seen, bias, -1e9).astype(np.float32))
-    tensors = (torch.from_numpy(array) for array in (ids, positions, labels))
-    ids_, positions_, labels_ = tensors
-    return Batch(ids_, positions_, mask[:, None], labels_)
-
-
-def step(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, float]:
-    """Loss on the answers' tokens, and the share of them predicted right."""
-    states = model.model(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state
-    asked = batch.labels[:, 1:] != -100
-    logits = model.lm_head(states[:, :-1][asked])
-    labels = batch.labels[:, 1:][asked]
-    right = float((logits.argmax(-1) == labels).float().mean())
-    return functional.cross_entropy(logits, labels), right
-
-
-def train(model: LlamaForCausalLM, stage: Stage, rng: Generator, name: str) -> None:
-    """Train in place for one stage; each has an optimizer of its own, warmed up."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    started = time.monotonic()
-    losses: list[float] = []
-    rights: list[float] = []
-    for i in range(stage.steps):
-        lr = stage.first_lr + i / stage.steps * (stage.last_lr - stage.first_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (i + 1) / WARMUP_STEPS)
-        loss, right = step(model, asking(stage, rng) if stage.kinds else copying(stage, rng))
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        rights.append(right)
-        if (i + 1) % 25 == 0 or i + 1 == stage.steps:
-            print(
-                f"{name} ({stage.seq_len} tokens) step {i + 1} of {stage.steps}, "
-                f"{time.monotonic() - started:.0f} s: loss {np.mean(losses[-25:]):.4f}, "
-                f"right {np.mean(rights[-25:]):.4f}",
-                flush=True,
-            )
+def next_batch(stage: ReaderStage, rng: Generator) -> Batch:
+    """Make the batch of a step."""
+    if stage.kinds:
+        return asking(stage, lambda: make_row(stage, rng), rng)
+    return copying(stage, len(IDS), rng)
 
 
 def main() -> None:
@@ -301,14 +152,14 @@ def main() -> None:
     if arguments.start:
         model = LlamaForCausalLM.from_pretrained(arguments.start, dtype=torch.float32)
     stages = tuple(
-        Stage(**{**asdict(stage), "steps": max(1, int(stage.steps * arguments.steps_scale))})
+        ReaderStage(**{**asdict(stage), "steps": max(1, int(stage.steps * arguments.steps_scale))})
         for stage in STAGES
     )
     durations = []
     for number in range(arguments.first_stage, len(stages)):
         started = time.monotonic()
         rng = np.random.default_rng([arguments.seed, number])
-        train(model, stages[number], rng, f"stage {number}")
+        fit(model, stages[number], partial(next_batch, stages[number], rng), f"stage {number}")
         durations.append(time.monotonic() - started)
         save_reader(model, arguments.out)
         if arguments.checkpoints:
