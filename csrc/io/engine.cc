@@ -14,7 +14,7 @@ namespace kvswap {
 namespace {
 
 constexpr int kMostAttempts = 1000;  // of a transfer that is to be tried again
-constexpr unsigned kBurst = 8;  // the device begins with these while the next are prepared
+constexpr unsigned kBurst = 8;       // the device begins with these while the next are prepared
 constexpr auto kMoment = std::chrono::milliseconds(20);
 constexpr auto kPause = std::chrono::milliseconds(1);
 

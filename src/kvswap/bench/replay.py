@@ -20,7 +20,7 @@ from kvswap.predict import register_selector
 from kvswap.predict.topk import TopKSelector
 
 _NUMBER = itertools.count()
-_STEPS = 256  # of a stated rate, walked to and fro
+_STEPS = 256  # of a stated rate, walked there and back
 
 
 class ReplaySelector(TopKSelector):
