@@ -106,9 +106,6 @@ class Scanner {
     if (by_spans) check_spans();
     check_below(data, count, keys_.num_groups, "group ids must be those of this index");
     const Wanted asked{wanted, kept.data(), static_cast<int64_t>(kept.shape(0))};
-    for (int64_t i = 0; i < asked.num_kept; ++i) {
-      if (asked.kept[i] >= count) throw std::invalid_argument("kept must be positions of ids");
-    }
     return scan_best(keys_, by_spans ? &spans_ : nullptr, view, scaling, data, count, asked,
                      pointer<float>(out));
   }
@@ -242,10 +239,6 @@ void top(uintptr_t scores, int64_t num_scores, Ids pinned, Positions out) {
 
 void discourage_scores(uintptr_t scores, int64_t num_scores, Table kept, float least) {
   const auto count = static_cast<int64_t>(kept.shape(0));
-  for (int64_t i = 0; i < count; ++i) {
-    if (kept.data()[i] >= num_scores)
-      throw std::invalid_argument("kept must be positions of scores");
-  }
   discourage(pointer<float>(scores), num_scores, kept.data(), count, least);
 }
 

@@ -95,7 +95,7 @@ class Pass {
     const auto note = [&](int64_t position) { holds[at(rows_.place(position).row)] = 1; };
     each_sampled(note);
     for (int64_t i = 0; i < wanted.num_kept; ++i) {
-      if (wanted.kept[i] >= 0) note(wanted.kept[i]);
+      if (wanted.kept[i] >= 0 && wanted.kept[i] < num_ids_) note(wanted.kept[i]);
     }
     score([&](int64_t row) { return holds[at(row)] != 0; });
   }

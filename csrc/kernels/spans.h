@@ -24,7 +24,7 @@ int64_t span_width(const CodedKeys& keys);
 void bound_spans(const CodedKeys& keys, const Spans& spans, const int64_t* ids, int64_t count);
 
 // The groups that will be looked at: so many of the best, and those at `kept` positions, of which
-// negative ones are skipped.
+// what is none is skipped.
 struct Wanted {
   int64_t count;
   const int32_t* kept = nullptr;

@@ -25,18 +25,35 @@ float unordered(uint32_t key) {
   return std::bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key);
 }
 
+// Moves the scores that reach `least` together; `out` may be where they are, and has room for all.
+void keep_from(const float* scores, int64_t count, float least, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = scores[i];
+    *out = x;
+    out += x >= least;
+  }
+}
+
 }  // namespace
 
-// Halving the range of the integers needs 32 passes at most, and each is a plain count.
+// Halving the range of the integers needs 32 passes at most, and each is a plain count of those
+// that reach its lower end.
 float nth_largest(const std::vector<float>& scores, int64_t count) {
+  thread_local std::vector<float> left;
+  const float* from = scores.data();
+  auto size = static_cast<int64_t>(scores.size());
   uint32_t low = ordered(-kInfinity), high = ordered(kInfinity);
   while (low < high) {
     const uint32_t middle = low + (high - low + 1) / 2;
-    const int64_t found =
-        kernels().count_from(scores.data(), static_cast<int64_t>(scores.size()), unordered(middle));
+    const int64_t found = kernels().count_from(from, size, unordered(middle));
     if (found == count) return unordered(middle);
     if (found > count) {
       low = middle;
+      if (2 * found > size) continue;
+      if (from != left.data()) left.resize(scores.size());
+      keep_from(from, size, unordered(middle), left.data());
+      from = left.data();
+      size = found;
     } else {
       high = middle - 1;
     }
@@ -77,10 +94,11 @@ void discourage(float* scores, int64_t num_scores, const int32_t* kept, int64_t 
                 float least) {
   thread_local std::vector<float> before;
   before.clear();
-  for (int64_t i = 0; i < num_kept; ++i) before.push_back(kept[i] < 0 ? 0 : scores[kept[i]]);
+  const auto is_one = [&](int32_t place) { return place >= 0 && place < num_scores; };
+  for (int64_t i = 0; i < num_kept; ++i) before.push_back(is_one(kept[i]) ? scores[kept[i]] : 0);
   for (int64_t i = 0; i < num_scores; ++i) scores[i] -= scores[i] < least ? kPenalty : 0.0f;
   for (int64_t i = 0; i < num_kept; ++i) {
-    if (kept[i] >= 0) scores[kept[i]] = before[static_cast<size_t>(i)];
+    if (is_one(kept[i])) scores[kept[i]] = before[static_cast<size_t>(i)];
   }
 }
 

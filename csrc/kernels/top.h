@@ -16,7 +16,7 @@ void top_positions(const float* scores, int64_t num_scores, int64_t count, const
 float nth_largest(const std::vector<float>& scores, int64_t count);
 
 // Lets every score below `least` fall behind all others, except those at `kept` positions;
-// negative ones are skipped.
+// what is no position is skipped.
 void discourage(float* scores, int64_t num_scores, const int32_t* kept, int64_t num_kept,
                 float least);
 

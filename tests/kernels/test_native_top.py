@@ -122,6 +122,10 @@ def test_low_scores_fall_behind_unless_kept(kernel, count):
     assert (found[~stays] < scores.min()).all()
 
 
-def test_positions_beyond_the_scores_are_refused(kernel):
-    with pytest.raises(ValueError, match="kept must be positions"):
-        discourage(torch.zeros(3), np.array([3], np.int32), 0.0)
+def test_positions_beyond_the_scores_are_skipped(kernel):
+    for name in (kernel, "torch"):
+        scores = torch.tensor([-1.0, -2.0, 1.0])
+        with forced(name):
+            discourage(scores, np.array([3, 1, -7], np.int32), 0.0)
+        assert scores[1:].tolist() == [-2.0, 1.0]
+        assert scores[0] < -1000

@@ -91,7 +91,6 @@ class GroupSelection:
             return None
         if len(groups) <= self._budget_groups:
             return None
-        last = np.where(last < len(groups), last, -1)
         scores = self._score(groups, layer_idx, query, scaling, last)
         return self._selector.select(
             scores,

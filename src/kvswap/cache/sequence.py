@@ -126,8 +126,10 @@ class SequenceBatch:
 
     def choose(self, layer_idx: int, row: int, positions: np.ndarray) -> None:
         """Remember what a layer selects in this step."""
-        self.chosen[layer_idx, row, : len(positions)] = positions
-        self.chosen[layer_idx, row, len(positions) :] = -1
+        chosen = self.chosen[layer_idx, row]
+        chosen[: len(positions)] = positions
+        if len(positions) < len(chosen):
+            chosen[len(positions) :] = -1
 
     def note_columns(self, layer_idx: int, real: Tensor | None, q_len: int) -> None:
         """Count the columns of a forward for one layer.

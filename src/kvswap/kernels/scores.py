@@ -86,7 +86,7 @@ def discourage(scores: Tensor, kept: np.ndarray, least: float) -> None:
     scores : Tensor [num_groups], float32
         In one piece.
     kept : ndarray [n], int32
-        Positions whose scores stay; negative ones are skipped.
+        Positions whose scores stay; what is no position is skipped.
     least : float
         Scores from here on stay too. The order among those that fall is as before, as far as
         float32 can tell.
@@ -96,5 +96,6 @@ def discourage(scores: Tensor, kept: np.ndarray, least: float) -> None:
         module.discourage(scores.data_ptr(), len(scores), kept, least)
         return
     falls = scores < least
-    falls[torch.from_numpy(kept[kept >= 0]).long().to(scores.device)] = False
+    kept = kept[(kept >= 0) & (kept < len(scores))]
+    falls[torch.from_numpy(kept).long().to(scores.device)] = False
     scores[falls] -= _PENALTY

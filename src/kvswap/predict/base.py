@@ -139,7 +139,7 @@ class KeyIndex(ABC):
         wanted : int
             How many.
         kept : ndarray [k], int32
-            Positions whose scores will be looked at too; negative ones are skipped.
+            Positions whose scores will be looked at too; what is none is skipped.
 
         Returns
         -------
