@@ -19,13 +19,15 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import kvswap
 from kvswap.bench.peers import SCRIPTS, Peer
 from kvswap.bench.record import Record, describe_device
-from kvswap.bench.replay import register_replay
+from kvswap.bench.replay import replay_config
 from kvswap.bench.script import (
     add_options,
     add_selection,
+    add_steps,
     device_models,
     note,
     note_steps,
+    parse,
     peak_rss_bytes,
     prediction,
     progress,
@@ -56,12 +58,7 @@ WHAT = {
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(SHAPES))
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers than the shape's")
-    parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--samples", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=4, help="steps of kvswap in a sample")
-    parser.add_argument("--share", type=float, default=1 / 20, help="KV memory of full KV")
+    add_steps(parser, samples=9)
     parser.add_argument("--budget-tokens", type=int, default=None)
     parser.add_argument("--device-model", default="raw", choices=device_models())
     parser.add_argument(
@@ -71,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peer-python", type=Path, help="interpreter that has the peers")
     add_selection(parser, "0.77")
     add_options(parser, HERE / "results" / "decode_throughput.jsonl")
-    args = parser.parse_args()
+    args = parse(parser)
     args.in_memory = [name for name in args.in_memory.split(",") if name]
     args.peers = [name for name in args.peers.split(",") if name]
     unknown = {*args.in_memory} - {"dynamic", "static"} | {*args.peers} - {*SCRIPTS}
@@ -79,9 +76,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     if args.peers and args.peer_python is None:
         parser.error("--peers needs --peer-python")
-    if args.quick:
-        args.shape, args.layers, args.context, args.share = "toy", None, 4096, 0.5
-        args.samples, args.steps = 2, 2
     return args
 
 
@@ -133,17 +127,12 @@ def run(args: argparse.Namespace, directory: Path) -> list[Record]:
     model = random_model(args.shape, num_layers=args.layers, max_positions=room, seed=args.seed)
     geometry = read_shape(model).geometry
     full_bytes = args.context * geometry.token_bytes
-    config = kvswap.CacheConfig(
-        kv_memory=int(full_bytes * args.share),
-        max_context=room,
+    config = replay_config(
+        model,
+        directory,
+        args,
         budget_tokens=args.budget_tokens,
-        selector=register_replay(
-            model, source=args.selection, foresees=args.foresees, seed=args.seed
-        ),
-        storage=kvswap.StorageConfig(
-            directories=[directory],
-            device_model=None if args.device_model == "raw" else args.device_model,
-        ),
+        device_model=None if args.device_model == "raw" else args.device_model,
     )
     with ExitStack() as stack:
         peers = start_peers(args, model, directory, stack)

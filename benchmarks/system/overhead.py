@@ -1,6 +1,7 @@
 """Time kvswap's own work in decode steps that have nothing to read: hooks, scoring, attention.
 
-The cache has slots for every group and holds them all, so that no step waits for a device. The
+The cache has slots for every group and holds them all, so that no step waits for a device; index
+and selection are as with the KV memory that --share asks for. The
 figure is the sum of kvswap's own timed spans (`CacheStats.own_s`) over steps and layers.
 """
 
@@ -16,18 +17,20 @@ from transformers import DynamicCache
 
 import kvswap
 from kvswap.bench.record import Record, describe_device
-from kvswap.bench.replay import register_replay
+from kvswap.bench.replay import replay_config
 from kvswap.bench.script import (
     add_options,
     add_selection,
+    add_steps,
     note,
     note_steps,
+    parse,
     prediction,
     publish,
     store_directory,
 )
 from kvswap.bench.stepping import Side, alternate, describe, hold_everything, stepper
-from kvswap.bench.synthetic import SHAPES, fill, random_model
+from kvswap.bench.synthetic import fill, random_model
 from kvswap.cache.plan import plan_cache
 from kvswap.hf.geometry import read_shape
 
@@ -37,21 +40,10 @@ HERE = Path(__file__).resolve().parents[1]
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(SHAPES))
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers than the shape's")
-    parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument(
-        "--share", type=float, default=1 / 20, help="index and selection as with this KV memory"
-    )
-    parser.add_argument("--samples", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=4, help="steps in a sample")
+    add_steps(parser, samples=15)
     add_selection(parser, str(HERE / "traces" / "reader_32k.npz"))
     add_options(parser, HERE / "results" / "overhead.jsonl")
-    args = parser.parse_args()
-    if args.quick:
-        args.shape, args.layers, args.context, args.share = "toy", None, 4096, 0.5
-        args.samples, args.steps = 2, 2
-    return args
+    return parse(parser)
 
 
 def run(args: argparse.Namespace, directory: Path) -> tuple[Record, dict[str, Any]]:
@@ -59,14 +51,7 @@ def run(args: argparse.Namespace, directory: Path) -> tuple[Record, dict[str, An
     model = random_model(args.shape, num_layers=args.layers, seed=args.seed)
     geometry = read_shape(model).geometry
     full_bytes = args.context * geometry.token_bytes
-    small = kvswap.CacheConfig(
-        kv_memory=int(full_bytes * args.share),
-        max_context=args.context + 512,
-        selector=register_replay(
-            model, source=args.selection, foresees=args.foresees, seed=args.seed
-        ),
-        storage=kvswap.StorageConfig(directories=[directory]),
-    )
+    small = replay_config(model, directory, args)
     plan = plan_cache(geometry, small, batch_size=1, max_context=args.context + 512)
     config = replace(
         small,

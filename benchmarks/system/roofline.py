@@ -19,21 +19,23 @@ from transformers import DynamicCache
 
 import kvswap
 from kvswap.bench.record import Record, describe_device
-from kvswap.bench.replay import register_replay
+from kvswap.bench.replay import replay_config
 from kvswap.bench.requests import ReadLog, least_seconds
 from kvswap.bench.script import (
     add_options,
     add_selection,
+    add_steps,
     device_models,
     note,
     note_steps,
+    parse,
     prediction,
     progress,
     publish,
     store_directory,
 )
 from kvswap.bench.stepping import Context, Side, alternate, describe, hold_everything, stepper
-from kvswap.bench.synthetic import SHAPES, random_model, refile, synthetic_context
+from kvswap.bench.synthetic import random_model, refile, synthetic_context
 from kvswap.core.device_model import PRESETS
 from kvswap.hf.geometry import read_shape
 
@@ -44,12 +46,7 @@ LOCAL_BYTES_PER_S = 1e9  # a model that is faster needs its store in memory
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(SHAPES))
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers than the shape's")
-    parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--samples", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=4, help="steps in a sample")
-    parser.add_argument("--share", type=float, default=1 / 20, help="KV memory of full KV")
+    add_steps(parser, samples=15)
     parser.add_argument(
         "--device-model", nargs="+", default=["raw", "nvme", "ufs31", "emmc"],
         choices=device_models(),
@@ -60,11 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     add_selection(parser, str(HERE / "traces" / "reader_32k.npz"))
     add_options(parser, HERE / "results" / "roofline.jsonl")
-    args = parser.parse_args()
-    if args.quick:
-        args.shape, args.layers, args.context, args.share = "toy", None, 4096, 0.5
-        args.samples, args.steps = 2, 2
-    return args
+    return parse(parser)
 
 
 class Bench:
@@ -80,15 +73,8 @@ class Bench:
 
     def config(self, directory: Path, **given: Any) -> kvswap.CacheConfig:
         """Return the settings of one cache."""
-        args, device = self.args, given.pop("device_model", None)
-        return kvswap.CacheConfig(
-            max_context=self.max_context,
-            selector=register_replay(
-                self.model, source=args.selection, foresees=args.foresees, seed=args.seed
-            ),
-            storage=kvswap.StorageConfig(directories=[directory], device_model=device),
-            **{"kv_memory": int(self.full_bytes * args.share), **given},
-        )
+        given = {"max_context": self.max_context, **given}
+        return replay_config(self.model, directory, self.args, **given)
 
     def resident(self, directory: Path, plan: Any) -> kvswap.CacheConfig:
         """Return the settings of a cache of the same plan, but with slots for every group."""

@@ -21,10 +21,18 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import kvswap
-from kvswap.bench.replay import ReplaySelector, register_replay
-from kvswap.bench.script import add_options, add_selection, progress, say, store_directory
+from kvswap.bench.replay import ReplaySelector, replay_config
+from kvswap.bench.script import (
+    add_options,
+    add_selection,
+    add_steps,
+    parse,
+    progress,
+    say,
+    store_directory,
+)
 from kvswap.bench.stepping import Side, alternate, stepper
-from kvswap.bench.synthetic import SHAPES, fill, random_model
+from kvswap.bench.synthetic import fill, random_model
 from kvswap.cache.layer import LayerCache
 from kvswap.cache.prefetch import Prefetcher
 from kvswap.cache.records import RecordIO
@@ -110,34 +118,10 @@ class SpanTimer:
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(SHAPES))
-    parser.add_argument("--layers", type=int, default=None, help="fewer layers than the shape's")
-    parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--share", type=float, default=1 / 20, help="KV memory of full KV")
-    parser.add_argument("--samples", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=4, help="steps in a sample")
+    add_steps(parser, samples=10)
     add_selection(parser, str(HERE / "traces" / "reader_32k.npz"))
     add_options(parser, HERE / "results" / "step_profile.jsonl")
-    args = parser.parse_args()
-    if args.quick:
-        args.shape, args.layers, args.context, args.share = "toy", None, 4096, 0.5
-        args.samples, args.steps = 2, 2
-    return args
-
-
-def configured(
-    args: argparse.Namespace, model: PreTrainedModel, directory: Path
-) -> kvswap.CacheConfig:
-    """Return the settings of the cache."""
-    full_bytes = args.context * read_shape(model).geometry.token_bytes
-    return kvswap.CacheConfig(
-        kv_memory=int(full_bytes * args.share),
-        max_context=args.context + 512,
-        selector=register_replay(
-            model, source=args.selection, foresees=args.foresees, seed=args.seed
-        ),
-        storage=kvswap.StorageConfig(directories=[directory]),
-    )
+    return parse(parser)
 
 
 def profile(
@@ -174,7 +158,7 @@ def main() -> None:
     model = random_model(args.shape, num_layers=args.layers, seed=args.seed)
     with (
         store_directory(args.kv_dir) as directory,
-        kvswap.attach(model, configured(args, model, directory)) as cache,
+        kvswap.attach(model, replay_config(model, directory, args)) as cache,
         torch.no_grad(),
     ):
         attached = model.config._attn_implementation

@@ -6,14 +6,17 @@ is found in memory are those of a trained model.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvswap.bench.traces import LayerWatch, Trace
+from kvswap.core.config import CacheConfig, StorageConfig
 from kvswap.core.errors import ConfigError
 from kvswap.hf.geometry import read_shape
 from kvswap.predict import register_selector
@@ -213,3 +216,26 @@ def register_replay(
     name = f"replay-{next(_NUMBER)}"
     register_selector(name)(type("Replay", (kind,), fields))
     return name
+
+
+def replay_config(
+    model: PreTrainedModel, directory: Path, args: argparse.Namespace, **given: Any
+) -> CacheConfig:
+    """Return the settings of a cache whose selections are replayed.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The one that is timed.
+    directory : path
+        Where the store lies.
+    args : Namespace
+        Of a script with the options of `kvswap.bench.script`: context, share, selection.
+    **given
+        Fields of the config that are set otherwise, and ``device_model`` of its storage.
+    """
+    storage = StorageConfig(directories=[directory], device_model=given.pop("device_model", None))
+    full_bytes = args.context * read_shape(model).geometry.token_bytes
+    selector = register_replay(model, source=args.selection, foresees=args.foresees, seed=args.seed)
+    fields = {"kv_memory": int(full_bytes * args.share), "max_context": args.context + 512}
+    return CacheConfig(selector=selector, storage=storage, **(fields | given))

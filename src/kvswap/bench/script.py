@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvswap.bench.record import Record
+from kvswap.bench.synthetic import SHAPES
 from kvswap.core.device_model import PRESETS
 
 
@@ -31,6 +32,25 @@ def add_options(parser: argparse.ArgumentParser, results: Path) -> None:
     parser.add_argument("--json", action="store_true", help="print the records")
     parser.add_argument("--results", type=Path, default=None, help=f"default: {results.name}")
     parser.set_defaults(own_results=results)
+
+
+def add_steps(parser: argparse.ArgumentParser, *, samples: int) -> None:
+    """Add the options of scripts that time decode steps of a shape; `parse` reads them."""
+    parser.add_argument("--shape", default="qwen3-0.6b", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int, default=None, help="fewer layers than the shape's")
+    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--share", type=float, default=1 / 20, help="KV memory of full KV")
+    parser.add_argument("--samples", type=int, default=samples)
+    parser.add_argument("--steps", type=int, default=4, help="steps of kvswap in a sample")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the settings of such a script, at toy size where it is to be quick."""
+    args = parser.parse_args()
+    if args.quick:
+        args.shape, args.layers, args.context, args.share = "toy", None, 4096, 0.5
+        args.samples, args.steps = 2, 2
+    return args
 
 
 def add_selection(parser: argparse.ArgumentParser, default: str) -> None:

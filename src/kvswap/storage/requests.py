@@ -64,7 +64,7 @@ class Planner:
         self._areas: tuple[tuple[int, int, int], ...] = ()
 
     def batch(self, demand: Demand) -> Batch:
-        """Check records, sort them by place and join neighbours.
+        """Check records one by one, sort them by place and join neighbours.
 
         Raises
         ------
@@ -72,19 +72,20 @@ class Planner:
             If an extent is not within what is reserved, or not on a block, or the memory is
             none that a device can use.
         """
+        self._areas = tuple(
+            (file.fd, file.record_start, file.reserved_bytes) for file in self._files
+        )
+        demand = _checked(self._files, demand)
         batch = self.at_once(demand)
-        if batch is None:
-            self._areas = tuple(
-                (file.fd, file.record_start, file.reserved_bytes) for file in self._files
-            )
-            demand = _checked(self._files, demand)
-            batch = self.at_once(demand)
-        if batch is None:
-            batch = self._batch(PlainPlan(self._files, demand, len(self._scratch)), demand)
-        return batch
+        if batch is not None:
+            return batch
+        return self._batch(PlainPlan(self._files, demand, len(self._scratch)), demand)
 
     def at_once(self, demand: Demand) -> Batch | None:
-        """Return a batch made and checked in one native pass, or None where something is amiss."""
+        """Return a batch made and checked in one native pass, or None where something is amiss.
+
+        Room that was reserved since the last `batch` is not known here.
+        """
         if native is None:
             return None
         header, scratch = self._files[0].header, self._scratch
