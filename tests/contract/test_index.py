@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvswap.core.config import CODES
 from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import KVGeometry
 from kvswap.kernels.scores import group_maximum, reduce_heads
@@ -21,8 +20,14 @@ DIM = KV_HEADS * HEAD_DIM
 GEOMETRY = KVGeometry(
     num_layers=1, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32"
 )
-KINDS = [(name, code) for name in index_names() for code in CODES]
-pytestmark = pytest.mark.parametrize(("name", "code"), KINDS)
+KINDS = [(name, code) for name in index_names() for code in INDEXES.get(name).codes]
+OF_TOKENS = [kind for kind in KINDS if INDEXES.get(kind[0]).scores_tokens]
+WITH_BASIS = [kind for kind in KINDS if INDEXES.get(kind[0]).takes_basis]
+WITHOUT_BASIS = [kind for kind in KINDS if kind not in WITH_BASIS]
+every_index = pytest.mark.parametrize(("name", "code"), KINDS)
+of_tokens = pytest.mark.parametrize(("name", "code"), OF_TOKENS)
+with_basis = pytest.mark.parametrize(("name", "code"), WITH_BASIS)
+SOME_QUERIES = torch.randn(HEADS, 200, HEAD_DIM, generator=torch.Generator().manual_seed(5))
 
 
 def make(name: str, code: str, *, rank: int = DIM, groups: int = GROUPS) -> KeyIndex:
@@ -35,10 +40,16 @@ def some_keys(groups: int = GROUPS) -> Tensor:
 
 def fitted(name: str, code: str, keys: Tensor, *, rank: int = DIM) -> KeyIndex:
     index = make(name, code, rank=rank)
-    index.observe(keys)
-    index.fit()
+    fit(index, keys)
     index.encode(np.arange(len(keys) // SIZE), keys)
     return index
+
+
+def fit(index: KeyIndex, keys: Tensor) -> None:
+    if index.wants_queries:
+        index.observe_queries(SOME_QUERIES)
+    index.observe(keys)
+    index.fit()
 
 
 def exact_scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -59,6 +70,7 @@ def plant(keys: Tensor, query: Tensor, targets: list[int]) -> None:
         keys[token, columns] = direction * (40.0 - 6.0 * (place // HEADS) - place)
 
 
+@of_tokens
 def test_full_rank_ranks_planted_groups_as_the_exact_keys_do(name, code):
     keys, query = some_keys() * 0.3, torch.randn(HEADS, 1, HEAD_DIM)
     targets = [50, 7, 33, 0, 21, 63, 8, 40]
@@ -69,6 +81,7 @@ def test_full_rank_ranks_planted_groups_as_the_exact_keys_do(name, code):
     assert set(scores.topk(8).indices.tolist()) == set(targets)
 
 
+@of_tokens
 def test_full_rank_scores_follow_the_exact_ones_over_all_groups(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     scores = fitted(name, code, keys).score(query, np.arange(GROUPS), scaling=0.25)
@@ -76,12 +89,12 @@ def test_full_rank_scores_follow_the_exact_ones_over_all_groups(name, code):
     assert torch.corrcoef(both)[0, 1] > 0.98
 
 
+@every_index
 def test_encoding_by_parts_is_encoding_at_once(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     at_once, by_parts = make(name, code), make(name, code)
     for index in (at_once, by_parts):
-        index.observe(keys)
-        index.fit()
+        fit(index, keys)
     at_once.encode(np.arange(GROUPS), keys)
     for groups in ([3, 9], [*range(10, GROUPS)], [0, 1, 2, *range(4, 9)]):
         part = np.array(groups)
@@ -91,9 +104,13 @@ def test_encoding_by_parts_is_encoding_at_once(name, code):
         torch.testing.assert_close(scores[1], scores[0], atol=1e-4, rtol=1e-4)
 
 
+@every_index
 def test_observing_by_parts_is_observing_at_once(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     whole, parts = fitted(name, code, keys, rank=8), make(name, code, rank=8)
+    if parts.wants_queries:
+        for some in SOME_QUERIES.split(37, dim=1):
+            parts.observe_queries(some)
     for part in keys.split(37):
         parts.observe(part)
     parts.fit()
@@ -102,6 +119,7 @@ def test_observing_by_parts_is_observing_at_once(name, code):
     assert torch.corrcoef(torch.stack(scores))[0, 1] > 0.99
 
 
+@every_index
 def test_fitting_the_same_keys_again_gives_the_same_scores(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     groups = np.arange(GROUPS)
@@ -111,6 +129,7 @@ def test_fitting_the_same_keys_again_gives_the_same_scores(name, code):
     assert torch.equal(first, second)
 
 
+@every_index
 def test_a_saved_state_scores_the_same(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     index, again = fitted(name, code, keys, rank=8), make(name, code, rank=8)
@@ -122,18 +141,21 @@ def test_a_saved_state_scores_the_same(name, code):
     assert torch.equal(again.score(query, groups, scaling=0.3), expected)
 
 
+@every_index
 def test_a_state_before_the_first_fit_is_one_too(name, code):
     again = make(name, code)
     again.load_state(make(name, code).state())
     assert not again.is_fitted
 
 
+@every_index
 def test_a_state_of_another_shape_is_refused(name, code):
     state = fitted(name, code, some_keys(), rank=8).state()
     with pytest.raises(CorruptStoreError):
         make(name, code, rank=8, groups=GROUPS + 1).load_state(state)
 
 
+@every_index
 def test_bytes_are_those_planned_and_those_held(name, code):
     index = fitted(name, code, some_keys(), rank=8)
     planned = INDEXES.get(name).plan_bytes(
@@ -143,6 +165,7 @@ def test_bytes_are_those_planned_and_those_held(name, code):
     assert bytes_reachable_from(index) == planned
 
 
+@every_index
 def test_sequences_that_share_groups_share_their_codes(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     index = fitted(name, code, keys)
@@ -152,6 +175,7 @@ def test_sequences_that_share_groups_share_their_codes(name, code):
     torch.testing.assert_close(index.score(query, ids[order], scaling=1.0), scores[order])
 
 
+@every_index
 def test_encoding_some_groups_leaves_the_others_alone(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     index = fitted(name, code, keys)
@@ -161,6 +185,7 @@ def test_encoding_some_groups_leaves_the_others_alone(name, code):
     assert torch.equal(index.score(query, others, scaling=1.0), before)
 
 
+@every_index
 def test_several_query_tokens_share_one_score_by_maximum(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 37, HEAD_DIM)
     index, groups = fitted(name, code, keys), np.arange(GROUPS)
@@ -171,6 +196,7 @@ def test_several_query_tokens_share_one_score_by_maximum(name, code):
     )
 
 
+@with_basis
 def test_a_basis_from_elsewhere_makes_a_fit_unnecessary(name, code):
     index = make(name, code)
     index.set_basis(torch.eye(DIM))
@@ -181,29 +207,71 @@ def test_a_basis_from_elsewhere_makes_a_fit_unnecessary(name, code):
     assert torch.corrcoef(torch.stack(both))[0, 1] > 0.98
 
 
+@with_basis
 def test_a_basis_of_another_shape_is_refused(name, code):
     with pytest.raises(ConfigError, match="projection must be"):
         make(name, code).set_basis(torch.zeros(DIM, DIM - 2))
 
 
+@pytest.mark.parametrize(("name", "code"), WITHOUT_BASIS)
+def test_a_basis_is_refused_where_none_is_taken(name, code):
+    with pytest.raises(ConfigError, match="projection must be left out"):
+        make(name, code).set_basis(torch.eye(DIM))
+
+
+@every_index
 def test_a_fit_of_nothing_is_refused(name, code):
     with pytest.raises(ConfigError, match="fit needs observed keys"):
         make(name, code).fit()
 
 
+@every_index
 @pytest.mark.parametrize("rank", [0, DIM + 2])
 def test_a_rank_outside_the_keys_is_refused(name, code, rank):
     with pytest.raises(ConfigError, match=rf"rank must be in \[1, {DIM}\], got {rank}"):
         make(name, code, rank=rank)
 
 
+@every_index
+def test_a_code_that_it_cannot_have_is_refused(name, code):
+    known = ", ".join(INDEXES.get(name).codes)
+    with pytest.raises(ConfigError, match=f"code must be one of {known} .*, got 'morse'"):
+        make(name, "morse")
+
+
+@every_index
+def test_the_ranks_that_a_plan_tries_can_be_made(name, code):
+    kind = INDEXES.get(name)
+    ranks = kind.ranks(GEOMETRY)
+    sizes = [
+        kind.plan_bytes(GEOMETRY, group_size=SIZE, num_groups=GROUPS, rank=rank, code=code)
+        for rank in ranks
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    for rank in ranks:
+        kind.check(GEOMETRY, rank=rank, code=code)
+
+
+@every_index
+def test_a_score_is_the_best_share_of_a_head(name, code):
+    keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
+    index, groups = fitted(name, code, keys), np.arange(GROUPS)
+    heads = index.score_heads(query, groups, scaling=0.25)
+    assert heads.shape == (GROUPS, HEADS)
+    scores = index.score(query, groups, scaling=0.25)
+    torch.testing.assert_close(reduce_heads(heads), scores, atol=0.02, rtol=0.01)
+
+
 def work_of(index: KeyIndex, keys: Tensor, query: Tensor) -> Iterator[tuple[str, object]]:
     groups = np.arange(len(keys) // SIZE)
+    if index.wants_queries:
+        yield "observe queries", lambda: index.observe_queries(query)
     yield "observe and fit", lambda: (index.observe(keys), index.fit())
     yield "encode", lambda: index.encode(groups, keys)
     yield "score", lambda: index.score(query, groups, scaling=1.0)
 
 
+@every_index
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "q_len"), [(8, 1), (3000, 1), (3000, 40)])
 def test_fitting_and_scoring_keep_to_their_workspace(name, code, dtype, groups, q_len):

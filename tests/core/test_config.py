@@ -142,3 +142,30 @@ def test_a_foreign_dict_is_refused():
 def test_replacing_a_field_validates_again():
     with pytest.raises(ConfigError, match="rank must be"):
         replace(cache(), rank=0)
+
+
+@pytest.mark.parametrize(
+    ("index", "parts"),
+    [
+        ("lowrank", ("lowrank", None, None)),
+        ("lowrank:64", ("lowrank", 64, None)),
+        ("lowrank+int8", ("lowrank", None, "int8")),
+        ("lowrank:64+rot4", ("lowrank", 64, "rot4")),
+    ],
+)
+def test_an_index_may_be_followed_by_rank_and_code(index, parts):
+    config = cache(index=index)
+    assert (config.index, config.rank, config.code) == parts
+    assert CacheConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("index", ["", "lowrank:", "lowrank:x", "lowrank+", "a b"])
+def test_an_index_that_cannot_be_read_is_refused(index):
+    with pytest.raises(ConfigError, match="index must be a name, or as in"):
+        cache(index=index)
+
+
+@pytest.mark.parametrize("named", [{"rank": 32}, {"code": "int8"}])
+def test_an_index_and_a_field_that_disagree_are_refused(named):
+    with pytest.raises(ConfigError, match="must be the index's"):
+        cache(index="lowrank:64+rot4", **named)

@@ -157,6 +157,7 @@ class LayerCache:
         for row, given in enumerate(rows):
             if given.query.shape[1] == 0:
                 continue
+            self._session.observe_queries(self.layer_idx, given.query)
             groups = batch.flushed_groups(self.layer_idx, row)
             # Nothing is selected in a prefill: the slots' memory serves to read in.
             lent = self._session.residence.lent

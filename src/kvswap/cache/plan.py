@@ -5,7 +5,8 @@ The rules, in order:
 1. Group size: the smallest power of two, at least 4 tokens, whose record fills a block.
 2. A budget that holds every group keeps every group; nothing is estimated then.
 3. Otherwise the index takes the best of its candidates that fits half of what the fixed
-   parts leave: a quarter, an eighth, ... of the key's length (at most 128), in 4 bits.
+   parts leave (`KeyIndex.ranks`: by default a quarter, an eighth, ... of the key's length, at
+   most 128), in the first of its codes: 4 bits.
 4. Selected tokens: 1/64 of the context, in [448, 2048], halved as far as 128 while slots
    for them do not fit.
 5. Of the rest, staging buffers grow to 1/32 of the budget each, at most 8 MiB; what is left
@@ -27,8 +28,6 @@ from kvswap.kernels.slots import split_bytes
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES
 
-_MAX_RANK = 128
-_MIN_RANK = 8
 _STAGING_BYTES = 8 * 2**20
 _LEAST_STAGING_ROWS = 4
 _LEAST_TOKENS = 128
@@ -161,8 +160,8 @@ class _Shape:
         self.context_groups = ceil_div(max_context, size)
         self.num_groups = self.context_groups * batch_size
         self.all_slots = self.num_groups
-        self.code = config.code or "rot4"
         self.index = INDEXES.get(config.index)
+        self.code = config.code or self.index.codes[0]
         self.most_staging = max(
             _LEAST_STAGING_ROWS,
             min(_STAGING_BYTES // self.layout.record_bytes, self.num_groups),
@@ -171,9 +170,8 @@ class _Shape:
 
     def _check(self) -> None:
         config, size = self.config, self.layout.group_size
-        if config.rank is not None and config.rank > self.geometry.key_dim:
-            dim = self.geometry.key_dim
-            raise ConfigError(f"rank must be in [1, {dim}], got {config.rank}")
+        for rank in self.ranks():
+            self.index.check(self.geometry, rank=rank, code=self.code)
         pinned = ceil_div(config.sink_tokens, size) + ceil_div(config.recent_tokens, size)
         chosen = self.budgets()[-1]
         if config.budget_tokens is not None and chosen < min(pinned, self.context_groups):
@@ -221,12 +219,7 @@ class _Shape:
         """Candidate ranks, best first."""
         if self.config.rank is not None:
             return [self.config.rank]
-        dim = self.geometry.key_dim
-        top = max(min(_MIN_RANK, dim), min(_MAX_RANK, dim // 4))
-        ranks = [max(1, top // 2 * 2)]
-        while ranks[-1] // 2 >= _MIN_RANK:
-            ranks.append(ranks[-1] // 2 // 2 * 2)
-        return ranks
+        return list(self.index.ranks(self.geometry))
 
     def budgets(self) -> list[int]:
         """Candidate numbers of selected groups, largest first."""

@@ -275,6 +275,8 @@ class CacheSession:
         self.sequences.drop(batch)
         if not list(self.sequences):
             self.fitter.fitted_tokens = 0
+            for index in self.indexes:
+                index.forget_queries()
 
     def select_rows(self, batch: SequenceBatch, rows: np.ndarray) -> None:
         """Make row i of a batch a reference to what row ``rows[i]`` was."""
@@ -372,6 +374,12 @@ class CacheSession:
     def index_ready(self) -> bool:
         """Whether flushed groups are to be encoded at once."""
         return bool(self.indexes) and self.indexes[0].is_fitted
+
+    def observe_queries(self, layer_idx: int, query: Tensor) -> None:
+        """Show a prefill's queries [num_heads, q_len, head_dim] to an index that wants them."""
+        if self.indexes and self.indexes[layer_idx].wants_queries:
+            index = self.indexes[layer_idx]
+            index.observe_queries(query.to(index.device))
 
     def is_to_predict(self, layer_idx: int) -> bool:
         """Whether a layer's query is to be estimated in this step; called once in it."""

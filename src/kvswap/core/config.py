@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -138,7 +139,8 @@ class CacheConfig:
     sink_tokens, recent_tokens : int
         Always in the working set.
     index, selector : str
-        Names in the registries of key indexes and selectors.
+        Names in the registries of key indexes and selectors. An index may be followed by its
+        rank and its code: "lowrank:64+rot4".
     correct_prediction : bool
         Let each layer's real query correct what was predicted for it: what was foreseen is
         read while the layer before computes, what was not is read when the query is known.
@@ -190,6 +192,7 @@ class CacheConfig:
     on_progress: Progress | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._read_index()
         object.__setattr__(self, "kv_memory", parse_bytes(self.kv_memory, field="kv_memory"))
         if not isinstance(self.storage, StorageConfig):
             raise ConfigError(f"storage must be a StorageConfig, got {self.storage!r}")
@@ -216,6 +219,29 @@ class CacheConfig:
         self._check_what_is_chosen()
         if self.projection is not None:
             object.__setattr__(self, "projection", str(self.projection))
+
+    def _read_index(self) -> None:
+        """Take rank and code out of an index that is followed by them."""
+        if not isinstance(self.index, str):
+            return
+        form = re.fullmatch(r"(\w+)(?::(\d+))?(?:\+(\w+))?", self.index)
+        if form is None:
+            raise ConfigError(
+                f"index must be a name, or as in 'lowrank:64+rot4' with rank and code,"
+                f" got {self.index!r}"
+            )
+        name, rank, code = form.groups()
+        named = {"rank": None if rank is None else int(rank), "code": code}
+        for field_name, value in named.items():
+            if value is None:
+                continue
+            if getattr(self, field_name) not in (None, value):
+                raise ConfigError(
+                    f"{field_name} must be the index's ({self.index}), got"
+                    f" {getattr(self, field_name)!r}"
+                )
+            object.__setattr__(self, field_name, value)
+        object.__setattr__(self, "index", name)
 
     def _check_what_is_chosen(self) -> None:
         _share("recall_floor", self.recall_floor)

@@ -12,6 +12,7 @@ from kvswap.core.errors import ConfigError
 from kvswap.hf.cache import KVSwapCache
 from kvswap.hf.geometry import ModelShape, fingerprint, read_shape, stock_layers
 from kvswap.kernels.accelerator import accelerator_of
+from kvswap.predict import INDEXES
 from kvswap.predict.projection import Projection
 
 
@@ -90,6 +91,8 @@ def _with_projection(model: PreTrainedModel, shape: ModelShape, config: CacheCon
     """Take the rank from a calibrated projection, after checking whose it is."""
     if config.projection is None:
         return config
+    if not INDEXES.get(config.index).takes_basis:
+        raise ConfigError(f"projection must be left out for the {config.index} index")
     projection = Projection.load(config.projection)
     if projection.fingerprint != fingerprint(model):
         raise ConfigError(f"projection was calibrated for another model: {config.projection}")

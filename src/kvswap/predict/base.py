@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kvswap.core.errors import ConfigError
 from kvswap.core.geometry import KVGeometry
 from kvswap.core.registry import Registry
 from kvswap.kernels.accelerator import Accelerator
+from kvswap.kernels.codes import CODES
+from kvswap.kernels.scores import reduce_heads
+
+_MAX_RANK, _MIN_RANK = 128, 8
 
 
 class KeyIndex(ABC):
     """What stays in memory for every group of one layer, only to estimate attention.
 
     Codes are kept by group id, so sequences that share groups share their codes. The life
-    of an index: `observe` some keys, `fit`, `encode` every group, then `score`.
+    of an index: `observe_queries` as they come in a prefill, `observe` some keys, `fit`,
+    `encode` every group, then `score`.
 
     Parameters
     ----------
@@ -29,25 +35,61 @@ class KeyIndex(ABC):
     num_groups : int
         Group ids are below this.
     rank : int
-        Coefficients of a token.
+        Coefficients of a token (or of a group, where it keeps one vector a group), over all
+        KV heads.
     code : str
         How they are stored.
 
     Attributes
     ----------
+    codes : tuple of str
+        Those it can be combined with, the default first.
+    scores_tokens : bool
+        Whether every token is scored, so that with all coefficients scores follow the exact
+        ones; else a few vectors stand for a group.
+    takes_basis : bool
+        Whether `set_basis` can take the place of a fit.
+    wants_queries : bool
+        Whether its fit looks at queries too (`observe_queries`).
     serves_device : bool
         Whether it can lie on an accelerator (`move`); else it stays on the host.
     device : torch.device
         Where it lies: keys and queries are brought there, scores are given there.
     """
 
-    serves_device = False
+    codes: ClassVar[tuple[str, ...]] = ("rot4", "int8", "bf16")
+    scores_tokens: ClassVar[bool] = True
+    takes_basis: ClassVar[bool] = False
+    wants_queries: ClassVar[bool] = False
+    serves_device: ClassVar[bool] = False
     device = torch.device("cpu")
 
     @abstractmethod
     def __init__(
         self, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
     ) -> None: ...
+
+    @classmethod
+    def ranks(cls, geometry: KVGeometry) -> tuple[int, ...]:
+        """Return the ranks that a plan tries, best first; the last is the least that works.
+
+        By default a quarter, an eighth, ... of the key's length, at most 128.
+        """
+        rank = max(min(_MIN_RANK, geometry.key_dim), min(_MAX_RANK, geometry.key_dim // 4))
+        ranks = [max(1, rank // 2 * 2)]
+        while ranks[-1] // 2 >= _MIN_RANK:
+            ranks.append(ranks[-1] // 2 // 2 * 2)
+        return tuple(ranks)
+
+    @classmethod
+    def check(cls, geometry: KVGeometry, *, rank: int, code: str) -> None:
+        """Raise `ConfigError` where an index of this kind cannot have this rank and code."""
+        if not 1 <= rank <= geometry.key_dim:
+            raise ConfigError(f"rank must be in [1, {geometry.key_dim}], got {rank}")
+        if code not in cls.codes:
+            known = ", ".join(cls.codes)
+            raise ConfigError(f"code must be one of {known} for this index, got {code!r}")
+        CODES[code](rank)
 
     @classmethod
     @abstractmethod
@@ -81,13 +123,32 @@ class KeyIndex(ABC):
     def observe(self, keys: Tensor) -> None:
         """Take keys [num_tokens, num_kv_heads * head_dim] into the fit."""
 
+    def observe_queries(self, query: Tensor) -> None:
+        """Take queries [num_heads, q_len, head_dim], after RoPE, into the fit.
+
+        Called in a prefill, where ``wants_queries``. They are kept for every later fit, until
+        `forget_queries`.
+        """
+        raise NotImplementedError("an index whose wants_queries is True defines it")
+
+    def forget_queries(self) -> None:
+        """Forget the queries observed, where ``wants_queries``: what they were of is gone."""
+        if self.wants_queries:
+            raise NotImplementedError("an index whose wants_queries is True defines it")
+
     @abstractmethod
     def fit(self) -> None:
         """Fit to all keys observed since the last fit."""
 
-    @abstractmethod
     def set_basis(self, basis: Tensor) -> None:
-        """Use a projection [num_kv_heads * head_dim, rank] made elsewhere instead of a fit."""
+        """Use a projection [num_kv_heads * head_dim, rank] made elsewhere instead of a fit.
+
+        Raises
+        ------
+        ConfigError
+            If this index takes none, or one of another shape.
+        """
+        raise ConfigError("projection must be left out for this index, which takes none")
 
     @abstractmethod
     def encode(self, groups: np.ndarray, keys: Tensor) -> None:
@@ -102,6 +163,23 @@ class KeyIndex(ABC):
         """
 
     @abstractmethod
+    def score_heads(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+        """Estimate each query head's best dot product with a key of each group.
+
+        Parameters
+        ----------
+        query : Tensor [num_heads, 1, head_dim]
+            One token, after RoPE.
+        groups : ndarray [n], int64
+            Group ids of one sequence, in order.
+        scaling : float
+            Factor on the dot products.
+
+        Returns
+        -------
+        Tensor [n, num_heads], float32
+        """
+
     def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
         """Estimate how much attention each group will receive.
 
@@ -120,6 +198,12 @@ class KeyIndex(ABC):
             Logarithm of the largest share of a query head's attention that a group is expected
             to receive: higher matters more.
         """
+        best: Tensor | None = None
+        for token in query.split(1, dim=1):
+            scores = reduce_heads(self.score_heads(token, groups, scaling=scaling))
+            best = scores if best is None else torch.maximum(best, scores)
+        assert best is not None, "a query has a token"
+        return best
 
     def score_best(
         self,

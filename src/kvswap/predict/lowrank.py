@@ -42,13 +42,13 @@ _WIDE_TOKENS = 512  # tokens held in float32 at once while fitting and encoding
 class LowRankIndex(KeyIndex):
     """One layer's low-rank index; see `KeyIndex` and the module's head."""
 
+    takes_basis = True
     serves_device = True
 
     def __init__(
         self, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
     ) -> None:
-        if not 1 <= rank <= geometry.key_dim:
-            raise ConfigError(f"rank must be in [1, {geometry.key_dim}], got {rank}")
+        self.check(geometry, rank=rank, code=code)
         self._geometry = geometry
         self._group_size = group_size
         self._code = CODES[code](rank)
@@ -168,6 +168,10 @@ class LowRankIndex(KeyIndex):
     def _tokens_of(self, groups: np.ndarray) -> Tensor:
         tokens = groups[:, None] * self._group_size + np.arange(self._group_size)
         return torch.from_numpy(tokens.reshape(-1))
+
+    def score_heads(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+        """Score each query head against every token; see `KeyIndex.score_heads`."""
+        return self._score_groups((self._project(query) * scaling).flatten(0, 1), groups)
 
     def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
         """Score each query head against every token; see `KeyIndex.score`."""
