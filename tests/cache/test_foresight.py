@@ -43,6 +43,15 @@ def test_both_are_tried_again_when_the_device_changes():
     assert predicted_steps(foresight, 3 * CYCLE, cost_s=1.0, stall_s=2.0) > 500
 
 
+def test_a_layers_head_groups_are_one_step_of_it():
+    whole, split = Foresight(1), Foresight(1)
+    for _ in range(CYCLE):
+        assert whole.is_worth_it(0) == split.is_worth_it(0)
+        whole.learn(0, 0.03)
+        for stall_s, is_last in ((0.01, False), (0.02, True)):
+            split.learn(0, stall_s, is_last=is_last)
+
+
 def test_layers_learn_on_their_own():
     foresight = Foresight(2)
     predicted_steps(foresight, 20, cost_s=2.0, stall_s=1.0)

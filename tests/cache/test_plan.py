@@ -41,6 +41,7 @@ fixed = st.fixed_dictionaries(
         "rank": st.sampled_from([2, 8]),
         "code": st.sampled_from(["bf16", "int8", "rot4"]),
         "on_device": st.just(True),
+        "head_groups": st.just("all"),
     },
 )
 shapes = st.tuples(geometries, fixed, st.integers(1, 4), st.integers(1, 70_000))
@@ -48,6 +49,8 @@ shapes = st.tuples(geometries, fixed, st.integers(1, 4), st.integers(1, 70_000))
 
 def plan(geometry: KVGeometry, budget: int, rows: int, context: int, **fields) -> CachePlan:
     on_device = fields.pop("on_device", False)
+    if fields.get("head_groups") == "all":
+        fields["head_groups"] = geometry.num_kv_heads
     config = CacheConfig(kv_memory=budget, storage=STORAGE, **fields)
     return plan_cache(geometry, config, batch_size=rows, max_context=context, on_device=on_device)
 

@@ -54,6 +54,8 @@ BAD_CACHE = [
     ("sink_tokens", -1, "must be an integer of at least 0, got -1"),
     ("sink_tokens", None, "must be an integer of at least 0, got None"),
     ("recent_tokens", "32", "must be an integer of at least 0, got '32'"),
+    ("head_groups", 0, "must be an integer of at least 1, got 0"),
+    ("head_groups", None, "must be an integer of at least 1, got None"),
     ("prefill_chunk", 0, "must be an integer of at least 1, got 0"),
     ("prefill_chunk", None, "must be an integer of at least 1, got None"),
     ("recall_every", -1, "must be an integer of at least 0, got -1"),
@@ -103,6 +105,7 @@ settings = st.fixed_dictionaries(
         "group_size": st.sampled_from([1, 2, 4, 64, 256]),
         "budget_tokens": st.integers(1, 4096),
         "num_slots": st.integers(1, 4096),
+        "head_groups": st.integers(1, 64),
         "sink_tokens": st.integers(0, 64),
         "recent_tokens": st.integers(0, 64),
         "rank": st.integers(1, 256),
@@ -118,10 +121,19 @@ settings = st.fixed_dictionaries(
 
 @given(settings, st.booleans(), st.one_of(st.none(), st.integers(1, 2**40)))
 def test_a_config_survives_json(fields, keep, limit):
+    if "projection" in fields:
+        fields.pop("head_groups", None)  # refused together
     config = cache(storage=storage(keep=keep, disk_limit=limit), **fields)
     again = CacheConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert again.kv_memory_bytes == config.kv_memory_bytes
+
+
+def test_a_projection_of_all_heads_and_head_groups_are_refused_together():
+    law = "projection must be left out with several head_groups"
+    with pytest.raises(ConfigError, match=law):
+        cache(projection="a.safetensors", head_groups=2)
+    assert cache(projection="a.safetensors", head_groups=1).head_groups == 1
 
 
 def test_the_progress_callback_is_neither_compared_nor_saved():

@@ -20,6 +20,7 @@ CONFIGS = {
     "fewest slots": FEWEST_SLOTS,
     "int8": {**SMALL, "code": "int8"},
     "bf16": {**SMALL, "code": "bf16", "num_slots": 9},
+    "head groups": {**SMALL, "head_groups": 2},
     "three rows": {**SMALL, "max_batch": 3},
     "kept": {**SMALL, "keep": True},
     "planned by the library": {"max_context": 512, "kv_memory": "1MiB"},

@@ -38,6 +38,8 @@ class ReplaySelector(TopKSelector):
     """
 
     num_layers: int
+    """Of the cache: each head group of a model's layer is one."""
+    head_groups: int = 1
     watch: LayerWatch
     foresees: bool
     """Prediction is right; else it is what `foretell` says."""
@@ -59,7 +61,7 @@ class ReplaySelector(TopKSelector):
 
     def _chosen(self, layer_idx: int) -> np.ndarray:
         """Return what this call selects besides what is pinned."""
-        is_real = layer_idx == self.watch.layer_idx
+        is_real = layer_idx // self.head_groups == self.watch.layer_idx
         if not is_real and layer_idx in self._foretold:  # the real query was never asked for
             self._steps[layer_idx] += 1
             self._foretold.pop(layer_idx)
@@ -136,7 +138,8 @@ class TraceSelector(ReplaySelector):
     """Follows selections recorded on a trained model, estimated queries' included.
 
     The first layer follows the trace's first; the others cycle over its other layers, turn
-    after turn shifted by some steps, so that no two layers read the same groups at once.
+    after turn shifted by some steps, so that no two layers read the same groups at once. So are
+    a layer's head groups.
     """
 
     trace: Trace
@@ -162,8 +165,10 @@ class TraceSelector(ReplaySelector):
     def _source(self, layer_idx: int, step: int) -> tuple[int, int]:
         """Return the step and the layer of the trace to follow."""
         steps, layers, _ = self.trace.groups.shape
-        turn, place = (layer_idx, 0) if layers == 1 else divmod(max(0, layer_idx - 1), layers - 1)
-        return (step + 17 * turn) % steps, place + 1 if layer_idx and layers > 1 else 0
+        layer, part = divmod(layer_idx, self.head_groups)
+        turn, place = (layer, 0) if layers == 1 else divmod(max(0, layer - 1), layers - 1)
+        shift = 17 * turn + 29 * part
+        return (step + shift) % steps, place + 1 if layer and layers > 1 else 0
 
     def _placed(
         self, recorded: np.ndarray, at: tuple[int, int], is_free: np.ndarray, count: int
@@ -183,7 +188,12 @@ class TraceSelector(ReplaySelector):
 
 
 def register_replay(
-    model: PreTrainedModel, *, source: str, foresees: bool = False, seed: int = 0
+    model: PreTrainedModel,
+    *,
+    source: str,
+    foresees: bool = False,
+    seed: int = 0,
+    head_groups: int = 1,
 ) -> str:
     """Register a selector for one cache of a model and return its name.
 
@@ -199,10 +209,13 @@ def register_replay(
         rate it foresees nothing: every miss is read late.
     seed : int
         Of the stated reuse.
+    head_groups : int
+        The cache's.
     """
     if source == "topk":
         return source
-    fields: dict[str, object] = {"num_layers": read_shape(model).geometry.num_layers}
+    num_layers = read_shape(model).geometry.split(head_groups).num_layers
+    fields: dict[str, object] = {"num_layers": num_layers, "head_groups": head_groups}
     kind: type[ReplaySelector]
     if Path(source).suffix == ".npz":
         kind, fields["trace"] = TraceSelector, Trace.load(source)
@@ -236,6 +249,12 @@ def replay_config(
     """
     storage = StorageConfig(directories=[directory], device_model=given.pop("device_model", None))
     full_bytes = args.context * read_shape(model).geometry.token_bytes
-    selector = register_replay(model, source=args.selection, foresees=args.foresees, seed=args.seed)
+    selector = register_replay(
+        model,
+        source=args.selection,
+        foresees=args.foresees,
+        seed=args.seed,
+        head_groups=given.get("head_groups", 1),
+    )
     fields = {"kv_memory": int(full_bytes * args.share), "max_context": args.context + 512}
     return CacheConfig(selector=selector, storage=storage, **(fields | given))

@@ -206,7 +206,8 @@ def synthetic_context(
 
 def fill(cache: KVSwapCache, num_tokens: int, *, seed: int) -> None:
     """Store a synthetic context in an empty cache of one sequence, and fit its index."""
-    refile(cache, synthetic_context(cache.session.geometry, num_tokens, seed=seed), num_tokens)
+    geometry = cache.session.heads.geometry
+    refile(cache, synthetic_context(geometry, num_tokens, seed=seed), num_tokens)
 
 
 def refile(
@@ -230,7 +231,8 @@ def refile(
     session.begin_forward(batch, num_tokens, is_prefill=True)
     for layer_idx, keys, values in context:
         keys, values = keys.to(session.device), values.to(session.device)
-        session.layers[layer_idx].append(batch, [RowInput(keys, keys, values, None)])
-        batch.note_columns(layer_idx, None, num_tokens)
+        for at, (own_keys, own_values) in session.heads.split(layer_idx, [keys, values]):
+            session.layers[at].append(batch, [RowInput(own_keys, own_keys, own_values, None)])
+            batch.note_columns(at, None, num_tokens)
     session.end_forward(batch, num_tokens)
     cache.end_prefill()

@@ -17,6 +17,7 @@ class Foresight:
     Parameters
     ----------
     num_layers : int
+        Of the model: a layer's head groups are predicted together.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -35,10 +36,15 @@ class Foresight:
         """Note what the prediction for a layer took in this step."""
         self._spent[layer_idx][1] += seconds
 
-    def learn(self, layer_idx: int, stall_s: float) -> None:
-        """Note how long a layer waited for its reads; called once a step."""
+    def learn(self, layer_idx: int, stall_s: float, *, is_last: bool = True) -> None:
+        """Note how long a layer waited for its reads.
+
+        Called once a step, or once for each of its head groups; ``is_last`` ends the step.
+        """
         turn, spent = self._turn[layer_idx], self._spent[layer_idx]
         spent[self.is_worth_it(layer_idx)] += stall_s
+        if not is_last:
+            return
         turn += 1
         if turn == _WARM_STEPS:
             spent[:] = [0.0, 0.0]

@@ -1,6 +1,6 @@
 """From a budget and a geometry to the sizes of everything kept in memory.
 
-The rules, in order:
+The rules, in order; where heads are split into groups, each group of a layer is a layer:
 
 1. Group size: the smallest power of two, at least 4 tokens, whose record fills a block.
 2. A budget that holds every group keeps every group; nothing is estimated then.
@@ -110,7 +110,7 @@ def plan_cache(
     Parameters
     ----------
     geometry : KVGeometry
-        Shape of the model's cache.
+        Shape of the model's cache, its heads not yet split into groups.
     config : CacheConfig
         The budget, and whatever the user fixed.
     batch_size : int
@@ -128,6 +128,8 @@ def plan_cache(
     ------
     BudgetError
         If the budget is too small; it names the smallest that works.
+    ConfigError
+        If the KV heads cannot be split into the head groups asked for.
     """
     kind = _DeviceShape if on_device else _Shape
     shape = kind(geometry, config, batch_size, max_context)
@@ -152,6 +154,7 @@ class _Shape:
     def __init__(
         self, geometry: KVGeometry, config: CacheConfig, batch_size: int, max_context: int
     ) -> None:
+        geometry = geometry.split(config.head_groups)
         block = config.storage.block_size_bytes
         size = config.group_size or default_group_size(geometry, block)
         self.geometry, self.config = geometry, config

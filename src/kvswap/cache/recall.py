@@ -55,8 +55,8 @@ class RecallSampler:
         worst, floor = min(shares, default=1.0), self._session.config.recall_floor
         if worst < floor:
             warnings.warn(
-                f"the selection of layer {layer_idx} covers {worst:.2f} of the attention, below"
-                f" recall_floor={floor}: raise kv_memory or budget_tokens",
+                f"the selection of {self._session.heads.name(layer_idx)} covers {worst:.2f} of the"
+                f" attention, below recall_floor={floor}: raise kv_memory or budget_tokens",
                 RuntimeWarning,
                 stacklevel=2,
             )

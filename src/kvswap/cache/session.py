@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvswap.cache.fit import IndexFitter
 from kvswap.cache.foresight import Foresight
+from kvswap.cache.heads import HeadGroups
 from kvswap.cache.layer import LayerCache
 from kvswap.cache.plan import CachePlan, plan_cache
 from kvswap.cache.prefetch import Pending, Prefetcher
@@ -71,6 +72,17 @@ class CacheSession:
     ConfigError, StoreError
         If the store cannot be made.
 
+    Attributes
+    ----------
+    geometry : KVGeometry
+        Shape of what it keeps: each head group of a model's layer is a layer here, and
+        ``layer_idx`` means one of these but where a model's layer is said.
+    heads : HeadGroups
+        Which those are.
+    layers : list of LayerCache
+    model_layers : list of LayerCache or SplitLayer
+        By the model's layers on disk.
+
     Notes
     -----
     Memory is taken at the first forward, when the batch is known. Not thread-safe: one
@@ -86,14 +98,17 @@ class CacheSession:
         accelerator: Accelerator | None = None,
         store: BlockStore | None = None,
     ) -> None:
-        self.geometry, self.config, self.max_context = geometry, config, max_context
+        self.heads = HeadGroups(geometry, config.head_groups)
+        self.geometry = geometry.split(config.head_groups)
+        self.config, self.max_context = config, max_context
         self.accelerator = accelerator
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
         SELECTORS.get(config.selector)  # an unknown name is said now, not at the first forward
         self.plan = self._plan_for(config.max_batch or 1)
         self.layout = self.plan.layout
         self.counters = CacheStats()
-        self.layers = [LayerCache(self, i) for i in range(geometry.num_layers)]
+        self.layers = [LayerCache(self, i) for i in range(self.geometry.num_layers)]
+        self.model_layers = self.heads.joined(self)
         self.is_selecting = False
         self.is_allocated = False
         self.prefill_total = 0  # tokens that a prefill will have stored; 0 while unknown
@@ -109,7 +124,7 @@ class CacheSession:
 
     def _plan_for(self, batch_size: int) -> CachePlan:
         return plan_cache(
-            self.geometry,
+            self.heads.geometry,
             self.config,
             batch_size=batch_size,
             max_context=self.max_context,
@@ -382,14 +397,14 @@ class CacheSession:
             index.observe_queries(query.to(index.device))
 
     def is_to_predict(self, layer_idx: int) -> bool:
-        """Whether a layer's query is to be estimated in this step; called once in it."""
+        """Whether a model's layer's query is to be estimated in this step; called once in it."""
         if not self.config.correct_prediction:
             return True
         return self.foresight.is_worth_it(layer_idx)
 
     @contextmanager
     def predicting(self, layer_idx: int) -> Iterator[None]:
-        """Count the time of a prediction against what it saves."""
+        """Count the time of a prediction for a model's layer against what it saves."""
         begin = time.perf_counter()
         yield
         self.foresight.spend(layer_idx, time.perf_counter() - begin)
@@ -438,7 +453,8 @@ class CacheSession:
     def attended(self, pending: Pending) -> None:
         """Learn from a layer that has waited for its groups; its selection is done with."""
         self._pending.pop(pending.layer_idx, None)
-        self.foresight.learn(pending.layer_idx, pending.stall_s)
+        layer_idx, part = divmod(pending.layer_idx, self.heads.count)
+        self.foresight.learn(layer_idx, pending.stall_s, is_last=part == self.heads.count - 1)
 
     # -- life -----------------------------------------------------------------------------
 

@@ -136,6 +136,10 @@ class CacheConfig:
         Tokens selected a layer and step, sink and recent tokens included.
     num_slots : int, optional
         Groups each layer can hold in memory.
+    head_groups : int
+        Parts that each layer's KV heads are split into, of consecutive heads. Each has records,
+        slots and an index of its own, and selects for itself; what else is stated a layer then
+        holds for each of them. Must divide the model's KV heads.
     sink_tokens, recent_tokens : int
         Always in the working set.
     index, selector : str
@@ -151,11 +155,12 @@ class CacheConfig:
         behind those that were unless some query head is expected to give it this part of an
         even share among the selected groups. 0 selects what scores best, whatever it costs.
     rank : int, optional
-        Coefficients kept of a token's key, over all KV heads.
+        Coefficients kept of a token's key, over all KV heads of a head group.
     code : {"bf16", "int8", "rot4"}, optional
         How a coefficient is stored.
     projection : path, optional
-        A calibrated projection (`kvswap calibrate`). Default: fitted to the prompt's keys.
+        A calibrated projection (`kvswap calibrate`), for one head group. Default: fitted to the
+        prompt's keys.
     prefill_chunk : int
         Tokens a prefill forward handles at once.
     exact_append : bool
@@ -176,6 +181,7 @@ class CacheConfig:
     group_size: int | None = None
     budget_tokens: int | None = None
     num_slots: int | None = None
+    head_groups: int = 1
     sink_tokens: int = 4
     recent_tokens: int = 32
     index: str = "lowrank"
@@ -209,6 +215,7 @@ class CacheConfig:
         for name in ("sink_tokens", "recent_tokens", "recall_every"):
             _at_least(name, getattr(self, name), 0)
         _at_least("prefill_chunk", self.prefill_chunk, 1)
+        _at_least("head_groups", self.head_groups, 1)
         _one_of("correct_prediction", self.correct_prediction, (True, False))
         _one_of("exact_append", self.exact_append, (True, False))
         size = self.group_size
@@ -218,6 +225,11 @@ class CacheConfig:
             _one_of("code", self.code, CODES)
         self._check_what_is_chosen()
         if self.projection is not None:
+            if self.head_groups > 1:
+                raise ConfigError(
+                    "projection must be left out with several head_groups, as it joins all KV"
+                    f" heads, got {str(self.projection)!r} with head_groups={self.head_groups}"
+                )
             object.__setattr__(self, "projection", str(self.projection))
 
     def _read_index(self) -> None:

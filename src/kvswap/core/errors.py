@@ -69,6 +69,7 @@ class StoreError(KVSwapError):
     record_ids : tuple of int
         Records that the failed request was to move, where it was one of records.
     layer_idx : int or None
+        Among the layers on disk; each head group of a layer counts as one.
     groups : tuple of int
         Whose records they are, where a cache asked for them.
     """

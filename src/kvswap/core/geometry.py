@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvswap.core.errors import ConfigError
@@ -18,7 +18,8 @@ class KVGeometry:
     Parameters
     ----------
     num_layers : int
-        Layers whose cache is on disk (full attention only).
+        Layers whose cache is on disk (full attention only); with heads that are split into
+        groups, each group of a layer is a layer (`split`).
     num_heads, num_kv_heads : int
         Query heads, and the heads they share keys and values of.
     head_dim : int
@@ -60,6 +61,26 @@ class KVGeometry:
         """Bytes of one token's keys and values in all layers."""
         return self.num_layers * self.layer_token_bytes
 
+    def split(self, head_groups: int) -> KVGeometry:
+        """Return the geometry in which each head group of a layer is a layer of its own.
+
+        Raises
+        ------
+        ConfigError
+            If the KV heads cannot be split into so many groups of the same size.
+        """
+        if head_groups < 1 or self.num_kv_heads % head_groups:
+            raise ConfigError(
+                f"head_groups must divide the model's {self.num_kv_heads} KV heads,"
+                f" got {head_groups}"
+            )
+        return replace(
+            self,
+            num_layers=self.num_layers * head_groups,
+            num_heads=self.num_heads // head_groups,
+            num_kv_heads=self.num_kv_heads // head_groups,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""
         return asdict(self)
@@ -72,7 +93,7 @@ class RecordLayout:
     Parameters
     ----------
     geometry : KVGeometry
-        Shape of the model's cache.
+        Shape of the cache, each head group of a layer being a layer.
     group_size : int
         Tokens in a group.
     block_size_bytes : int

@@ -179,14 +179,12 @@ class Forwards:
         """Select as soon as a layer's query is known, while its keys are still being made."""
         if self._armed != layer_idx or not self._selects(layer_idx):
             return
-        disk_idx = self.disk.index(layer_idx)
-        if not self.session.is_selected(disk_idx):
-            self.session.select_ahead(
-                self._rows(),
-                disk_idx,
-                self._by_row(estimator.finish(output, self._positions)),
-                scaling=self._scaling(layer_idx),
-            )
+        disk_idx, heads = self.disk.index(layer_idx), self.session.heads
+        if not self.session.is_selected(heads.first(disk_idx)):
+            query = self._by_row(estimator.finish(output, self._positions))
+            scaling = self._scaling(layer_idx)
+            for at, part in heads.split(disk_idx, query):
+                self.session.select_ahead(self._rows(), at, part, scaling=scaling)
 
     @counted
     def attention_added(self, layer_idx: int, residual: Tensor) -> None:
@@ -201,7 +199,9 @@ class Forwards:
             return
         with self.session.predicting(disk_idx):
             query = self._by_row(estimator.estimate(residual, self._positions))
-            self.session.predict(self._rows(), disk_idx, query, scaling=self._scaling(following))
+            scaling = self._scaling(following)
+            for at, part in self.session.heads.split(disk_idx, query):
+                self.session.predict(self._rows(), at, part, scaling=scaling)
 
     def _selects(self, layer_idx: int) -> bool:
         return (
@@ -278,7 +278,7 @@ class Forwards:
                 "the cache is not attached to the model that uses it: call"
                 " kvswap.attach(model, ...) and pass past_key_values to that model"
             )
-        geometry = self.session.geometry
+        geometry = self.session.heads.geometry
         expected = (geometry.num_kv_heads, geometry.head_dim)
         for given in (keys, values):
             found = (given.shape[1], given.shape[3])
@@ -310,10 +310,11 @@ class Forwards:
         self._waiting = None
         batch = self._rows()
         real = self._real(mask)
-        past = int(batch.columns[layer.disk_idx])
+        past = int(batch.columns[self.session.heads.first(layer.disk_idx)])
         if real is None and batch.padding is not None and batch.padding.shape[1] > past:
             real = batch.padding[:, past:]
-        out = self.session.layers[layer.disk_idx].attend(batch, query, *staged, real, params)
+        over = self.session.model_layers[layer.disk_idx]
+        out = over.attend(batch, query, *staged, real, params)
         if layer.disk_idx == len(self.disk) - 1:
             self.session.end_forward(batch, self._q_len)
         return out

@@ -34,7 +34,7 @@ def save(
     session.records.drain()
     tables = session.state() | {f"{_BATCH}{k}": v for k, v in batch.state().items()}
     meta = {
-        "geometry": session.geometry.to_dict(),
+        "geometry": session.heads.geometry.to_dict(),
         "max_context": session.max_context,
         "batch_size": session.plan.batch_size,
         "rank": session.plan.rank,
@@ -86,6 +86,13 @@ def _build(
         session = CacheSession(
             geometry, config, max_context=meta["max_context"], accelerator=accelerator, store=store
         )
+        if session.layout != store.layout:  # head_groups or group_size, changed since
+            raise CorruptStoreError(
+                directory,
+                "configuration of the records",
+                expected=store.layout.to_dict(),
+                found=session.layout.to_dict(),
+            )
         session.allocate(meta["batch_size"])
         state = {
             name.removeprefix(_BATCH): table

@@ -29,7 +29,7 @@ class KeyIndex(ABC):
     Parameters
     ----------
     geometry : KVGeometry
-        Shape of the cache.
+        Shape of the cache, each head group of a model's layer being a layer.
     group_size : int
         Tokens of a group.
     num_groups : int
@@ -267,7 +267,7 @@ class Selector(ABC):
         ----------
         scores : Tensor [num_groups], float32
         layer_idx : int
-            Among the layers on disk.
+            Among the layers on disk; each head group of a layer counts as one.
         budget_groups : int
             Most groups to return, pinned ones included; fewer than ``num_groups``.
         pinned : ndarray, int64
