@@ -70,6 +70,17 @@ def test_steps_go_on_where_only_predictions_are_asked_for():
         assert ask(made, watch, 0, 1) == [0, *trace.predicted[step, 1], 98, 99]
 
 
+def test_head_groups_of_a_layer_are_told_from_the_next_layer_and_follow_other_steps():
+    trace = make_trace()
+    made, watch = selector(TraceSelector, trace=trace, num_layers=6, head_groups=2)
+    for step in range(3):
+        for part in range(2):
+            at = (step + 29 * part) % 4
+            early, real = ask(made, watch, 0, 2 + part), ask(made, watch, 1, 2 + part)
+            assert early == [0, *trace.predicted[at, 1], 98, 99]
+            assert real == [0, *trace.groups[at, 1], 98, 99]
+
+
 def test_right_foresight_is_the_selection_itself():
     made, watch = selector(TraceSelector, trace=make_trace(), foresees=True)
     assert ask(made, watch, 0, 1) == ask(made, watch, 1, 1)
@@ -98,21 +109,23 @@ def test_stated_reuse_foresees_nothing_and_keeps_its_rate():
     assert len(kept) == 20
 
 
-def test_estimated_and_real_queries_are_told_apart_in_a_model(tmp_path):
+@pytest.mark.parametrize("head_groups", [1, 2])
+def test_estimated_and_real_queries_are_told_apart_in_a_model(head_groups, tmp_path):
     model = random_model("toy", num_layers=3, seed=0)
-    name = register_replay(model, source="0.5", seed=0)
+    name = register_replay(model, source="0.5", seed=0, head_groups=head_groups)
     asked: list[tuple[int, int]] = []
     kind = SELECTORS.get(name)
     original = kind.select
 
     def select(self, scores, *, layer_idx, budget_groups, pinned):
-        asked.append((self.watch.layer_idx, layer_idx))
+        asked.append((self.watch.layer_idx, layer_idx // head_groups))
         return original(
             self, scores, layer_idx=layer_idx, budget_groups=budget_groups, pinned=pinned
         )
 
     kind.select = select
-    config = config_for(tmp_path, selector=name, max_context=2304, **SMALL)
+    settings = {**SMALL, "selector": name, "head_groups": head_groups}
+    config = config_for(tmp_path, max_context=2304, **settings)
     with kvswap.attach(model, config) as cache, torch.no_grad():
         fill(cache, 2048, seed=0)
         log = ReadLog.of(cache.session)
@@ -126,7 +139,8 @@ def test_estimated_and_real_queries_are_told_apart_in_a_model(tmp_path):
         least = least_seconds(cache.session, batches, fast)
         assert stats.decode_reads / fast.iops <= least * 1.001
     step = [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2)]
-    assert [pair for pair in asked if pair[0] == pair[1]] == [(0, 0), (1, 1), (2, 2)] * 4
+    real = [pair for pair in step if pair[0] == pair[1] for _ in range(head_groups)]
+    assert [pair for pair in asked if pair[0] == pair[1]] == real * 4
     assert set(asked) == set(step)
 
 

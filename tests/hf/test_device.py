@@ -83,6 +83,15 @@ def test_families_of_all_kinds_of_attention_are_served(family, tmp_path):
         assert_on_device(cache)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_head_groups_attend_each_for_itself(family, tmp_path):
+    model, ids = small_model(family), prompt(41).to(DEVICE)
+    expected = greedy(model, stock_cache(model), ids, 5)
+    with attached(model, tmp_path, **FEW_SLOTS, head_groups=2) as cache:
+        assert torch.equal(greedy(model, cache, ids, 5), expected)
+        assert_on_device(cache)
+
+
 def test_with_everything_in_memory_nothing_is_read(tmp_path):
     model, ids = small_model(), prompt(41).to(DEVICE)
     expected = greedy(model, stock_cache(model), ids)
