@@ -169,7 +169,10 @@ class AlwaysForesight(Foresight):
 
 
 def recording(model: PreTrainedModel) -> type[RecordingSelector]:
-    """Return a selector class, to be registered, whose notes `collect` reads."""
+    """Return a selector class, to be registered, whose notes `collect` reads.
+
+    For a cache whose heads are not split into groups.
+    """
     notes: dict[str, object] = {"watch": LayerWatch(model), "real": {}, "estimated": {}}
     return type("Recording", (RecordingSelector,), notes)
 
