@@ -138,6 +138,16 @@ def test_fitting_the_same_keys_again_gives_the_same_scores(name, code):
 
 
 @every_index
+@pytest.mark.parametrize("all_zero", [False, True])
+def test_keys_of_zeros_have_finite_scores(name, code, all_zero):
+    keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
+    keys[: len(keys) if all_zero else 3 * SIZE] = 0
+    index = fitted(name, code, keys, rank=few(name))
+    assert torch.isfinite(index.score(query, np.arange(GROUPS), scaling=0.25)).all()
+    assert torch.isfinite(index.score_heads(query, np.arange(GROUPS), scaling=0.25)).all()
+
+
+@every_index
 def test_a_saved_state_scores_the_same(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     index, again = fitted(name, code, keys, rank=few(name)), make(name, code, rank=few(name))

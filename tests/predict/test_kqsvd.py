@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from kvswap.core.geometry import KVGeometry
+from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.native import forced
 from kvswap.kernels.scores import group_maximum, reduce_heads
 from kvswap.predict.kqsvd import _RIDGE, KQSVDIndex, fit_bases
 from kvswap.predict.lowrank import LowRankIndex
 from kvswap.predict.moments import QueryMoments
 from kvswap.predict.projection import leading_basis
+from tests.kernels.conftest import accelerator as accelerator
 
 HEADS, KV_HEADS, DIM, SIZE, GROUPS = 6, 3, 16, 4, 100
 KEY_DIM = KV_HEADS * DIM
@@ -152,6 +154,22 @@ def test_native_scores_are_the_references_with_two_projections(code, q_len):
     with forced("torch"):
         expected = index._score_plainly(query, groups, 0.25)
     torch.testing.assert_close(found, expected, atol=6e-2, rtol=6e-2)
+
+
+def test_on_a_device_it_scores_as_here(accelerator: Accelerator):
+    keys, queries = some_keys(), some_queries(50)
+    scored = []
+    for there in (False, True):
+        index = KQSVDIndex(GEOMETRY, group_size=SIZE, num_groups=GROUPS, rank=12, code="int8")
+        if there:
+            index.move(accelerator)
+        index.observe_queries(queries.to(index.device))
+        index.observe(keys.to(index.device))
+        index.fit()
+        index.encode(np.arange(GROUPS), keys.to(index.device))
+        query = queries[:, :1].to(index.device)
+        scored.append(index.score(query, np.arange(GROUPS), scaling=0.25).cpu())
+    torch.testing.assert_close(scored[1], scored[0], atol=3e-2, rtol=3e-2)
 
 
 def test_a_long_chunk_is_seen_by_some_of_its_queries():
