@@ -52,7 +52,27 @@ static constexpr int64_t scratch_floats(int64_t num_rows, int64_t num_tokens, in
 constexpr int kTileTokens = 16;
 constexpr int kMaxQueries = 16;  // scored together
 
-enum class Code : int { rot4 = 0, int8 = 1, bf16 = 2 };
+enum class Code : int { rot4 = 0, int8 = 1, bf16 = 2, rot2 = 3, rot1 = 4 };
+
+// Bits of a coefficient on a grid; 0 for codes that have none.
+static constexpr int grid_bits(Code code) {
+  switch (code) {
+    case Code::rot4: return 4;
+    case Code::rot2: return 2;
+    case Code::rot1: return 1;
+    default: return 0;
+  }
+}
+
+// A byte of grid codes holds one coefficient of each plane, the first in its lowest bits: planes
+// are equal parts of the coefficients, in order, of which the last ones may be short.
+static constexpr int planes_of(Code code) { return grid_bits(code) ? 8 / grid_bits(code) : 1; }
+static constexpr int64_t plane_length(Code code, int64_t rank) {
+  return (rank + planes_of(code) - 1) / planes_of(code);
+}
+
+// A grid's levels are its codes less half of this.
+static constexpr int grid_top(Code code) { return (1 << grid_bits(code)) - 1; }
 
 // A tile holds sixteen tokens: [chunks][16 tokens][4 bytes], so that one register holds the
 // same four bytes of every token. Queries come in fours, and so do their scores: a tile's are
@@ -61,7 +81,7 @@ struct TileScore {
   const uint8_t* codes;  // the tile
   int64_t chunks;        // of four bytes of a token
   int num_quads;         // at most kMaxQueries / 4
-  // rot4: [2 * chunks][kMaxQueries] of four int8, low nibbles' coefficients then high ones'.
+  // Grids: [planes][chunks][kMaxQueries] of four int8.
   // int8: [chunks][kMaxQueries] of four int8. bf16: [chunks][kMaxQueries] of two bfloat16.
   const uint32_t* query;
   const int32_t* start;   // [kMaxQueries]: product sums begin here; not for bf16

@@ -12,7 +12,7 @@ namespace kvswap {
 namespace {
 
 // As src/kvswap/kernels/codes.py has them.
-constexpr float kGaussianStep = 0.3352f;
+constexpr float kGaussianStep4 = 0.3352f, kGaussianStep2 = 0.9957f, kGaussianStep1 = 1.596f;
 constexpr float kScaleLimit = 6.0e4f;
 constexpr int64_t kLeastTokens = 16;  // a thread's worth
 
@@ -22,19 +22,22 @@ struct Coded {
   uint16_t scale = 0;
 };
 
-void round_rot4(const float* x, int64_t rank, Coded& out) {
+void round_grid(const float* x, int64_t rank, Code kind, float gaussian_step, Coded& out) {
+  const int64_t length = plane_length(kind, rank);
+  const auto half = static_cast<float>((grid_top(kind) + 1) / 2);
   float norm = 0;
   for (int64_t i = 0; i < rank; ++i) norm += x[i] * x[i];
   const float deviation = std::sqrt(norm) / std::sqrt(static_cast<float>(rank));
-  const float step = std::max(deviation * kGaussianStep, 1e-20f);
+  const float step = std::max(deviation * gaussian_step, 1e-20f);
   float products = 0, squares = 0;
   for (int64_t i = 0; i < rank; ++i) {
-    const float code = std::clamp(std::floor(x[i] / step), -8.0f, 7.0f), level = code + 0.5f;
+    const float code = std::clamp(std::floor(x[i] / step), -half, half - 1);
+    const float level = code + 0.5f;
     products += x[i] * level;
     squares += level * level;
-    const auto nibble = static_cast<uint8_t>(code + 8);
-    out.bytes[static_cast<size_t>(i % (rank / 2))] |=
-        static_cast<uint8_t>(i < rank / 2 ? nibble : nibble << 4);
+    const int shift = static_cast<int>(i / length) * grid_bits(kind);
+    out.bytes[static_cast<size_t>(i % length)] |=
+        static_cast<uint8_t>(static_cast<int>(code + half) << shift);
   }
   out.scale = to_f16(std::min(products / squares, kScaleLimit));
 }
@@ -82,7 +85,9 @@ void encode_groups(const CodedKeys& keys, uint8_t* codes, uint16_t* scales, cons
       kernels().project(wide.data(), dim, keys.basis, keys.rank, x.data());
       coded.bytes.assign(static_cast<size_t>(keys.width), 0);
       switch (keys.code) {
-        case Code::rot4: round_rot4(x.data(), keys.rank, coded); break;
+        case Code::rot4: round_grid(x.data(), keys.rank, Code::rot4, kGaussianStep4, coded); break;
+        case Code::rot2: round_grid(x.data(), keys.rank, Code::rot2, kGaussianStep2, coded); break;
+        case Code::rot1: round_grid(x.data(), keys.rank, Code::rot1, kGaussianStep1, coded); break;
         case Code::int8: round_int8(x.data(), keys.rank, coded); break;
         case Code::bf16: round_bf16(x.data(), keys.rank, coded); break;
       }

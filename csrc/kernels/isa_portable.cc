@@ -16,8 +16,10 @@ struct Tile {
   static Codes load(const uint8_t* p) {
     return p[0] | p[1] << 8 | p[2] << 16 | static_cast<int64_t>(p[3]) << 24;
   }
-  static Codes low(Codes codes) { return codes & 0x0f0f0f0f; }
-  static Codes high(Codes codes) { return (codes >> 4) & 0x0f0f0f0f; }
+  template <int kBits, int kPlane>
+  static Codes plane(Codes codes) {
+    return (codes >> (kBits * kPlane)) & (0x01010101 * ((1 << kBits) - 1));
+  }
   static Codes spread(uint32_t query) { return query; }
   static Sum dot(Sum sum, Codes codes, Codes query) {
     for (int i = 0; i < 32; i += 8) {

@@ -24,8 +24,8 @@ void project_query(const CodedKeys& keys, const QueryView& query, int64_t index,
   wide.resize(static_cast<size_t>(keys.head_dim));
   kernels().widen(data, query.dtype, keys.head_dim, wide.data());
   std::fill_n(out, keys.rank, 0.0f);
-  kernels().project(wide.data(), keys.head_dim, keys.basis + kv_head * keys.head_dim * keys.rank,
-                    keys.rank, out);
+  kernels().project(wide.data(), keys.head_dim,
+                    keys.query_basis + kv_head * keys.head_dim * keys.rank, keys.rank, out);
   for (int64_t i = 0; i < keys.rank; ++i) out[i] *= scaling;
 }
 
@@ -48,11 +48,11 @@ void place(const CodedKeys& keys, Queries& queries, int q, const float* coeffici
   float top = 0;
   for (int64_t j = 0; j < keys.rank; ++j) top = std::max(top, std::fabs(coefficients[j]));
   const float scale = top > 0 ? top / 127 : 1.0f;
-  const int64_t half = keys.code == Code::rot4 ? keys.rank / 2 : keys.rank;
+  const int64_t length = plane_length(keys.code, keys.rank);
   int32_t sum = 0;
   for (int64_t j = 0; j < keys.rank; ++j) {
     const auto rounded = static_cast<int8_t>(std::nearbyint(coefficients[j] / scale));
-    const int64_t at = j % half, chunk = at / 4 + (j < half ? 0 : keys.width / 4);
+    const int64_t at = j % length, chunk = at / 4 + j / length * (keys.width / 4);
     word(chunk)[at % 4] = static_cast<char>(rounded);
     sum += rounded;
     squares += static_cast<float>(rounded * rounded);
@@ -60,7 +60,7 @@ void place(const CodedKeys& keys, Queries& queries, int q, const float* coeffici
   queries.scale[q] = scale;
   queries.sum[q] = sum;
   queries.norm[q] = scale * std::sqrt(squares);
-  queries.start[q] = keys.code == Code::rot4 ? -(sum * 15 >> 1) : -sum * 128;
+  queries.start[q] = grid_bits(keys.code) ? -(sum * grid_top(keys.code) >> 1) : -sum * 128;
 }
 
 }  // namespace
@@ -75,8 +75,8 @@ Queries prepare(const CodedKeys& keys, const QueryView& query, int64_t first, fl
   std::fill_n(made.start, kMaxQueries, 0);
   std::fill_n(made.sum, kMaxQueries, 0);
   std::fill_n(made.norm, kMaxQueries, 0.0f);
-  const int64_t planes = keys.code == Code::rot4 ? 2 : 1;
-  made.words.assign(static_cast<size_t>(planes * keys.width / 4 * kMaxQueries), 0);
+  const int64_t chunks = planes_of(keys.code) * keys.width / 4;
+  made.words.assign(static_cast<size_t>(chunks * kMaxQueries), 0);
   parallel(std::min(threads, made.count), [&](int thread, int total) {
     std::vector<float> coefficients(static_cast<size_t>(keys.rank));
     const int begin = made.count * thread / total, end = made.count * (thread + 1) / total;

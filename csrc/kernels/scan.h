@@ -10,9 +10,10 @@ namespace kvswap {
 // One layer's codes; `width` bytes a token, a multiple of four, in tiles of sixteen tokens.
 struct CodedKeys {
   Code code;
-  const uint8_t* codes;    // [tiles][width / 4][16][4]
-  const uint16_t* scales;  // [tiles][16] float16; null for bf16
-  const Bf16* basis;       // [kv_heads * head_dim][rank]
+  const uint8_t* codes;     // [tiles][width / 4][16][4]
+  const uint16_t* scales;   // [tiles][16] float16; null for bf16
+  const Bf16* basis;        // [kv_heads * head_dim][rank], of keys
+  const Bf16* query_basis;  // and of queries; often the same
   int64_t width, rank, group_size, num_groups, kv_heads, head_dim;
 };
 

@@ -3,10 +3,27 @@
 // Included by the isa_*.cc files alone, each with its own `Simd` and `Tile`.
 #pragma once
 
+#include <utility>
+
 #include "kernels/api.h"
 
 namespace kvswap {
 namespace {
+
+// One plane's products with every query, of grid codes.
+template <class Tile, Code kCode, int kPlane, int kQueries>
+void add_plane(typename Tile::Codes codes, const uint32_t* query, typename Tile::Sum* sums) {
+  const auto plane = Tile::template plane<grid_bits(kCode), kPlane>(codes);
+  for (int q = 0; q < kQueries; ++q) {
+    sums[q] = Tile::dot_small(sums[q], plane, Tile::spread(query[q]));
+  }
+}
+
+template <class Tile, Code kCode, int kQueries, int... kPlanes>
+void add_planes(typename Tile::Codes codes, const uint32_t* query, int64_t plane_words,
+                typename Tile::Sum* sums, std::integer_sequence<int, kPlanes...>) {
+  (add_plane<Tile, kCode, kPlanes, kQueries>(codes, query + kPlanes * plane_words, sums), ...);
+}
 
 // Integer codes: product sums of every token and query, as floats times the token's scale.
 template <class S, class Tile, Code kCode, int kQueries>
@@ -17,18 +34,14 @@ void multiply(const TileScore& a, int first, typename S::Reg (*out)[kQueries]) {
     typename Tile::Sum sums[kQueries];
     for (int q = 0; q < kQueries; ++q) sums[q] = Tile::start(a.start[first + q]);
     for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
-      const uint32_t* low = query + chunk * kMaxQueries;
-      const uint32_t* high = low + a.chunks * kMaxQueries;
+      const uint32_t* word = query + chunk * kMaxQueries;
       const auto codes = Tile::load(a.codes + chunk * 64 + part * kBytes);
-      if constexpr (kCode == Code::rot4) {
-        const auto first_half = Tile::low(codes), second_half = Tile::high(codes);
-        for (int q = 0; q < kQueries; ++q) {
-          sums[q] = Tile::dot_small(sums[q], first_half, Tile::spread(low[q]));
-          sums[q] = Tile::dot_small(sums[q], second_half, Tile::spread(high[q]));
-        }
+      if constexpr (grid_bits(kCode) > 0) {
+        add_planes<Tile, kCode, kQueries>(codes, word, a.chunks * kMaxQueries, sums,
+                                          std::make_integer_sequence<int, planes_of(kCode)>());
       } else {
         for (int q = 0; q < kQueries; ++q) {
-          sums[q] = Tile::dot(sums[q], codes, Tile::spread(low[q]));
+          sums[q] = Tile::dot(sums[q], codes, Tile::spread(word[q]));
         }
       }
     }
@@ -97,6 +110,8 @@ template <class S, class Tile>
 void score_tile(Code code, const TileScore& a) {
   switch (code) {
     case Code::rot4: return score_code<S, Tile, Code::rot4>(a);
+    case Code::rot2: return score_code<S, Tile, Code::rot2>(a);
+    case Code::rot1: return score_code<S, Tile, Code::rot1>(a);
     case Code::int8: return score_code<S, Tile, Code::int8>(a);
     case Code::bf16: return score_code<S, Tile, Code::bf16>(a);
   }

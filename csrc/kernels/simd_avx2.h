@@ -78,8 +78,12 @@ struct Tile {
   static Codes load(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static Codes low(Codes codes) { return _mm256_and_si256(codes, _mm256_set1_epi8(15)); }
-  static Codes high(Codes codes) { return low(_mm256_srli_epi16(codes, 4)); }
+  // What comes over from the byte above is masked out.
+  template <int kBits, int kPlane>
+  static Codes plane(Codes codes) {
+    return _mm256_and_si256(_mm256_srli_epi16(codes, kBits * kPlane),
+                            _mm256_set1_epi8((1 << kBits) - 1));
+  }
   static Codes spread(uint32_t query) { return _mm256_set1_epi32(static_cast<int>(query)); }
 
   // The sum of two products saturates at sixteen bits: nibbles stay far below that.
@@ -90,8 +94,8 @@ struct Tile {
     return _mm256_add_epi32(sum, pairs(codes, query, 1));
   }
   static Sum dot(Sum sum, Codes codes, Codes query) {
-    sum = _mm256_add_epi32(sum, pairs(low(codes), query, 1));
-    return _mm256_add_epi32(sum, pairs(high(codes), query, 16));
+    sum = _mm256_add_epi32(sum, pairs(plane<4, 0>(codes), query, 1));
+    return _mm256_add_epi32(sum, pairs(plane<4, 1>(codes), query, 16));
   }
   static __m256 to_float(Sum sum) { return _mm256_cvtepi32_ps(sum); }
 

@@ -65,9 +65,11 @@ struct Tile {
 
   static Sum start(int32_t at) { return _mm512_set1_epi32(at); }
   static Codes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static Codes low(Codes codes) { return _mm512_and_si512(codes, _mm512_set1_epi8(15)); }
-  static Codes high(Codes codes) {
-    return _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15));
+  // What comes over from the byte above is masked out.
+  template <int kBits, int kPlane>
+  static Codes plane(Codes codes) {
+    return _mm512_and_si512(_mm512_srli_epi16(codes, kBits * kPlane),
+                            _mm512_set1_epi8((1 << kBits) - 1));
   }
   static Codes spread(uint32_t query) { return _mm512_set1_epi32(static_cast<int>(query)); }
   static Sum dot_small(Sum sum, Codes codes, Codes query) {

@@ -62,8 +62,11 @@ struct Tile {
 
   static Sum start(int32_t at) { return vdupq_n_s32(at); }
   static Codes load(const uint8_t* p) { return vld1q_u8(p); }
-  static Codes low(Codes codes) { return vandq_u8(codes, vdupq_n_u8(15)); }
-  static Codes high(Codes codes) { return vshrq_n_u8(codes, 4); }
+  template <int kBits, int kPlane>
+  static Codes plane(Codes codes) {
+    if constexpr (kPlane > 0) codes = vshrq_n_u8(codes, kBits * kPlane);
+    return vandq_u8(codes, vdupq_n_u8((1 << kBits) - 1));
+  }
   static Codes spread(uint32_t query) { return vreinterpretq_u8_u32(vdupq_n_u32(query)); }
 
   // Nibbles are small enough to be signed.
@@ -77,8 +80,8 @@ struct Tile {
     return vaddq_s32(sum, products(codes, query));
   }
   static Sum dot(Sum sum, Codes codes, Codes query) {
-    const int32x4_t large = vshlq_n_s32(products(high(codes), query), 4);
-    return vaddq_s32(sum, vaddq_s32(products(low(codes), query), large));
+    const int32x4_t large = vshlq_n_s32(products(plane<4, 1>(codes), query), 4);
+    return vaddq_s32(sum, vaddq_s32(products(plane<4, 0>(codes), query), large));
   }
   static float32x4_t to_float(Sum sum) { return vcvtq_f32_s32(sum); }
 

@@ -36,10 +36,13 @@ void decode(const CodedKeys& keys, int64_t token, std::vector<float>& x) {
     }
     return;
   }
-  for (int64_t j = 0; j < keys.rank / 2; ++j) {
-    const int both = byte(j);
-    x[static_cast<size_t>(j)] = (static_cast<float>(both & 15) - 7.5f) * scale;
-    x[static_cast<size_t>(keys.width + j)] = (static_cast<float>(both >> 4) - 7.5f) * scale;
+  const int64_t length = plane_length(keys.code, keys.rank);
+  const int top = grid_top(keys.code), bits = grid_bits(keys.code);
+  const float middle = static_cast<float>(top) / 2;
+  for (int64_t j = 0; j < keys.rank; ++j) {
+    const int64_t plane = j / length, i = j % length;
+    const auto code = static_cast<float>((byte(i) >> (bits * plane)) & top);
+    x[static_cast<size_t>(plane * keys.width + i)] = (code - middle) * scale;
   }
 }
 
@@ -97,7 +100,7 @@ class Bounder {
         centre_[j] += token[j] / static_cast<float>(in_span_);
       }
       longest = std::max(longest, length(token));
-      if (keys_.code == Code::rot4) {
+      if (grid_bits(keys_.code)) {
         const double scale = from_f16(keys_.scales[span * in_span_ + t]);
         coarsest = std::max(coarsest, scale);
       }
@@ -109,7 +112,7 @@ class Bounder {
       radius = std::max(radius, length(token));
     }
     // Beside the distance: what single precision may add to a product, and half a unit of
-    // query and key, by which the offset of the four-bit grid is made whole; a query's largest
+    // query and key, by which the offset of a grid is made whole; a query's largest
     // coefficient has 127 units.
     const double rounding = std::ldexp(static_cast<double>(keys_.rank + 16), -22);
     radius += rounding * (longest + length(centre_) + radius) + coarsest / 250;
@@ -126,9 +129,7 @@ class Bounder {
 
 }  // namespace
 
-int64_t span_width(const CodedKeys& keys) {
-  return keys.code == Code::rot4 ? 2 * keys.width : keys.width;
-}
+int64_t span_width(const CodedKeys& keys) { return planes_of(keys.code) * keys.width; }
 
 void bound_spans(const CodedKeys& keys, const Spans& spans, const int64_t* ids, int64_t count) {
   const int64_t in_span = std::max<int64_t>(1, kTileTokens / keys.group_size);

@@ -91,6 +91,7 @@ class Scanner:
         codes: int,
         scales: int,
         basis: int,
+        query_basis: int,
         width: int,
         rank: int,
         group_size: int,

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvswap.cache.plan import CachePlan, default_group_size, plan_cache
-from kvswap.core.config import CacheConfig, StorageConfig
+from kvswap.core.config import CODES, CacheConfig, StorageConfig
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.geometry import KVGeometry
 
@@ -39,7 +39,7 @@ fixed = st.fixed_dictionaries(
         "budget_tokens": st.integers(256, 2048),
         "num_slots": st.integers(1, 300),
         "rank": st.sampled_from([2, 8]),
-        "code": st.sampled_from(["bf16", "int8", "rot4"]),
+        "code": st.sampled_from(CODES),
         "on_device": st.just(True),
         "head_groups": st.just("all"),
     },

@@ -27,11 +27,19 @@ WITHOUT_BASIS = [kind for kind in KINDS if kind not in WITH_BASIS]
 every_index = pytest.mark.parametrize(("name", "code"), KINDS)
 of_tokens = pytest.mark.parametrize(("name", "code"), OF_TOKENS)
 with_basis = pytest.mark.parametrize(("name", "code"), WITH_BASIS)
+# Full rank through a code: how closely scores of Gaussian keys follow the exact ones at least.
+FOLLOWS = {"bf16": 0.98, "int8": 0.98, "rot4": 0.98, "rot2": 0.85, "rot1": 0.5}
 SOME_QUERIES = torch.randn(HEADS, 200, HEAD_DIM, generator=torch.Generator().manual_seed(5))
 
 
 def make(name: str, code: str, *, rank: int = DIM, groups: int = GROUPS) -> KeyIndex:
     return INDEXES.get(name)(GEOMETRY, group_size=SIZE, num_groups=groups, rank=rank, code=code)
+
+
+def few(name: str) -> int:
+    """Return fewer coefficients than keys have, where the index can have so few."""
+    ranks = INDEXES.get(name).ranks(GEOMETRY)
+    return 8 if ranks[0] < DIM else ranks[0]
 
 
 def some_keys(groups: int = GROUPS) -> Tensor:
@@ -86,7 +94,7 @@ def test_full_rank_scores_follow_the_exact_ones_over_all_groups(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     scores = fitted(name, code, keys).score(query, np.arange(GROUPS), scaling=0.25)
     both = torch.stack((scores, exact_scores(query, keys, 0.25)))
-    assert torch.corrcoef(both)[0, 1] > 0.98
+    assert torch.corrcoef(both)[0, 1] > FOLLOWS[code]
 
 
 @every_index
@@ -107,7 +115,7 @@ def test_encoding_by_parts_is_encoding_at_once(name, code):
 @every_index
 def test_observing_by_parts_is_observing_at_once(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
-    whole, parts = fitted(name, code, keys, rank=8), make(name, code, rank=8)
+    whole, parts = fitted(name, code, keys, rank=few(name)), make(name, code, rank=few(name))
     if parts.wants_queries:
         for some in SOME_QUERIES.split(37, dim=1):
             parts.observe_queries(some)
@@ -123,16 +131,26 @@ def test_observing_by_parts_is_observing_at_once(name, code):
 def test_fitting_the_same_keys_again_gives_the_same_scores(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     groups = np.arange(GROUPS)
-    first = fitted(name, code, keys, rank=8).score(query, groups, scaling=1.0)
+    first = fitted(name, code, keys, rank=few(name)).score(query, groups, scaling=1.0)
     torch.manual_seed(123)
-    second = fitted(name, code, keys, rank=8).score(query, groups, scaling=1.0)
+    second = fitted(name, code, keys, rank=few(name)).score(query, groups, scaling=1.0)
     assert torch.equal(first, second)
+
+
+@every_index
+@pytest.mark.parametrize("all_zero", [False, True])
+def test_keys_of_zeros_have_finite_scores(name, code, all_zero):
+    keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
+    keys[: len(keys) if all_zero else 3 * SIZE] = 0
+    index = fitted(name, code, keys, rank=few(name))
+    assert torch.isfinite(index.score(query, np.arange(GROUPS), scaling=0.25)).all()
+    assert torch.isfinite(index.score_heads(query, np.arange(GROUPS), scaling=0.25)).all()
 
 
 @every_index
 def test_a_saved_state_scores_the_same(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
-    index, again = fitted(name, code, keys, rank=8), make(name, code, rank=8)
+    index, again = fitted(name, code, keys, rank=few(name)), make(name, code, rank=few(name))
     assert not again.is_fitted
     again.load_state({part: array.copy() for part, array in index.state().items()})
     assert again.is_fitted
@@ -150,16 +168,16 @@ def test_a_state_before_the_first_fit_is_one_too(name, code):
 
 @every_index
 def test_a_state_of_another_shape_is_refused(name, code):
-    state = fitted(name, code, some_keys(), rank=8).state()
+    state = fitted(name, code, some_keys(), rank=few(name)).state()
     with pytest.raises(CorruptStoreError):
-        make(name, code, rank=8, groups=GROUPS + 1).load_state(state)
+        make(name, code, rank=few(name), groups=GROUPS + 1).load_state(state)
 
 
 @every_index
 def test_bytes_are_those_planned_and_those_held(name, code):
-    index = fitted(name, code, some_keys(), rank=8)
+    index = fitted(name, code, some_keys(), rank=few(name))
     planned = INDEXES.get(name).plan_bytes(
-        GEOMETRY, group_size=SIZE, num_groups=GROUPS, rank=8, code=code
+        GEOMETRY, group_size=SIZE, num_groups=GROUPS, rank=few(name), code=code
     )
     assert index.nbytes == planned
     assert bytes_reachable_from(index) == planned
@@ -204,7 +222,7 @@ def test_a_basis_from_elsewhere_makes_a_fit_unnecessary(name, code):
     keys, query = some_keys(), torch.randn(HEADS, 1, HEAD_DIM)
     index.encode(np.arange(GROUPS), keys)
     both = (index.score(query, np.arange(GROUPS), scaling=0.25), exact_scores(query, keys, 0.25))
-    assert torch.corrcoef(torch.stack(both))[0, 1] > 0.98
+    assert torch.corrcoef(torch.stack(both))[0, 1] > FOLLOWS[code]
 
 
 @with_basis
@@ -277,9 +295,9 @@ def work_of(index: KeyIndex, keys: Tensor, query: Tensor) -> Iterator[tuple[str,
 def test_fitting_and_scoring_keep_to_their_workspace(name, code, dtype, groups, q_len):
     keys = torch.randn(groups * SIZE, DIM).to(dtype)
     query = torch.randn(HEADS, q_len, HEAD_DIM).to(dtype)
-    index = make(name, code, rank=8, groups=groups)
+    index = make(name, code, rank=few(name), groups=groups)
     allowed = INDEXES.get(name).workspace_bytes(
-        GEOMETRY, group_size=SIZE, num_groups=groups, rank=8, code=code
+        GEOMETRY, group_size=SIZE, num_groups=groups, rank=few(name), code=code
     )
     for what, work in work_of(index, keys, query):
         assert peak_of_tensors(work) <= allowed, what

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswap.core.config import CacheConfig, StorageConfig
+from kvswap.core.config import CODES, CacheConfig, StorageConfig
 from kvswap.core.errors import ConfigError, KVSwapError
 
 
@@ -62,7 +62,7 @@ BAD_CACHE = [
     ("recall_floor", 1.5, "must be a number in [0, 1], got 1.5"),
     ("recall_floor", float("nan"), "must be a number in [0, 1], got nan"),
     ("recall_floor", "high", "must be a number in [0, 1], got 'high'"),
-    ("code", "int3", "must be one of bf16, int8, rot4, got 'int3'"),
+    ("code", "int3", "must be one of bf16, int8, rot4, rot2, rot1, got 'int3'"),
     ("index", None, "must be a name, got None"),
     ("selector", ["topk"], "must be a name, got ['topk']"),
     ("exact_append", "no", "must be one of True, False, got 'no'"),
@@ -109,7 +109,7 @@ settings = st.fixed_dictionaries(
         "sink_tokens": st.integers(0, 64),
         "recent_tokens": st.integers(0, 64),
         "rank": st.integers(1, 256),
-        "code": st.sampled_from(["bf16", "int8", "rot4"]),
+        "code": st.sampled_from(CODES),
         "projection": st.sampled_from(["a.safetensors", Path("b/c.safetensors")]),
         "prefill_chunk": st.integers(1, 4096),
         "exact_append": st.booleans(),

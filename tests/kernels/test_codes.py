@@ -10,7 +10,10 @@ from kvswap.core.errors import ConfigError
 from kvswap.kernels.codes import CODES
 
 
-@pytest.mark.parametrize(("name", "error"), [("bf16", 0.01), ("int8", 0.02), ("rot4", 0.12)])
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("bf16", 0.01), ("int8", 0.02), ("rot4", 0.12), ("rot2", 0.37), ("rot1", 0.64)],
+)
 @pytest.mark.parametrize("rank", [8, 32, 100])
 def test_relative_error_of_scores_stays_below_the_codes_own(name, error, rank):
     coefficients = torch.randn(500, rank) * torch.rand(500, 1) * 30

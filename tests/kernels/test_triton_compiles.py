@@ -54,8 +54,9 @@ def scan(code, kind, columns, chunks, chunk):
     if code == "bf16":
         codes |= {"queries": "*bf16", "scales": "*fp32"}
     build(scan_groups, lambda name: (floats | codes).get(name, "i32"), dict(
-        CODE=code, HAS_IDS=code == "int8", RANK=128, COLUMNS=columns, CHUNKS=chunks, CHUNK=chunk,
-        TILE=16, GROUP_SIZE=4, IS_WIDE=False, BLOCK_GROUPS=32, BLOCK_QUERIES=64, BLOCK_COLUMNS=64,
+        CODE=code, BITS=int(code[3:]) if code[:3] == "rot" else 0, HAS_IDS=code == "int8",
+        RANK=128, COLUMNS=columns, CHUNKS=chunks, CHUNK=chunk, TILE=16, GROUP_SIZE=4,
+        IS_WIDE=False, BLOCK_GROUPS=32, BLOCK_QUERIES=64, BLOCK_COLUMNS=min(64, columns),
     ))
 
 def merge():
@@ -75,6 +76,8 @@ eval(sys.argv[1])
         "attend('fp32', 4, 128, False)",
         "merge()",
         "scan('rot4', '*u8', 64, 16, 4)",
+        "scan('rot2', '*u8', 32, 8, 4)",
+        "scan('rot1', '*u8', 16, 4, 4)",
         "scan('int8', '*u8', 128, 32, 4)",
         "scan('bf16', '*bf16', 128, 64, 2)",
     ],

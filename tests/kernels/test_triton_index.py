@@ -22,7 +22,7 @@ from tests.kernels.test_native_index import (
 )
 
 # Products of the bf16 reference are rounded; those of whole numbers are exact.
-TOLERANCE = {"bf16": 6e-2, "int8": 1e-4, "rot4": 1e-4}
+TOLERANCE = {"bf16": 6e-2, "int8": 1e-4, "rot4": 1e-4, "rot2": 1e-4, "rot1": 1e-4}
 
 
 def pair(accelerator: Accelerator, code: str, **shape: int) -> tuple[LowRankIndex, LowRankIndex]:

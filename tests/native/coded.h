@@ -15,7 +15,7 @@ struct Shape {
 
   int64_t dim() const { return kv_heads * head_dim; }
   int64_t width() const {
-    const int64_t bytes = code == Code::bf16 ? 2 * rank : code == Code::int8 ? rank : rank / 2;
+    const int64_t bytes = code == Code::bf16 ? 2 * rank : plane_length(code, rank);
     return (bytes + 3) / 4 * 4;
   }
   int64_t tiles() const { return (num_groups * group_size + kTileTokens - 1) / kTileTokens; }
@@ -23,21 +23,22 @@ struct Shape {
 
 struct Index {
   Shape shape;
-  std::vector<Bf16> basis;
+  std::vector<Bf16> basis, query_basis;
   std::vector<uint8_t> codes;
   std::vector<uint16_t> scales;
 
   Index(Random& random, const Shape& s)
       : shape(s),
         basis(basis_of(s.dim() * s.rank, [&] { return random.dyadic() / 2; })),
+        query_basis(basis_of(s.dim() * s.rank, [&] { return random.dyadic() / 2; })),
         codes(static_cast<size_t>(s.tiles() * s.width() * kTileTokens), 0xa5),
         scales(s.code == Code::bf16 ? 0 : static_cast<size_t>(s.tiles() * kTileTokens), 0x5a5a) {}
 
   CodedKeys keys() const {
-    return {shape.code,       codes.data(),     shape.code == Code::bf16 ? nullptr : scales.data(),
-            basis.data(),     shape.width(),    shape.rank,
-            shape.group_size, shape.num_groups, shape.kv_heads,
-            shape.head_dim};
+    return {shape.code,     codes.data(),       shape.code == Code::bf16 ? nullptr : scales.data(),
+            basis.data(),   query_basis.data(), shape.width(),
+            shape.rank,     shape.group_size,   shape.num_groups,
+            shape.kv_heads, shape.head_dim};
   }
   uint8_t& byte(int64_t token, int64_t i) {
     const int64_t tile = token / kTileTokens * shape.width() * kTileTokens;
@@ -63,8 +64,10 @@ struct Index {
       if (shape.code == Code::int8) {
         x = (byte(token, j) - 128) * scale;
       } else {
-        const int both = byte(token, j % (shape.rank / 2));
-        x = ((j < shape.rank / 2 ? both & 15 : both >> 4) - 7.5) * scale;
+        const int64_t length = plane_length(shape.code, shape.rank);
+        const int top = grid_top(shape.code);
+        const auto shift = static_cast<int>(j / length) * grid_bits(shape.code);
+        x = (((byte(token, j % length) >> shift) & top) - top / 2.0) * scale;
       }
     }
     return made;

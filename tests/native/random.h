@@ -46,6 +46,9 @@ class Random {
   uint64_t state_;
 };
 
+constexpr std::initializer_list<Code> kAllCodes{Code::rot4, Code::rot2, Code::rot1, Code::int8,
+                                                Code::bf16};
+
 inline size_t item_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 inline float rounded(float x, Dtype dtype) {

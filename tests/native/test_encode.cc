@@ -59,8 +59,10 @@ double slack(Code code, const std::vector<double>& x, double one) {
   }
   if (code == Code::bf16) return std::fabs(one) / 256 + 1e-9;
   if (code == Code::int8) return top / 127 * 0.51 + 127 * top / 127 / 1024 + 1e-6;
-  const double step = std::sqrt(squares / static_cast<double>(x.size())) * 0.3352;
-  return std::max(step, std::fabs(one) - 7 * step) + step + 1e-6;  // the scale is a fit
+  const double wide = code == Code::rot4 ? 0.3352 : code == Code::rot2 ? 0.9957 : 1.596;
+  const double step = std::sqrt(squares / static_cast<double>(x.size())) * wide;
+  const double outermost = (grid_top(code) - 1) / 2 * step;
+  return std::max(step, std::fabs(one) - outermost) + step + 1e-6;  // the scale is a fit
 }
 
 }  // namespace
@@ -68,7 +70,7 @@ double slack(Code code, const std::vector<double>& x, double one) {
 TEST(codes_stand_for_the_projected_keys) {
   each_name([](const char* name) {
     const Using named(name);
-    for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+    for (const Code code : kAllCodes) {
       Random random(20);
       for (int round = 0; round < 20; ++round) {
         const At at{{"code", static_cast<int>(code)}, {"round", round}};
@@ -92,7 +94,7 @@ TEST(codes_stand_for_the_projected_keys) {
 }
 
 TEST(codes_are_the_same_on_every_instruction_set_and_with_any_threads) {
-  for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+  for (const Code code : kAllCodes) {
     for (int round = 0; round < 12; ++round) {
       const At at{{"code", static_cast<int>(code)}, {"round", round}};
       Random random(static_cast<uint64_t>(round));
@@ -122,7 +124,7 @@ TEST(codes_are_the_same_on_every_instruction_set_and_with_any_threads) {
 TEST(tokens_beside_those_encoded_stay_as_they_were) {
   each_name([](const char* name) {
     const Using named(name);
-    for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+    for (const Code code : kAllCodes) {
       Random random(21);
       for (int round = 0; round < 12; ++round) {
         const At at{{"code", static_cast<int>(code)}, {"round", round}};
@@ -144,7 +146,7 @@ TEST(tokens_beside_those_encoded_stay_as_they_were) {
 TEST(keys_of_zeros_stand_for_zeros) {
   each_name([](const char* name) {
     const Using named(name);
-    for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+    for (const Code code : kAllCodes) {
       Random random(22);
       Index index(random, some_shape(random, code));
       const std::vector<int64_t> ids{1};

@@ -81,7 +81,8 @@ std::vector<double> projected(const Index& index, const Ask& ask, int64_t head, 
       const auto place =
           static_cast<size_t>(head * ask.head_stride() + token * ask.token_stride + i);
       const auto row = static_cast<size_t>(kv_head * shape.head_dim + i);
-      x[j] += static_cast<double>(ask.query.plain[place]) * plain(index.basis[row * x.size() + j]);
+      x[j] += static_cast<double>(ask.query.plain[place]) *
+              plain(index.query_basis[row * x.size() + j]);
     }
     x[j] *= scaling;
     top = std::max(top, std::fabs(static_cast<float>(x[j])));
@@ -126,7 +127,7 @@ Index some_index(Random& random, Code code, int64_t group_size) {
 }  // namespace
 
 TEST(scores_are_those_of_the_formula) {
-  for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+  for (const Code code : kAllCodes) {
     Random random(30);
     for (const int64_t group_size : {1, 2, 4, 8, 16, 32, 64}) {
       for (const int64_t shared : {1, 3, 7}) {
@@ -142,8 +143,8 @@ TEST(scores_are_those_of_the_formula) {
                       {"q_len", ask.q_len},
                       {"ids", static_cast<int64_t>(ask.ids.size())}};
           const std::vector<float> found = scan(index, ask, 0.25f);
-          // The offset of the four-bit grid is made whole: half a unit of query and key.
-          const double tolerance = code == Code::rot4 ? 2e-2 : 1e-4;
+          // The offset of a grid is made whole: half a unit of query and key.
+          const double tolerance = grid_bits(code) ? 8e-2 / grid_bits(code) : 1e-4;
           for (size_t i = 0; i < found.size(); ++i) CHECK_NEAR(found[i], expected[i], tolerance);
         });
       }
@@ -156,7 +157,7 @@ TEST(scores_do_not_depend_on_the_threads) {
   Shape shape;
   shape.group_size = 16;
   shape.num_groups = 700;
-  for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+  for (const Code code : kAllCodes) {
     shape.code = code;
     Index index(random, shape);
     for (uint8_t& each : index.codes)
@@ -196,7 +197,7 @@ TEST(nothing_asked_for_is_nothing_written) {
 }
 
 TEST(queries_of_zeros_find_all_groups_alike) {
-  for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+  for (const Code code : kAllCodes) {
     Random random(34);
     Index index = some_index(random, code, 2);
     Ask ask = some_ask(random, index.shape, index.shape.kv_heads * 5, 1);

@@ -54,8 +54,8 @@ struct Spanned {
         x = plain(Bf16{static_cast<uint16_t>(byte(2 * j) | byte(2 * j + 1) << 8)});
         continue;
       }
-      const int64_t half = shape.code == Code::rot4 ? shape.rank / 2 : shape.rank;
-      const int code = byte(j % half + (j < half ? 0 : shape.width())) - 128;
+      const int64_t length = plane_length(shape.code, shape.rank);
+      const int code = byte(j % length + j / length * shape.width()) - 128;
       x = code * static_cast<double>(from_f16(scales[static_cast<size_t>(span)]));
     }
     return made;
@@ -134,7 +134,7 @@ void check_best(const std::vector<float>& flat, const std::vector<float>& found,
 
 TEST(no_key_lies_farther_from_its_centre_than_the_radius) {
   Random random(40);
-  for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+  for (const Code code : kAllCodes) {
     for (const int64_t group_size : {1, 4, 16, 64}) {
       for (const float apart : {0.0f, 0.1f, 1.0f}) {
         Spanned made = some_spanned(random, code, group_size, 3, apart);
@@ -151,7 +151,7 @@ TEST(no_key_lies_farther_from_its_centre_than_the_radius) {
 
 TEST(spans_are_made_anew_where_a_group_is_encoded_and_only_there) {
   Random random(41);
-  for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+  for (const Code code : kAllCodes) {
     Spanned made = some_spanned(random, code, 4, 40, 0.1f);
     const Shape& shape = made.index.shape;
     const std::vector<float> before = made.radii;
@@ -169,7 +169,7 @@ TEST(spans_are_made_anew_where_a_group_is_encoded_and_only_there) {
 }
 
 TEST(two_levels_find_the_best_groups_of_one) {
-  for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+  for (const Code code : kAllCodes) {
     Random random(42);
     for (const int64_t group_size : {1, 8, 32}) {
       const float apart = random.one_of({0.0f, 0.05f, 1.0f});
@@ -207,7 +207,7 @@ TEST(two_levels_find_the_best_groups_of_one) {
 
 TEST(two_levels_do_not_depend_on_the_threads) {
   Random random(43);
-  for (const Code code : {Code::rot4, Code::bf16}) {
+  for (const Code code : {Code::rot4, Code::rot1, Code::bf16}) {
     Spanned made = some_spanned(random, code, 4, kSampledFrom + 300, 0.05f);
     const std::vector<int64_t> ids = all_ids(made.index.shape);
     const Numbers query = some_query(random, made.index.shape, 6);

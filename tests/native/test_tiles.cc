@@ -24,7 +24,7 @@ struct Input {
         quads(num_quads),
         group_size(size) {
     codes.resize(static_cast<size_t>(chunks * 4 * kTileTokens));
-    query.resize(static_cast<size_t>((code == Code::rot4 ? 2 : 1) * chunks * kMaxQueries));
+    query.resize(static_cast<size_t>(planes_of(code) * chunks * kMaxQueries));
     if (code == Code::bf16) {
       fill_halves(random, codes.data(), codes.size() / 2);
       fill_halves(random, reinterpret_cast<uint8_t*>(query.data()), query.size() * 2);
@@ -62,7 +62,7 @@ TEST(tiles_of_integers_score_exactly_alike_and_those_of_floats_nearly) {
   each_other([](const Kernels& other) {
     const Using named(other.name);
     Random random(10);
-    for (const Code code : {Code::rot4, Code::int8, Code::bf16}) {
+    for (const Code code : kAllCodes) {
       for (const int64_t chunks : {1, 2, 3, 16, 33}) {
         for (int quads = 1; quads <= kMaxQueries / 4; ++quads) {
           for (const int size : {1, 2, 4, 8, 16}) {
@@ -86,7 +86,8 @@ TEST(a_score_is_the_start_and_all_products_times_the_scale) {
   each_name([](const char* name) {
     const Using named(name);
     Random random(11);
-    for (const Code code : {Code::rot4, Code::int8}) {
+    for (const Code code : kAllCodes) {
+      if (code == Code::bf16) continue;
       const Input input(random, code, 5, 2, 1);
       const std::vector<float> found = input.run(kernels());
       for (int token = 0; token < kTileTokens; ++token) {
@@ -98,10 +99,9 @@ TEST(a_score_is_the_start_and_all_products_times_the_scale) {
               return static_cast<int8_t>(four >> (byte % 4 * 8) & 255);
             };
             const int held = input.codes[static_cast<size_t>(byte / 4 * 64 + token * 4 + byte % 4)];
-            if (code == Code::int8) {
-              sum += held * word(byte / 4);
-            } else {
-              sum += (held & 15) * word(byte / 4) + (held >> 4) * word(byte / 4 + input.chunks);
+            const int bits = grid_bits(code), mask = bits ? grid_top(code) : 255;
+            for (int plane = 0; plane < planes_of(code); ++plane) {
+              sum += ((held >> (bits * plane)) & mask) * word(byte / 4 + plane * input.chunks);
             }
           }
           const float expected =

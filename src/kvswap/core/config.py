@@ -13,7 +13,7 @@ from kvswap.core.device_model import DeviceModel, as_device_model
 from kvswap.core.errors import ConfigError
 from kvswap.core.units import parse_bytes
 
-CODES = ("bf16", "int8", "rot4")
+CODES = ("bf16", "int8", "rot4", "rot2", "rot1")
 DIRECT_IO = ("auto", "on", "off")
 
 GAP_BYTES = 8192
@@ -156,7 +156,7 @@ class CacheConfig:
         even share among the selected groups. 0 selects what scores best, whatever it costs.
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads of a head group.
-    code : {"bf16", "int8", "rot4"}, optional
+    code : {"bf16", "int8", "rot4", "rot2", "rot1"}, optional
         How a coefficient is stored.
     projection : path, optional
         A calibrated projection (`kvswap calibrate`), for one head group. Default: fitted to the

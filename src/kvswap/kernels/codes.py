@@ -1,14 +1,14 @@
 """How a key's coefficients are stored, and scored against a query without being decoded.
 
 Coefficients arrive rotated (an orthogonal matrix folded into the projection), which spreads a
-token's energy evenly over them, so that one scale a token serves all. The four-bit grid is
-the best uniform one for a Gaussian, whose error is a fifth above the best of any grid, and
-keeps scoring in integers.
+token's energy evenly over them, so that one scale a token serves all. The grids of four, two
+and one bits are the best uniform ones for a Gaussian, which keeps scoring in integers: of four
+bits the error is a fifth above the best of any grid, of two a hundredth, of one it is the best.
 
 References
 ----------
 HIGGS, https://arxiv.org/abs/2411.17525 and TurboQuant, https://arxiv.org/abs/2504.19874: grids
-after a rotation. J. Max, Quantizing for minimum distortion, IRE Trans. IT-6, 1960: the step.
+after a rotation. J. Max, Quantizing for minimum distortion, IRE Trans. IT-6, 1960: the steps.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from kvswap.core.errors import ConfigError
-from kvswap.core.units import align_up
+from kvswap.core.units import align_up, ceil_div
 
 CHUNK_BYTES = 4
 """A token's codes are a whole number of these; see `kvswap.kernels.tiles`."""
 
-GAUSSIAN_STEP_4BIT = 0.3352  # Max 1960, table II, 16 levels, in standard deviations
+# Max 1960, table II, in standard deviations: sixteen, four and two levels.
+GAUSSIAN_STEP_4BIT = 0.3352
+GAUSSIAN_STEP_2BIT = 0.9957
+GAUSSIAN_STEP_1BIT = 1.596
 _SCALE_LIMIT = 6.0e4  # float16's largest is 65504
 
 
@@ -130,48 +133,102 @@ class Int8Code(Code):
         return products.mul_(query_scales).mul_(scales.float()[:, None])
 
 
-class Rot4Code(Code):
-    """Four bits a coefficient on a uniform Gaussian grid and one norm a token.
+class GridCode(Code):
+    """A few bits a coefficient on a uniform Gaussian grid, and one scale a token.
 
-    A byte holds a coefficient of the first half in its low bits, one of the second half in
-    its high ones.
+    Coefficients are cut into planes, equal parts in order, of which the last ones may be short:
+    a byte holds one coefficient of each, the first in its lowest bits.
+
+    Attributes
+    ----------
+    bits : int
+        Of a coefficient: 4, 2 or 1.
+    gaussian_step : float
+        Distance of the levels, in standard deviations.
     """
 
+    bits: int
+    gaussian_step: float
+
+    @property
+    def plane_length(self) -> int:
+        """Coefficients of a plane."""
+        return ceil_div(self.rank * self.bits, 8)
+
+    @property
+    def width(self) -> int:
+        """Bytes stored for a token."""
+        return align_up(self.plane_length, CHUNK_BYTES)
+
+    @property
+    def planes(self) -> list[slice]:
+        """Coefficients of each plane, first to last."""
+        step = self.plane_length
+        return [slice(i, min(i + step, self.rank)) for i in range(0, self.rank, step)]
+
+    def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Round to the grid's levels; the scale is the one that fits them best."""
+        half = 2 ** (self.bits - 1)
+        deviation = coefficients.norm(dim=1, keepdim=True) / self.rank**0.5
+        step = (deviation * self.gaussian_step).clamp_(min=1e-20)
+        codes = torch.floor(coefficients / step).clamp_(-half, half - 1)
+        levels = codes + 0.5
+        scales = (coefficients * levels).sum(1) / (levels * levels).sum(1)
+        codes = (codes + half).to(torch.uint8)
+        packed = codes.new_zeros(len(codes), self.width)
+        for place, plane in enumerate(self.planes):
+            part = codes[:, plane]
+            packed[:, : part.shape[1]] |= part << (self.bits * place)
+        return packed, _as_scale(scales)
+
+    def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
+        """Multiply planes in integers; the grid's offset, made whole, is added once a query."""
+        assert scales is not None
+        query_codes, query_scales = round_queries(queries)
+        top = 2**self.bits - 1
+        products: Tensor | None = None
+        for place, plane in enumerate(self.planes):
+            length = plane.stop - plane.start
+            part = (codes[:, :length] >> (self.bits * place)) & top
+            more = _int_product(part.view(torch.int8), query_codes[:, plane].t())
+            products = more if products is None else products.add_(more)
+        assert products is not None, "a rank is positive"
+        products -= self.offsets(query_codes)
+        scored = products.float().mul_(query_scales)
+        return scored.mul_(scales.float()[:, None])
+
+    def offsets(self, query_codes: Tensor) -> Tensor:
+        """Return what the grid's middle adds to each query's products, int32 [num_queries]."""
+        return (query_codes.sum(1, dtype=torch.int32) * (2**self.bits - 1)) >> 1
+
+
+class Rot4Code(GridCode):
+    """Four bits a coefficient; a rank must be even."""
+
     name = "rot4"
+    bits = 4
+    gaussian_step = GAUSSIAN_STEP_4BIT
 
     def __init__(self, rank: int) -> None:
         if rank % 2:
             raise ConfigError(f"rank must be even for the rot4 code, got {rank}")
         super().__init__(rank)
 
-    @property
-    def width(self) -> int:
-        """Bytes stored for a token."""
-        return align_up(self.rank // 2, CHUNK_BYTES)
 
-    def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Round to sixteen levels; the scale is the one that fits the levels best."""
-        deviation = coefficients.norm(dim=1, keepdim=True) / self.rank**0.5
-        step = (deviation * GAUSSIAN_STEP_4BIT).clamp_(min=1e-20)
-        codes = torch.floor(coefficients / step).clamp_(-8, 7)
-        levels = codes + 0.5
-        scales = (coefficients * levels).sum(1) / (levels * levels).sum(1)
-        codes = (codes + 8).to(torch.uint8)
-        half = self.rank // 2
-        return _padded(codes[:, :half] | (codes[:, half:] << 4), self.width), _as_scale(scales)
+class Rot2Code(GridCode):
+    """Two bits a coefficient."""
 
-    def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
-        """Multiply nibbles in integers; the grid's offset, made whole, is added once a query."""
-        assert scales is not None
-        query_codes, query_scales = round_queries(queries)
-        half = self.rank // 2
-        codes = codes[:, :half]
-        low, high = (codes & 15).view(torch.int8), (codes >> 4).view(torch.int8)
-        products = _int_product(low, query_codes[:, :half].t())
-        products += _int_product(high, query_codes[:, half:].t())
-        products -= (query_codes.sum(1, dtype=torch.int32) * 15) >> 1
-        scored = products.float().mul_(query_scales)
-        return scored.mul_(scales.float()[:, None])
+    name = "rot2"
+    bits = 2
+    gaussian_step = GAUSSIAN_STEP_2BIT
+
+
+class Rot1Code(GridCode):
+    """One bit a coefficient, its sign."""
+
+    name = "rot1"
+    bits = 1
+    gaussian_step = GAUSSIAN_STEP_1BIT
 
 
 def round_queries(queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +237,9 @@ def round_queries(queries: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(queries / _divisor(scales)).to(torch.int8), scales
 
 
-CODES: dict[str, type[Code]] = {code.name: code for code in (Bf16Code, Int8Code, Rot4Code)}
+CODES: dict[str, type[Code]] = {
+    code.name: code for code in (Bf16Code, Int8Code, Rot4Code, Rot2Code, Rot1Code)
+}
 
 
 def _int_product(left: Tensor, right: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Which groups will matter: key indexes estimate attention, selectors choose."""
 
-from kvswap.predict import lowrank, spanned, topk
+from kvswap.predict import infinigen, kqsvd, loki, lowrank, rotated, spanned, topk
 from kvswap.predict.base import (
     INDEXES,
     SELECTORS,
@@ -18,9 +18,13 @@ __all__ = [
     "KeyIndex",
     "Selector",
     "index_names",
+    "infinigen",
+    "kqsvd",
+    "loki",
     "lowrank",
     "register_index",
     "register_selector",
+    "rotated",
     "selector_names",
     "spanned",
     "topk",

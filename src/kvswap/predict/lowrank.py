@@ -5,13 +5,13 @@ Paper: KVSwap, https://arxiv.org/abs/2511.11907, grouped prediction from compact
 Reproduced: one projection a layer over the joined KV heads, from an uncentred decomposition
 of post-RoPE keys; a score a token; a group scores as its best token does.
 Deviates: query heads are not averaged before the dot product, each scores alone and the best
-counts; coefficients may be stored in 8 or 4 bits after a rotation within the rank; the
+counts; coefficients may be stored in 8, 4, 2 or 1 bits after a rotation within the rank; the
 projection is fitted to the prompt itself where none was calibrated.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,14 +34,23 @@ if TYPE_CHECKING:
 _LEAST_BLOCK_TOKENS = 2048  # scored at once; more where fitting takes the memory anyway
 _BLOCK_QUERIES = 8
 _FEW_GROUPS = 16  # encoded one by one: for more a matrix product is faster
-_NATIVE_CODES = {"rot4": 0, "int8": 1, "bf16": 2}  # as csrc/kernels/api.h numbers them
+# As csrc/kernels/api.h numbers them.
+_NATIVE_CODES = {"rot4": 0, "int8": 1, "bf16": 2, "rot2": 3, "rot1": 4}
 _WIDE_TOKENS = 512  # tokens held in float32 at once while fitting and encoding
 
 
 @register_index("lowrank")
 class LowRankIndex(KeyIndex):
-    """One layer's low-rank index; see `KeyIndex` and the module's head."""
+    """One layer's low-rank index; see `KeyIndex` and the module's head.
 
+    Attributes
+    ----------
+    has_query_basis : bool
+        Whether queries are projected otherwise than keys are.
+    """
+
+    codes = ("rot4", "int8", "bf16", "rot2", "rot1")
+    has_query_basis: ClassVar[bool] = False
     takes_basis = True
     serves_device = True
 
@@ -57,6 +66,8 @@ class LowRankIndex(KeyIndex):
         room = len(self._tiles) * TILE_TOKENS
         self._scales = torch.zeros(room, dtype=torch.float16) if self._code.has_scale else None
         self._basis = torch.zeros(geometry.key_dim, rank, dtype=torch.bfloat16)
+        own = self.has_query_basis
+        self._query_basis = torch.zeros_like(self._basis) if own else self._basis
         self._covariance: Tensor | None = None
         self._is_fitted = False
         tokens = _block_tokens(geometry, rank, code, num_groups, group_size)
@@ -71,6 +82,7 @@ class LowRankIndex(KeyIndex):
             codes=self._tiles.data_ptr(),
             scales=0 if self._scales is None else self._scales.data_ptr(),
             basis=self._basis.data_ptr(),
+            query_basis=self._query_basis.data_ptr(),
             width=self._code.width,
             rank=self._code.rank,
             group_size=self._group_size,
@@ -85,6 +97,8 @@ class LowRankIndex(KeyIndex):
 
         self.device = accelerator.device
         self._tiles, self._basis = self._tiles.to(self.device), self._basis.to(self.device)
+        own = self.has_query_basis
+        self._query_basis = self._query_basis.to(self.device) if own else self._basis
         self._scales = None if self._scales is None else self._scales.to(self.device)
         self._scanner = None
         self._device_scanner = DeviceScanner(self._code, self._group_size, accelerator)
@@ -93,9 +107,10 @@ class LowRankIndex(KeyIndex):
     def plan_bytes(
         cls, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
     ) -> int:
-        """Codes of every group and the projection in bfloat16."""
+        """Codes of every group and the projections in bfloat16."""
         tokens = align_up(num_groups * group_size, TILE_TOKENS)
-        return tokens * CODES[code](rank).token_bytes + geometry.key_dim * rank * 2
+        bases = (1 + cls.has_query_basis) * geometry.key_dim * rank * 2
+        return tokens * CODES[code](rank).token_bytes + bases
 
     @classmethod
     def workspace_bytes(
@@ -109,9 +124,10 @@ class LowRankIndex(KeyIndex):
 
     @property
     def nbytes(self) -> int:
-        """Codes, scales and projection."""
+        """Codes, scales and projections."""
         scales = self._scales.nbytes if self._scales is not None else 0
-        return self._tiles.nbytes + scales + self._basis.nbytes
+        bases = (1 + self.has_query_basis) * self._basis.nbytes
+        return self._tiles.nbytes + scales + bases
 
     @property
     def is_fitted(self) -> bool:
@@ -120,7 +136,7 @@ class LowRankIndex(KeyIndex):
 
     @property
     def basis(self) -> Tensor:
-        """The projection, [num_kv_heads * head_dim, rank], bfloat16."""
+        """The projection of keys, [num_kv_heads * head_dim, rank], bfloat16."""
         return self._basis
 
     def observe(self, keys: Tensor) -> None:
@@ -135,16 +151,26 @@ class LowRankIndex(KeyIndex):
         """Take the leading eigenvectors and rotate them among themselves."""
         if self._covariance is None:
             raise ConfigError("fit needs observed keys, got none")
-        basis = leading_basis(self._covariance.cpu(), self._code.rank)
+        bases = self._find_bases(self._covariance.cpu())
         self._covariance = None
-        self.set_basis(basis)
+        self._use(*bases)
+
+    def _find_bases(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the projections of keys and of queries; the covariance may be changed."""
+        basis = leading_basis(covariance, self._code.rank)
+        return basis, basis
 
     def set_basis(self, basis: Tensor) -> None:
         """Use a projection made elsewhere, [num_kv_heads * head_dim, rank]."""
         if basis.shape != self._basis.shape:
             expected = list(self._basis.shape)
             raise ConfigError(f"projection must be {expected}, got {list(basis.shape)}")
+        self._use(basis, basis)
+
+    def _use(self, basis: Tensor, query_basis: Tensor) -> None:
         self._basis.copy_(basis)
+        if self.has_query_basis:
+            self._query_basis.copy_(query_basis)
         self._is_fitted = True
 
     def encode(self, groups: np.ndarray, keys: Tensor) -> None:
@@ -211,7 +237,7 @@ class LowRankIndex(KeyIndex):
     def _project(self, query: Tensor) -> Tensor:
         """Carry each query head through its KV head's slice: [q_len, num_heads, rank]."""
         kv_heads = self._geometry.num_kv_heads
-        slices = self._basis.float().unflatten(0, (kv_heads, -1))
+        slices = self._query_basis.float().unflatten(0, (kv_heads, -1))
         by_kv_head = query.float().unflatten(0, (kv_heads, -1)).flatten(1, 2)
         projected = torch.bmm(by_kv_head, slices)
         return projected.unflatten(1, (-1, query.shape[1])).flatten(0, 1).transpose(0, 1)
@@ -228,11 +254,13 @@ class LowRankIndex(KeyIndex):
         return torch.cat(scored) if len(scored) > 1 else scored[0]
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return projection, codes and scales as plain arrays."""
+        """Return projections, codes and scales as plain arrays."""
         arrays = {
             "basis": self._basis.view(torch.uint16).cpu().numpy(),
             "tiles": self._tiles.cpu().numpy(),
         }
+        if self.has_query_basis:
+            arrays["query_basis"] = self._query_basis.view(torch.uint16).cpu().numpy()
         if self._scales is not None:
             arrays["scales"] = _plain_bytes(self._scales)
         return arrays if self._is_fitted else {}
@@ -241,16 +269,18 @@ class LowRankIndex(KeyIndex):
         """Take back what `state` gave."""
         if not state:
             return
-        for name, held in (("tiles", self._tiles), ("scales", self._scales)):
+        kept = {"tiles": self._tiles, "scales": self._scales, "basis": self._basis}
+        if self.has_query_basis:
+            kept["query_basis"] = self._query_basis
+        for name, held in kept.items():
             if held is None:
                 continue
-            target = held.view(torch.uint8)
+            target = held.view(torch.uint16 if name.endswith("basis") else torch.uint8)
             if name not in state or state[name].shape != target.shape:
                 found = state[name].shape if name in state else "nothing"
                 expected = tuple(target.shape)
                 raise CorruptStoreError("index", name, expected=expected, found=found)
             target.copy_(torch.from_numpy(state[name].copy()))
-        self._basis.view(torch.uint16).copy_(torch.from_numpy(state["basis"].copy()))
         self._is_fitted = True
 
 

@@ -104,7 +104,7 @@ def leading_basis(covariance: Tensor, rank: int) -> Tensor:
             leading = torch.svd_lowrank(covariance, q=wanted, niter=_ITERATIONS)[0][:, :rank]
     else:
         leading = torch.linalg.eigh(covariance).eigenvectors[:, -rank:]
-    return leading @ _rotation(rank)
+    return leading @ rotation(rank, seed=rank)
 
 
 def fit_workspace_bytes(dim: int, rank: int) -> int:
@@ -112,13 +112,20 @@ def fit_workspace_bytes(dim: int, rank: int) -> int:
     wanted = rank + _OVERSAMPLING
     if 2 * wanted < dim:
         return 4 * (dim * dim + 5 * dim * wanted)
-    return 4 * 5 * dim * dim  # the matrix, its eigenvectors, and LAPACK's own 2 n^2
+    # The matrix, its eigenvectors, and LAPACK's own 2 n^2; or the first two and a rotation.
+    return max(4 * 5 * dim * dim, 8 * dim * dim + rotation_bytes(rank))
 
 
-def _rotation(rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(rank)
-    square = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
+def rotation(size: int, seed: int) -> Tensor:
+    """Return a random orthogonal matrix [size, size], float32; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.randn(size, size, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(square).Q.float()
+
+
+def rotation_bytes(size: int) -> int:
+    """Return the most memory that `rotation` takes."""
+    return (3 * 8 + 4) * size * size
 
 
 def fit_projection(covariances: Iterable[Tensor], *, rank: int, fingerprint: str) -> Projection:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kvswap.core.geometry import KVGeometry
 from kvswap.core.units import align_up, ceil_div
-from kvswap.kernels.codes import CODES, Code
+from kvswap.kernels.codes import CODES, Code, GridCode
 from kvswap.kernels.native import DTYPE_CODES, query_view
 from kvswap.kernels.scores import reduce_heads, sampled_groups
 from kvswap.kernels.tiles import TILE_TOKENS, tiled_zeros
@@ -162,5 +162,5 @@ def _num_spans(group_size: int, num_groups: int) -> int:
 
 
 def _span_width(code: Code) -> int:
-    """Bytes of a centre: eight bits where keys have four, otherwise as many as they have."""
-    return code.width * (2 if code.name == "rot4" else 1)
+    """Bytes of a centre: eight bits where keys have fewer, otherwise as many as they have."""
+    return code.width * (8 // code.bits if isinstance(code, GridCode) else 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvswap.core.units import ceil_div
 from kvswap.kernels.accelerator import Accelerator, is_interpreting
-from kvswap.kernels.codes import CHUNK_BYTES, Code, round_queries
+from kvswap.kernels.codes import CHUNK_BYTES, Code, GridCode, round_queries
 from kvswap.kernels.gpu.scan import scan_groups
 from kvswap.kernels.tiles import TILE_TOKENS
 
@@ -58,6 +58,7 @@ class DeviceScanner:
         if not 0 <= groups.min() <= groups.max() < len(tiles) * TILE_TOKENS // self._group_size:
             raise ValueError("group ids must be those of this index")
         name, rank, size = self._code.name, self._code.rank, self._group_size
+        bits = 0
         if name == "bf16":
             tiles, columns = tiles.view(torch.bfloat16), rank
             codes, query_scales, offsets = queries.to(torch.bfloat16), queries, queries
@@ -65,9 +66,9 @@ class DeviceScanner:
             rounded, query_scales = round_queries(queries)
             codes, offsets = rounded.to(torch.float16), torch.zeros_like(query_scales)
             columns = rank
-            if name == "rot4":
-                offsets = ((rounded.sum(1, dtype=torch.int32) * 15) >> 1).float()
-                columns = rank // 2
+            if isinstance(self._code, GridCode):
+                offsets = self._code.offsets(rounded).float()
+                columns, bits = self._code.plane_length, self._code.bits
         ids = None if _is_run(groups) else self._accelerator.upload(groups)
         out = queries.new_empty((len(queries), len(groups)))
         block_groups = max(1, _BLOCK_TOKENS // size)
@@ -78,7 +79,7 @@ class DeviceScanner:
                 tiles, query_scales if scales is None else scales, codes.contiguous(),
                 query_scales, offsets, query_scales if ids is None else ids, out,
                 int(groups[0]), len(groups), len(queries),
-                CODE=name, HAS_IDS=ids is not None, RANK=rank, COLUMNS=columns,
+                CODE=name, BITS=bits, HAS_IDS=ids is not None, RANK=rank, COLUMNS=columns,
                 CHUNKS=self._code.width // CHUNK_BYTES,
                 CHUNK=CHUNK_BYTES // tiles.element_size(), TILE=TILE_TOKENS, GROUP_SIZE=size,
                 IS_WIDE=is_interpreting(), BLOCK_GROUPS=block_groups,

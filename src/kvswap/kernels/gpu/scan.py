@@ -21,6 +21,7 @@ def scan_groups(
     num_groups,
     num_queries,
     CODE: tl.constexpr,
+    BITS: tl.constexpr,
     HAS_IDS: tl.constexpr,
     RANK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -37,6 +38,7 @@ def scan_groups(
 
     Codes lie in tiles of ``TILE`` tokens, in chunks of ``CHUNK`` elements a token. Products of
     codes are taken in float16 and summed in float32, which is exact for whole numbers so small.
+    A grid's byte holds ``BITS`` of a coefficient of each plane of ``COLUMNS``.
     """
     places = tl.program_id(0) * BLOCK_GROUPS * GROUP_SIZE + tl.arange(0, BLOCK_GROUPS * GROUP_SIZE)
     at_group = places // GROUP_SIZE
@@ -58,20 +60,22 @@ def scan_groups(
         codes = tl.load(tiles + at, mask=mask, other=0)
         query_at = query[None, :] * RANK + column[:, None]
         query_mask = is_column[:, None] & is_query[None, :]
-        q = tl.load(queries + query_at, mask=query_mask, other=0.0)
-        if CODE == "rot4":
-            low = (codes & 15).to(tl.float16)
-            high = (codes >> 4).to(tl.float16)
-            q_high = tl.load(queries + query_at + COLUMNS, mask=query_mask, other=0.0)
-            sums += tl.dot(low, q)
-            sums += tl.dot(high, q_high)
-        elif CODE == "int8":
-            sums += tl.dot((codes.to(tl.int32) - 128).to(tl.float16), q)
+        if BITS > 0:
+            for plane in tl.static_range(8 // BITS):
+                at_plane = plane * COLUMNS
+                plane_mask = query_mask & (column + at_plane < RANK)[:, None]
+                q = tl.load(queries + query_at + at_plane, mask=plane_mask, other=0.0)
+                part = (codes >> (BITS * plane)) & ((1 << BITS) - 1)
+                sums += tl.dot(part.to(tl.float16), q)
         else:
-            if IS_WIDE:
-                codes = codes.to(tl.float32)
-                q = q.to(tl.float32)
-            sums += tl.dot(codes, q, input_precision="ieee")
+            q = tl.load(queries + query_at, mask=query_mask, other=0.0)
+            if CODE == "int8":
+                sums += tl.dot((codes.to(tl.int32) - 128).to(tl.float16), q)
+            else:
+                if IS_WIDE:
+                    codes = codes.to(tl.float32)
+                    q = q.to(tl.float32)
+                sums += tl.dot(codes, q, input_precision="ieee")
     if CODE != "bf16":
         sums -= tl.load(query_offsets + query, mask=is_query, other=0.0)[None, :]
         sums *= tl.load(query_scales + query, mask=is_query, other=0.0)[None, :]
