@@ -340,7 +340,8 @@ def test_pyramidinfer_keeps_fewer_in_later_layers_of_what_was_left():
 def test_pyramidinfer_lets_the_recent_vote_the_newer_the_more(own_attention):
     prefill = made_up()
     kept = kept_by("pyramidinfer", prefill, 60, own_attention=own_attention)
-    above, count = kept[1][0], kept[2].shape[1]
+    above = torch.arange(200) if own_attention else kept[1][0]
+    count = kept[2].shape[1]
     recent = round(0.2 * count)
     attention = full_attention(prefill, 2 if own_attention else 1)[:, -recent:].mean(0)
     votes = torch.linspace(1.0, 1.2, recent) @ attention
@@ -352,9 +353,9 @@ def test_pyramidinfer_lets_the_recent_vote_the_newer_the_more(own_attention):
 def test_pyramidinfer_tuned_lets_the_question_vote():
     prefill, later = made_up(), later_of()
     for layer in range(3):
-        attend_to(prefill, later, layer, 99, slice(0, 6))
-    for places in make_method("pyramidinfer", "tuned").keep(prefill, 20, later):
-        assert (places == 99).any()
+        attend_to(prefill, later, layer, 99 + layer, slice(0, 6))
+    kept = make_method("pyramidinfer", "tuned").keep(prefill, 20, later)
+    assert all((places == 99 + layer).any() for layer, places in enumerate(kept))
 
 
 def test_pyramidinfer_wants_a_query_of_the_recent_tokens():

@@ -74,7 +74,8 @@ class KeyDiff(EvictionMethod):
             new = torch.arange(first, min(num_tokens, first + block), device=keys.device)
             kept = torch.cat((kept, new.expand(len(keys), -1)), 1)
             if kept.shape[1] > budget_tokens:
-                scores = _distinctness(unit.take_along_dim(kept[..., None], 1))
+                is_all = kept.shape[1] == num_tokens
+                scores = _distinctness(unit if is_all else unit.take_along_dim(kept[..., None], 1))
                 scores[kept < self._sinks] = torch.inf
                 scores[kept >= int(new[-1]) + 1 - self._recent] = torch.inf
                 kept = kept.take_along_dim(best(scores, budget_tokens), 1)

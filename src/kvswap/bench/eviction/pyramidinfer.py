@@ -11,8 +11,8 @@ lengths are scaled so that they sum to the budget, which cuts the first layer as
 attention); the recent share is one of the kept tokens and not of the document, for else it alone
 would pass a small budget; votes come from the queries that `StoredPrefill` kept among the recent
 tokens; what is generated is not evicted.
-The tuned setting lets each layer's own attention decide, and the question vote instead of the
-recent tokens.
+The tuned setting lets the question vote instead of the recent tokens, and each layer choose by its
+own attention from the whole document, of which here nothing is missing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class PyramidInfer(EvictionMethod):
         (0, 1].
     sink_tokens : int
     own_attention : bool
-        Whether a layer's own attention decides what it keeps, and not the layer's before.
+        Whether a layer chooses by its own attention, from the whole document, and not by that of
+        the layer before, from what that one kept.
     sees_question : bool
         Whether the question's tokens vote instead of the recent ones.
     """
@@ -92,7 +93,7 @@ class PyramidInfer(EvictionMethod):
                 f"budget_tokens must leave the last layer more than {self._sinks} sinks and its"
                 f" recent tokens, got {budget_tokens}, which leaves it {lengths[-1]}"
             )
-        left = torch.arange(prefill.num_tokens, device=prefill.keys[0].device)
+        whole = left = torch.arange(prefill.num_tokens, device=prefill.keys[0].device)
         kept = []
         for layer_idx, length in enumerate(lengths):
             voter = layer_idx if self._own_attention else max(0, layer_idx - 1)
@@ -100,6 +101,8 @@ class PyramidInfer(EvictionMethod):
             votes = self._votes(prefill, voter, max(1, recent), later)
             votes[: self._sinks] = torch.inf
             votes[prefill.num_tokens - recent :] = torch.inf
+            if self._own_attention:
+                left = whole
             left = left[best(votes[left], length)]
             kept.append(left.expand(len(prefill.keys[layer_idx]), -1))
         return tuple(kept)
