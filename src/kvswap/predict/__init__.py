@@ -1,6 +1,6 @@
 """Which groups will matter: key indexes estimate attention, selectors choose."""
 
-from kvswap.predict import lowrank, spanned, topk
+from kvswap.predict import centroids, chess, exact, lowrank, quest, shadowkv, spanned, topk
 from kvswap.predict.base import (
     INDEXES,
     SELECTORS,
@@ -17,11 +17,16 @@ __all__ = [
     "SELECTORS",
     "KeyIndex",
     "Selector",
+    "centroids",
+    "chess",
+    "exact",
     "index_names",
     "lowrank",
+    "quest",
     "register_index",
     "register_selector",
     "selector_names",
+    "shadowkv",
     "spanned",
     "topk",
 ]
