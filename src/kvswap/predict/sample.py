@@ -34,9 +34,10 @@ class EvenSample:
     def add(self, rows: Tensor) -> None:
         """Take in rows [n, length] that follow those before."""
         while len(rows):
-            if self._count == len(self._rows):
-                self._thin()
             first = -self._seen % self._stride
+            if first < len(rows) and self._count == len(self._rows):
+                self._thin()
+                continue
             taken = rows[first :: self._stride][: len(self._rows) - self._count]
             self._rows[self._count : self._count + len(taken)] = taken
             self._count += len(taken)
