@@ -135,11 +135,10 @@ class CentroidsIndex(KeyIndex):
         numbers, by_part = self._numbers.view(-1, self._rank), keys.unflatten(1, (self._rank, -1))
         step = _encode_tokens(self._rank)
         for first in range(0, len(keys), step):
-            block = by_part[first : first + step].transpose(0, 1).float()
-            nearness = torch.bmm(block, centroids.transpose(1, 2)).add_(halves)
-            group, token = divmod(np.arange(first, first + block.shape[1]), self._group_size)
+            block = _nearest(by_part[first : first + step], centroids, halves)
+            group, token = divmod(np.arange(first, first + len(block)), self._group_size)
             tokens = torch.from_numpy(groups[group] * self._group_size + token)
-            numbers[tokens] = nearness.argmax(2).t().to(torch.uint8)
+            numbers[tokens] = block
 
     def score_heads(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
         """Add up the products of every token's centroids; see `KeyIndex.score_heads`."""
@@ -177,6 +176,12 @@ class CentroidsIndex(KeyIndex):
         if state:
             fill_tensors(self._tensors(), state)
             self._is_fitted = True
+
+
+def _nearest(keys: Tensor, centroids: Tensor, halves: Tensor) -> Tensor:
+    """Return the numbers [n, rank] of the centroids that parts of keys are nearest to."""
+    nearness = torch.bmm(keys.transpose(0, 1).float(), centroids.transpose(1, 2)).add_(halves)
+    return nearness.argmax(2).t().to(torch.uint8)
 
 
 def _possible_ranks(geometry: KVGeometry) -> tuple[int, ...]:

@@ -100,7 +100,8 @@ class WholeKeysIndex(KeyIndex):
         encode = groups * vectors * key_dim * (24 if code == "int8" else 16)
         groups = min(num_groups, _block_groups(geometry, vectors))
         block = groups * vectors * (8 * key_dim + 8 * heads)
-        return max(encode, block + num_groups * (16 * heads + 24) + 16 * key_dim) + 1024
+        query = 20 * heads * geometry.head_dim
+        return max(encode, block + num_groups * (16 * heads + 24) + query) + 1024
 
     @property
     def nbytes(self) -> int:
