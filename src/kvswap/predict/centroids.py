@@ -39,7 +39,7 @@ _BLOCK_BYTES = 2**22  # of the largest array while a block of tokens is encoded 
 class CentroidsIndex(KeyIndex):
     """One layer's centroids and each token's numbers; see `KeyIndex` and the module's head.
 
-    Its rank is the bytes of a token: parts of a key, over all KV heads.
+    Its rank is the bytes of a token: parts of its key, over all KV heads.
     """
 
     codes: ClassVar[tuple[str, ...]] = ("pq8",)
