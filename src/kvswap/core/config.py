@@ -14,6 +14,9 @@ from kvswap.core.errors import ConfigError
 from kvswap.core.units import parse_bytes
 
 CODES = ("bf16", "int8", "rot4", "rot2", "rot1")
+OWN_CODES = ("pq8", "raw")
+"""Codes that single indexes have: numbers of centroids, and keys as they are."""
+
 DIRECT_IO = ("auto", "on", "off")
 
 GAP_BYTES = 8192
@@ -157,7 +160,7 @@ class CacheConfig:
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads of a head group.
     code : {"bf16", "int8", "rot4", "rot2", "rot1"}, optional
-        How a coefficient is stored.
+        How a coefficient is stored. Some indexes have a code of their own: "pq8", "raw".
     projection : path, optional
         A calibrated projection (`kvswap calibrate`), for one head group. Default: fitted to the
         prompt's keys.
@@ -222,7 +225,7 @@ class CacheConfig:
         if size is not None and (size > 256 or size & (size - 1)):
             raise ConfigError(f"group_size must be a power of two in [1, 256], got {size}")
         if self.code is not None:
-            _one_of("code", self.code, CODES)
+            _one_of("code", self.code, (*CODES, *OWN_CODES))
         self._check_what_is_chosen()
         if self.projection is not None:
             if self.head_groups > 1:

@@ -1,6 +1,19 @@
 """Which groups will matter: key indexes estimate attention, selectors choose."""
 
-from kvswap.predict import infinigen, kqsvd, loki, lowrank, rotated, spanned, topk
+from kvswap.predict import (
+    centroids,
+    chess,
+    exact,
+    infinigen,
+    kqsvd,
+    loki,
+    lowrank,
+    quest,
+    rotated,
+    shadowkv,
+    spanned,
+    topk,
+)
 from kvswap.predict.base import (
     INDEXES,
     SELECTORS,
@@ -17,15 +30,20 @@ __all__ = [
     "SELECTORS",
     "KeyIndex",
     "Selector",
+    "centroids",
+    "chess",
+    "exact",
     "index_names",
     "infinigen",
     "kqsvd",
     "loki",
     "lowrank",
+    "quest",
     "register_index",
     "register_selector",
     "rotated",
     "selector_names",
+    "shadowkv",
     "spanned",
     "topk",
 ]

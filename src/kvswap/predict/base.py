@@ -89,7 +89,8 @@ class KeyIndex(ABC):
         if code not in cls.codes:
             known = ", ".join(cls.codes)
             raise ConfigError(f"code must be one of {known} for this index, got {code!r}")
-        CODES[code](rank)
+        if code in CODES:  # others are an index's own
+            CODES[code](rank)
 
     @classmethod
     @abstractmethod
@@ -203,7 +204,28 @@ class KeyIndex(ABC):
             scores = reduce_heads(self.score_heads(token, groups, scaling=scaling))
             best = scores if best is None else torch.maximum(best, scores)
         assert best is not None, "a query has a token"
+        marked = self.always_read(groups)
+        if marked is not None:
+            best[marked] = 0.0
         return best
+
+    def always_read(self, groups: np.ndarray) -> Tensor | None:
+        """Return which groups are to be read whatever the query is.
+
+        `score` gives them the highest score there is, as if one head gave them all of its
+        attention. In `score_heads` they have what is estimated of them.
+
+        Parameters
+        ----------
+        groups : ndarray [n], int64
+            Group ids of one sequence, in order.
+
+        Returns
+        -------
+        Tensor [n], bool, or None
+            None where none is; so it is unless a class says otherwise.
+        """
+        return None
 
     def score_best(
         self,

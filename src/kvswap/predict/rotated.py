@@ -49,7 +49,7 @@ class RotatedIndex(PerHeadIndex):
         super().check(geometry, rank=rank, code=code)
 
     @classmethod
-    def fit_bytes(cls, geometry: KVGeometry, rank: int) -> int:  # noqa: ARG003
+    def fit_bytes(cls, geometry: KVGeometry, rank: int) -> int:
         """Return what making a rotation takes."""
         return rotation_bytes(geometry.head_dim)
 
