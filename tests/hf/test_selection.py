@@ -157,6 +157,7 @@ VARIATIONS = {
     "slots for everything": {"num_slots": 64},
     "a smaller budget of memory": {"kv_memory": "1MiB"},
     "chunks": {"prefill_chunk": 31},
+    "slots warmed after the prefill": {"warm_window": 3},
     "sampled recall": {"recall_every": 1, "recall_floor": 0.0},
 }
 

@@ -6,7 +6,7 @@ tokens attend to which: selections in timed runs follow a trace or a stated reus
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from kvswap.cache.layer import RowInput
 from kvswap.core.errors import ConfigError
 from kvswap.core.geometry import KVGeometry
 from kvswap.hf.cache import KVSwapCache
+from kvswap.kernels.attention import AttentionParams
 from kvswap.kernels.records import DTYPES
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -211,7 +212,11 @@ def fill(cache: KVSwapCache, num_tokens: int, *, seed: int) -> None:
 
 
 def refile(
-    cache: KVSwapCache, context: Iterable[tuple[int, Tensor, Tensor]], num_tokens: int
+    cache: KVSwapCache,
+    context: Iterable[tuple[int, Tensor, Tensor]],
+    num_tokens: int,
+    *,
+    queries: Sequence[Tensor] | None = None,
 ) -> None:
     """Store keys and values made elsewhere in an empty cache, and fit its index.
 
@@ -224,6 +229,8 @@ def refile(
     context : iterable of (layer_idx, keys, values)
         For every layer on disk, tensors [num_kv_heads, num_tokens, head_dim].
     num_tokens : int
+    queries : sequence of Tensor [num_heads, any, head_dim], optional
+        The context's last ones, by layer, for what looks at them where a prefill ends.
     """
     session = cache.session
     batch = session.new_batch(1)
@@ -234,5 +241,12 @@ def refile(
         for at, (own_keys, own_values) in session.heads.split(layer_idx, [keys, values]):
             session.layers[at].append(batch, [RowInput(own_keys, own_keys, own_values, None)])
             batch.note_columns(at, None, num_tokens)
+        if queries is None:
+            continue
+        params = AttentionParams(scaling=keys.shape[2] ** -0.5)
+        shown = [queries[layer_idx].to(session.device)]
+        for at, (query,) in session.heads.split(layer_idx, shown):
+            session.observe_queries(at, query)
+            session.warmer.window.keep(batch, at, 0, query, params)
     session.end_forward(batch, num_tokens)
     cache.end_prefill()

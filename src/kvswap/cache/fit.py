@@ -85,10 +85,12 @@ class IndexFitter:
             index.observe(_flat(keys).to(index.device))
         index.fit()
         place = 0
-        for keys, _ in session.records.stream(layer_idx, groups):
-            count = keys.shape[1] // size
-            index.encode(groups[place : place + count], _flat(keys).to(index.device))
-            place += count
+        for keys, values in session.records.stream(layer_idx, groups):
+            part = groups[place : place + keys.shape[1] // size]
+            index.encode(part, _flat(keys).to(index.device))
+            if session.rest:
+                session.rest[layer_idx].encode(part, values)
+            place += len(part)
 
 
 def _flat(keys: torch.Tensor) -> torch.Tensor:

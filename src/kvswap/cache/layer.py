@@ -15,6 +15,7 @@ from kvswap.kernels.records import pack_groups
 from kvswap.kernels.slots import SlotAttention, Tokens
 
 if TYPE_CHECKING:
+    from kvswap.cache.prefetch import Pending
     from kvswap.cache.session import CacheSession
 
 
@@ -129,7 +130,7 @@ class LayerCache:
         attention = session.attention
         if not isinstance(attention, SlotAttention) or not attention.decodes(query, params):
             return None
-        if session.recall.is_due(layer_idx):
+        if session.rest or session.recall.is_due(layer_idx):
             return None
         pending = session.selected(batch, layer_idx, [query[0]], scaling=params.scaling)
         if not pending.fits:
@@ -158,6 +159,7 @@ class LayerCache:
             if given.query.shape[1] == 0:
                 continue
             self._session.observe_queries(self.layer_idx, given.query)
+            self._session.warmer.window.keep(batch, self.layer_idx, row, given.query, params)
             groups = batch.flushed_groups(self.layer_idx, row)
             # Nothing is selected in a prefill: the slots' memory serves to read in.
             lent = self._session.residence.lent
@@ -207,6 +209,25 @@ class LayerCache:
                 )
         session.attended(pending)
         session.recall.check(batch, self.layer_idx, rows, merges, params)
+        if session.rest:  # after recall, which is of what was read
+            self._add_rest(batch, rows, pending, merges, params)
+
+    def _add_rest(
+        self,
+        batch: SequenceBatch,
+        rows: list[RowInput],
+        pending: Pending,
+        merges: list[RunningMerge],
+        params: AttentionParams,
+    ) -> None:
+        """Let groups that are not selected count by an estimate."""
+        session, layer_idx = self._session, self.layer_idx
+        for row, given in enumerate(rows):
+            groups = batch.flushed_groups(layer_idx, row)
+            groups = groups[np.isin(groups, pending.groups[row], invert=True)]
+            if given.query.shape[1] and len(groups):
+                index, rest = session.indexes[layer_idx], session.rest[layer_idx]
+                merges[row].add(rest.partial(index, given.query, groups, params))
 
     def append(self, batch: SequenceBatch, rows: list[RowInput]) -> None:
         """Keep the new tokens of every row."""
@@ -262,6 +283,8 @@ class LayerCache:
             flat = keys.transpose(0, 1).flatten(1)
             index = session.indexes[self.layer_idx]
             index.encode(groups, flat.to(index.device))
+            if session.rest:
+                session.rest[self.layer_idx].encode(groups, values)
         if session.is_selecting:
             self._keep_in_memory(groups, keys, values)
 

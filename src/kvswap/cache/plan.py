@@ -18,8 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kvswap.cache.rest import RestEstimate
 from kvswap.cache.rolling import RollingBuffer
 from kvswap.cache.sequence import SequenceBatch
+from kvswap.cache.window import QueryWindow, window_tokens
 from kvswap.core.config import CacheConfig
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
@@ -274,6 +276,8 @@ class _Shape:
         if rank:
             index = layers * self.index.plan_bytes(self.geometry, rank=rank, code=self.code, **kind)
             workspace = self.index.workspace_bytes(self.geometry, rank=rank, code=self.code, **kind)
+        if rank and self.config.estimate_rest:
+            workspace += RestEstimate.workspace_bytes(self.geometry, **kind)
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
         # holders and stripe; its place in a sequence and in the saved one; what lies in gaps
         # that are read through.
@@ -291,7 +295,20 @@ class _Shape:
             "tables": tables,
             "staging": staging,
             "workspace": workspace + staging,  # what a staging buffer holds, unpacked
-        }
+        } | self._parts_beside(rank)
+
+    def _parts_beside(self, rank: int) -> dict[str, int]:
+        """Return the parts that only some configs have; 0 where every group is in memory."""
+        geometry, parts, tokens = self.geometry, {}, window_tokens(self.config)
+        if self.config.estimate_rest:
+            layer_bytes = RestEstimate.plan_bytes(
+                geometry, group_size=self.layout.group_size, num_groups=self.num_groups
+            )
+            parts["rest"] = geometry.num_layers * layer_bytes if rank else 0
+        if tokens:
+            window_bytes = QueryWindow.plan_bytes(geometry, tokens, self.batch_size)
+            parts["window"] = window_bytes if rank else 0
+        return parts
 
 
 class _DeviceShape(_Shape):
@@ -305,7 +322,7 @@ class _DeviceShape(_Shape):
     def device_parts(self) -> tuple[str, ...]:
         """Names of the parts on a device."""
         index = ("index",) if self.index.serves_device else ()
-        return (*index, "slots", "rolling", "landing", "device_workspace")
+        return (*index, *self._parts_beside(0), "slots", "rolling", "landing", "device_workspace")
 
     @property
     def _staging_row_bytes(self) -> int:

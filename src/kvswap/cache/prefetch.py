@@ -117,13 +117,19 @@ class Prefetcher:
         """
         begin = time.perf_counter()
         try:
+            self.finish(pending)
+        finally:
+            spent = time.perf_counter() - begin
+            pending.stall_s += spent
+            self._stats.stall_s += spent
+
+    def finish(self, pending: Pending) -> None:
+        """Wait as `wait` does where no attention waits for it: no stall is counted."""
+        try:
             if pending.ahead is not None:
                 self._finish(pending.ahead)
         finally:
             self._finish(pending)
-            spent = time.perf_counter() - begin
-            pending.stall_s += spent
-            self._stats.stall_s += spent
 
     def _finish(self, pending: Pending) -> None:
         if pending.ticket is None:

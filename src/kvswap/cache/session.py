@@ -19,10 +19,12 @@ from kvswap.cache.prefetch import Pending, Prefetcher
 from kvswap.cache.recall import RecallSampler
 from kvswap.cache.records import RecordIO
 from kvswap.cache.residence import Residence
+from kvswap.cache.rest import RestEstimate
 from kvswap.cache.reuse import ReuseBuffer
 from kvswap.cache.selection import GroupSelection
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.sequences import Sequences
+from kvswap.cache.warm import Warmer
 from kvswap.core.config import CacheConfig
 from kvswap.core.errors import BudgetError, ConfigError, KVSwapError, SessionClosedError
 from kvswap.core.geometry import KVGeometry
@@ -37,6 +39,8 @@ from kvswap.storage.store import BlockStore
 # What holds memory, given back when a session closes.
 _HEAVY = (
     "indexes",
+    "rest",
+    "warmer",
     "selection",
     "attention",
     "residence",
@@ -198,9 +202,18 @@ class CacheSession:
             group_size=self.layout.group_size,
             budget_groups=plan.budget_groups,
         )
+        self.rest = self._make_rest(plan) if self.config.estimate_rest and plan.rank else []
+        self.warmer = Warmer(self)
         self.recall = RecallSampler(self)
         self.fitter = IndexFitter(self)
         self.fitter.load_projection()
+
+    def _make_rest(self, plan: CachePlan) -> list[RestEstimate]:
+        size, count = self.layout.group_size, plan.num_groups
+        return [
+            RestEstimate(self.geometry, group_size=size, num_groups=count, device=self.device)
+            for _ in range(self.geometry.num_layers)
+        ]
 
     @property
     def choice_groups(self) -> int:
@@ -213,9 +226,10 @@ class CacheSession:
         Returns
         -------
         dict of str to int
-            ``index, slots, rolling, tables, staging, workspace, total, budget``. Workspace is
-            the most that fitting, scoring and unpacking take for a while; all else is what
-            the arrays take now. Before the first forward and after closing, what is planned.
+            ``index, slots, rolling, tables, staging, workspace, total, budget``, and ``rest``
+            and ``window`` where the config has an estimate of the rest or queries kept to warm
+            with. Workspace is the most that fitting, scoring and unpacking take for a while; all
+            else is what the arrays take now. Before the first forward and after closing, what is planned.
             With slots on a device, each part lies wholly on one side, so that ``landing`` and
             ``device_workspace`` are parts too, and ``on_device`` is the sum of those there.
         """
@@ -231,6 +245,11 @@ class CacheSession:
                 "tables": tables,
                 "staging": self.records.nbytes,
             }
+            held = {
+                "rest": sum(rest.nbytes for rest in self.rest),
+                "window": self.warmer.window.nbytes,
+            }
+            parts |= {name: nbytes for name, nbytes in held.items() if name in parts}
             if self.accelerator is not None:
                 parts = self._split_by_side(parts, batches)
         sums = {"total": sum(parts.values()), "budget": self.config.kv_memory_bytes}
@@ -288,6 +307,7 @@ class CacheSession:
     def forget(self, batch: SequenceBatch) -> None:
         """Let go of a batch; after the last one an index is fitted anew."""
         self.sequences.drop(batch)
+        self.warmer.window.forget()
         if not list(self.sequences):
             self.fitter.fitted_tokens = 0
             for index in self.indexes:
@@ -295,6 +315,7 @@ class CacheSession:
 
     def select_rows(self, batch: SequenceBatch, rows: np.ndarray) -> None:
         """Make row i of a batch a reference to what row ``rows[i]`` was."""
+        self.warmer.window.forget()  # its rows are others now
         self.sequences.select_rows(batch, rows)
 
     # -- forwards -------------------------------------------------------------------------
@@ -338,11 +359,29 @@ class CacheSession:
         if is_prefill:
             self.reuse.clear()  # its slots are lent to the prefill
         if self.is_selecting:
-            self.fitter.fit_if_needed(batch)
+            self._prepare_to_select(batch)
             self.counters.decode_steps += 1
             self.counters.decode_tokens += q_len * batch.batch_size
         self._decode_base = (self.store.stats.bytes_read, self.store.stats.reads)
         self._begin_s = time.perf_counter()
+
+    def end_prefill(self, batch: SequenceBatch) -> None:
+        """Do now what the first forward that selects would do before it begins.
+
+        Raises
+        ------
+        StoreError
+            If a read failed.
+        """
+        self.check_open()
+        self.settle()
+        self._is_within = True  # until it is done: an interrupt leaves slots that nothing filled
+        self._prepare_to_select(batch)
+        self._is_within = False
+
+    def _prepare_to_select(self, batch: SequenceBatch) -> None:
+        self.fitter.fit_if_needed(batch)
+        self.warmer.prefill_ended(batch)
 
     def end_forward(self, batch: SequenceBatch, q_len: int) -> None:
         """Count what the forward did; called after its last layer on disk."""
@@ -376,14 +415,18 @@ class CacheSession:
 
         It may have given out slots that it never filled.
         """
-        for waiting in (self._pending, self._speculated):
-            for pending in waiting.values():
-                with suppress(KVSwapError):  # their slots are given back; nobody waits for them
-                    self.prefetcher.wait(pending)
-            waiting.clear()
+        self.finish_reads()
         if self._is_within or not self.reuse.is_sound:
             self._is_within = False
             self.reuse.clear()
+
+    def finish_reads(self) -> None:
+        """Finish reads in flight that no layer waits for; slots of failed ones are given back."""
+        for waiting in (self._pending, self._speculated):
+            for pending in waiting.values():
+                with suppress(KVSwapError):
+                    self.prefetcher.finish(pending)
+            waiting.clear()
 
     @property
     def index_ready(self) -> bool:
@@ -419,6 +462,16 @@ class CacheSession:
         )
         into = self._pending if is_final else self._speculated
         into[layer_idx] = self.prefetcher.submit(layer_idx, groups)
+
+    def read_ahead(self, layer_idx: int, groups: list[np.ndarray]) -> int:
+        """Submit a read of a layer's groups, an array a row; return how many are being read.
+
+        None are where not all of them have slots. `finish_reads` ends it.
+        """
+        # In one statement: no interruption may come between the submission and the table.
+        self._speculated[layer_idx] = self.prefetcher.submit(layer_idx, groups)
+        pending = self._speculated[layer_idx]
+        return len(pending.missing) if pending.fits else 0
 
     def is_selected(self, layer_idx: int) -> bool:
         """Whether a layer's selection is on its way in this forward."""
@@ -492,6 +545,8 @@ class CacheSession:
         state = {f"placement.{k}": v for k, v in self.placement.state().items()}
         for layer_idx, index in enumerate(self.indexes):
             state |= {f"index.{layer_idx}.{k}": v for k, v in index.state().items()}
+        for layer_idx, rest in enumerate(self.rest):
+            state |= {f"rest.{layer_idx}.{k}": v for k, v in rest.state().items()}
         return state
 
     def resume(
@@ -501,6 +556,8 @@ class CacheSession:
         self.placement.load_state(_part(tables, "placement."))
         for layer_idx, index in enumerate(self.indexes):
             index.load_state(_part(tables, f"index.{layer_idx}."))
+        for layer_idx, rest in enumerate(self.rest):
+            rest.load_state(_part(tables, f"rest.{layer_idx}."))
         self.fitter.fitted_tokens = fitted_tokens
         self.sequences.resume(batch)
 

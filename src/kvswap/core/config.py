@@ -168,6 +168,14 @@ class CacheConfig:
         Tokens a prefill forward handles at once.
     exact_append : bool
         Let forwards of several tokens after the prefill see the whole context.
+    estimate_rest : bool
+        Let groups that are not selected count by an estimate, from the key index and from
+        means of their values that stay in memory. Attention is no longer over exact keys and
+        values alone then.
+    warm_window : int
+        So many of a prefill's last queries say which groups are read before the first step
+        asks for them; 0 for none. It costs their memory and a step's reads, which the first
+        step needs a part of: worth it where nobody waits between prefill and first token.
     recall_every : int
         Every so many steps measure, on one layer, the attention mass of the selection;
         0 never.
@@ -196,6 +204,8 @@ class CacheConfig:
     projection: str | os.PathLike[str] | None = None
     prefill_chunk: int = 1024
     exact_append: bool = False
+    estimate_rest: bool = False
+    warm_window: int = 0
     recall_every: int = 0
     recall_floor: float = 0.8
     on_progress: Progress | None = field(default=None, compare=False, repr=False)
@@ -215,12 +225,13 @@ class CacheConfig:
         ):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        for name in ("sink_tokens", "recent_tokens", "recall_every"):
+        for name in ("sink_tokens", "recent_tokens", "recall_every", "warm_window"):
             _at_least(name, getattr(self, name), 0)
         _at_least("prefill_chunk", self.prefill_chunk, 1)
         _at_least("head_groups", self.head_groups, 1)
         _one_of("correct_prediction", self.correct_prediction, (True, False))
         _one_of("exact_append", self.exact_append, (True, False))
+        _one_of("estimate_rest", self.estimate_rest, (True, False))
         size = self.group_size
         if size is not None and (size > 256 or size & (size - 1)):
             raise ConfigError(f"group_size must be a power of two in [1, 256], got {size}")

@@ -34,6 +34,8 @@ class CacheStats:
         Tokens stored exactly, forwards that selected, and the tokens of those forwards.
     groups_selected, groups_hit : int
         Groups wanted by all steps, and those of them found in memory.
+    groups_warmed : int
+        Groups read where a prefill ended, before a step asked for them.
     stall_s : float
         Time that attention waited for reads, in steps that select.
     own_s : float
@@ -53,6 +55,7 @@ class CacheStats:
     decode_tokens: int = 0
     groups_selected: int = 0
     groups_hit: int = 0
+    groups_warmed: int = 0
     stall_s: float = 0.0
     own_s: float = 0.0
     decode_bytes_read: int = 0

@@ -163,7 +163,7 @@ class KVSwapCache(Cache):
         self._check_open()
         self._forwards.is_prefill = False
         if self._forwards.batch is not None:
-            self._session.fitter.fit_if_needed(self._forwards.batch)
+            self._session.end_prefill(self._forwards.batch)
 
     @untracked
     def fork(self) -> KVSwapCache:

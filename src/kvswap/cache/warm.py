@@ -1,0 +1,108 @@
+"""Warming: where a prefill ends, its last queries say what to read before a step asks for it.
+
+Paper: SnapKV, https://arxiv.org/abs/2404.14469: the prompt's last queries vote for what will be
+attended to after it.
+
+Reproduced: the vote of a window at the prompt's end, a layer at a time.
+Deviates: nothing is evicted by it: the groups it names are read into slots, and every step
+still selects from all groups, so that what is attended to does not depend on it. The vote goes
+through the key index and the selector, as a step's of several tokens does: groups of tokens,
+not tokens; the highest share of any query and head, not the sum; no pooling over neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kvswap.cache.rest import SAMPLED_GROUPS
+from kvswap.cache.sequence import SequenceBatch
+from kvswap.cache.window import QueryWindow, window_tokens
+from kvswap.core.units import ceil_div
+from kvswap.kernels.attention import AttentionParams
+
+if TYPE_CHECKING:
+    from kvswap.cache.session import CacheSession
+
+
+class Warmer:
+    """Uses the last queries of a prefill once it has ended, and then lets go of them.
+
+    Parameters
+    ----------
+    session : CacheSession
+
+    Attributes
+    ----------
+    window : QueryWindow
+        Those queries; nothing where the config asks for none, or every group is in memory.
+    """
+
+    def __init__(self, session: CacheSession) -> None:
+        self._session = session
+        tokens = window_tokens(session.config) if session.plan.rank else 0
+        self.window = QueryWindow(tokens, session.plan.batch_size)
+
+    def prefill_ended(self, batch: SequenceBatch) -> None:
+        """Calibrate the estimate of the rest, and fill slots; once a prefill.
+
+        Raises
+        ------
+        StoreError
+            If a read or an earlier write failed. A read only into slots raises nothing: its
+            slots are given back, and the step that needs its groups reads them again.
+        """
+        if not self.window.is_of(batch):
+            return
+        session = self._session
+        if session.rest and session.index_ready:
+            for layer_idx in range(session.geometry.num_layers):
+                self._calibrate(batch, layer_idx)
+        if session.config.warm_window:
+            for layer_idx in range(session.geometry.num_layers):
+                self._submit(batch, layer_idx)
+            session.finish_reads()
+        self.window.forget()
+
+    def _submit(self, batch: SequenceBatch, layer_idx: int) -> None:
+        """Read what the window selects, all layers' reads in flight together."""
+        held = self.window.queries(batch, layer_idx)
+        if held is None:
+            return
+        session, (queries, params) = self._session, held
+        queries = [query[:, -session.config.warm_window :] for query in queries]
+        groups = session.selection.select(
+            batch, layer_idx, queries, scaling=params.scaling, is_final=False
+        )
+        session.counters.groups_warmed += session.read_ahead(layer_idx, groups)
+
+    def _calibrate(self, batch: SequenceBatch, layer_idx: int) -> None:
+        held = self.window.queries(batch, layer_idx)
+        if held is None:
+            return
+        queries, params = held
+        for row, query in enumerate(queries):
+            if batch.flushed[layer_idx, row] and query.shape[1]:
+                self._calibrate_with(batch, layer_idx, row, query, params)
+                return
+
+    def _calibrate_with(
+        self,
+        batch: SequenceBatch,
+        layer_idx: int,
+        row: int,
+        query: Tensor,
+        params: AttentionParams,
+    ) -> None:
+        session = self._session
+        groups = batch.flushed_groups(layer_idx, row)
+        sample = groups[:: ceil_div(len(groups), SAMPLED_GROUPS)]
+        session.rest[layer_idx].calibrate(
+            session.indexes[layer_idx],
+            query,
+            sample,
+            (keys for keys, _ in session.records.stream(layer_idx, sample)),
+            params,
+            selected_share=session.plan.budget_groups / len(groups),
+        )
