@@ -229,9 +229,9 @@ class CacheSession:
             ``index, slots, rolling, tables, staging, workspace, total, budget``, and ``rest``
             and ``window`` where the config has an estimate of the rest or queries kept to warm
             with. Workspace is the most that fitting, scoring and unpacking take for a while; all
-            else is what the arrays take now. Before the first forward and after closing, what is planned.
-            With slots on a device, each part lies wholly on one side, so that ``landing`` and
-            ``device_workspace`` are parts too, and ``on_device`` is the sum of those there.
+            else is what the arrays take now. Before the first forward and after closing, what is
+            planned. With slots on a device, each part lies wholly on one side, so that ``landing``
+            and ``device_workspace`` are parts too, and ``on_device`` is the sum of those there.
         """
         parts = dict(self.plan.parts)
         if self.is_allocated and not self._is_closed:
