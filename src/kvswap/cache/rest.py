@@ -7,7 +7,7 @@ set against exact keys of a sample of groups, those left aside that a step would
 head without queries to fit with has an offset of 0, which counts each group's best token alone.
 
 Values are kept as means over spans of consecutive group ids, 256 tokens: a mean a group in four
-bits takes eight times the memory and made the estimate's error little smaller (docs/log.md). Ids
+bits takes several times the memory and made the error little smaller (docs/log.md). Ids
 follow each other within a sequence; where two sequences meet within a span, its mean is of both.
 
 References
