@@ -1,6 +1,6 @@
 """Which groups will matter: key indexes estimate attention, selectors choose."""
 
-from kvswap.predict import lowrank, spanned, topk
+from kvswap.predict import lowrank, share, spanned, topk, topp
 from kvswap.predict.base import (
     INDEXES,
     SELECTORS,
@@ -22,6 +22,8 @@ __all__ = [
     "register_index",
     "register_selector",
     "selector_names",
+    "share",
     "spanned",
     "topk",
+    "topp",
 ]
