@@ -18,6 +18,7 @@ OWN_CODES = ("pq8", "raw")
 """Codes that single indexes have: numbers of centroids, and keys as they are."""
 
 DIRECT_IO = ("auto", "on", "off")
+REDUCTIONS = ("max", "mean", "mass")
 
 GAP_BYTES = 8192
 """Gap that costs less to read than another request, as measured (docs/log.md)."""
@@ -135,8 +136,9 @@ class CacheConfig:
         Sequences to plan for. Default: those of the first forward.
     group_size : int, optional
         Tokens read as a unit; a power of two.
-    budget_tokens : int, optional
-        Tokens selected a layer and step, sink and recent tokens included.
+    budget_tokens : int, sequence of int, or path, optional
+        Tokens selected a layer and step, sink and recent tokens included; one number for each
+        layer on disk, or the file of such numbers that `kvswap budgets` makes of a model.
     num_slots : int, optional
         Groups each layer can hold in memory.
     head_groups : int
@@ -147,16 +149,27 @@ class CacheConfig:
         Always in the working set.
     index, selector : str
         Names in the registries of key indexes and selectors. An index may be followed by its
-        rank and its code: "lowrank:64+rot4".
+        rank and its code: "lowrank:64+rot4". A selector may be followed by its parameter:
+        "share:0.02" is that share of the context's groups, "topp:0.95" the least groups that
+        reach that mass of attention; neither takes more than the budget.
+    reduce : {"max", "mean", "mass"}
+        From a score a query head to one a group: the best head's share of attention, the share
+        of one averaged head, or the mean of the shares.
     correct_prediction : bool
         Let each layer's real query correct what was predicted for it: what was foreseen is
         read while the layer before computes, what was not is read when the query is known.
         False attends to the prediction itself, as KVSwap was published: no second scoring
         and no late reads, for models whose layers change the residual little.
-    worth_reading : float
+    worth_reading : float, optional
         A group that was not selected in the step before, and so would have to be read, comes
-        behind those that were unless some query head is expected to give it this part of an
-        even share among the selected groups. 0 selects what scores best, whatever it costs.
+        behind those that were unless it is expected to get this part of an even share among
+        the selected groups: of some query head's attention, or of that which ``reduce`` names.
+        0 selects what scores best, whatever it costs. Default: 0.5, or 0 for a selector that
+        counts mass, with which no other goes.
+    deadline : bool
+        A layer asks for no more groups that are not in memory than can be read while others
+        compute, as measured so far, the best first; what is in memory takes the place of the
+        others. **Answers then depend on timing**, and on the machine.
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads of a head group.
     code : {"bf16", "int8", "rot4", "rot2", "rot1"}, optional
@@ -190,15 +203,17 @@ class CacheConfig:
     max_context: int | None = None
     max_batch: int | None = None
     group_size: int | None = None
-    budget_tokens: int | None = None
+    budget_tokens: int | Sequence[int] | str | os.PathLike[str] | None = None
     num_slots: int | None = None
     head_groups: int = 1
     sink_tokens: int = 4
     recent_tokens: int = 32
     index: str = "lowrank"
     selector: str = "topk"
+    reduce: str = "max"
     correct_prediction: bool = True
-    worth_reading: float = 0.5
+    worth_reading: float | None = None
+    deadline: bool = False
     rank: int | None = None
     code: str | None = None
     projection: str | os.PathLike[str] | None = None
@@ -219,17 +234,18 @@ class CacheConfig:
             "max_context",
             "max_batch",
             "group_size",
-            "budget_tokens",
             "num_slots",
             "rank",
         ):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        object.__setattr__(self, "budget_tokens", _budget(self.budget_tokens))
         for name in ("sink_tokens", "recent_tokens", "recall_every", "warm_window"):
             _at_least(name, getattr(self, name), 0)
         _at_least("prefill_chunk", self.prefill_chunk, 1)
         _at_least("head_groups", self.head_groups, 1)
         _one_of("correct_prediction", self.correct_prediction, (True, False))
+        _one_of("deadline", self.deadline, (True, False))
         _one_of("exact_append", self.exact_append, (True, False))
         _one_of("estimate_rest", self.estimate_rest, (True, False))
         size = self.group_size
@@ -271,7 +287,9 @@ class CacheConfig:
 
     def _check_what_is_chosen(self) -> None:
         _share("recall_floor", self.recall_floor)
-        _share("worth_reading", self.worth_reading)
+        if self.worth_reading is not None:
+            _share("worth_reading", self.worth_reading)
+        _one_of("reduce", self.reduce, REDUCTIONS)
         for name in ("index", "selector"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a name, got {getattr(self, name)!r}")
@@ -298,6 +316,20 @@ class CacheConfig:
             return cls(storage=storage, **rest)
         except (TypeError, KeyError) as error:
             raise ConfigError(f"config has unknown or missing fields: {error}") from error
+
+
+def _budget(value: Any) -> int | tuple[int, ...] | str | None:
+    """Return tokens to select: one number, one for each layer, or a file's path."""
+    if isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if isinstance(value, Sequence) and value:
+        for number in value:
+            _at_least("budget_tokens", number, 1)
+        return tuple(value)
+    if value is None:
+        return None
+    _at_least("budget_tokens", value, 1)
+    return int(value)
 
 
 def _share(name: str, value: Any) -> None:
