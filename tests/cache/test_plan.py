@@ -41,12 +41,9 @@ fixed = st.fixed_dictionaries(
         "rank": st.sampled_from([2, 8]),
         "code": st.sampled_from(CODES),
         "on_device": st.just(True),
-<<<<<<< HEAD
         "head_groups": st.just("all"),
-=======
         "estimate_rest": st.just(True),
         "warm_window": st.sampled_from([1, 16]),
->>>>>>> 55e8172 (What is not selected may count by an estimate, and slots be filled where a prefill ends)
     },
 )
 shapes = st.tuples(geometries, fixed, st.integers(1, 4), st.integers(1, 70_000))
