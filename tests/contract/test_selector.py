@@ -8,9 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvswap.predict import SELECTORS, Selector, selector_names
+from kvswap.predict import Selector, selector_names
+from kvswap.predict.selectors import make_selector
 
-pytestmark = pytest.mark.parametrize("name", selector_names())
+WITH_PARAMETER = {"share": ("share:0.02", "share:0.5", "share:1"), "topp": ("topp:0.3", "topp:1")}
+NAMES = [text for name in selector_names() for text in WITH_PARAMETER.get(name, (name,))]
+pytestmark = pytest.mark.parametrize("name", NAMES)
 
 
 @st.composite
@@ -32,9 +35,13 @@ def choose(selector: Selector, scores: torch.Tensor, budget: int, pinned: np.nda
 @given(request=requests())
 def test_the_budget_is_kept_and_used_and_positions_ascend(name, request):
     scores, budget, pinned = request
-    chosen = choose(SELECTORS.get(name)(), scores, budget, pinned)
+    selector = make_selector(name)
+    chosen = choose(selector, scores, budget, pinned)
     assert chosen.dtype == np.int64
-    assert len(chosen) == budget
+    assert 1 <= len(chosen) <= budget
+    assert len(chosen) == budget or not selector.fills_budget
+    most = selector.most_groups(len(scores))
+    assert most is None or len(chosen) <= max(most, len(pinned))
     assert (np.diff(chosen) > 0).all()
     assert chosen[0] >= 0
     assert chosen[-1] < len(scores)
@@ -43,7 +50,7 @@ def test_the_budget_is_kept_and_used_and_positions_ascend(name, request):
 @given(request=requests())
 def test_pinned_positions_are_always_chosen(name, request):
     scores, budget, pinned = request
-    chosen = choose(SELECTORS.get(name)(), scores, budget, pinned)
+    chosen = choose(make_selector(name), scores, budget, pinned)
     assert np.isin(pinned, chosen).all()
 
 
@@ -51,8 +58,8 @@ def test_pinned_positions_are_always_chosen(name, request):
 def test_the_same_scores_give_the_same_choice_and_stay_as_they_were(name, request):
     scores, budget, pinned = request
     before = scores.clone()
-    first = choose(SELECTORS.get(name)(), scores, budget, pinned)
-    second = choose(SELECTORS.get(name)(), scores, budget, pinned)
+    first = choose(make_selector(name), scores, budget, pinned)
+    second = choose(make_selector(name), scores, budget, pinned)
     assert first.tolist() == second.tolist()
     assert torch.equal(scores, before)
 
@@ -60,7 +67,7 @@ def test_the_same_scores_give_the_same_choice_and_stay_as_they_were(name, reques
 @given(request=requests())
 def test_nothing_left_out_scores_above_what_was_taken(name, request):
     scores, budget, pinned = request
-    chosen = choose(SELECTORS.get(name)(), scores, budget, pinned)
+    chosen = choose(make_selector(name), scores, budget, pinned)
     free = np.setdiff1d(chosen, pinned)
     left = np.setdiff1d(np.arange(len(scores)), chosen)
     if len(free) and len(left):

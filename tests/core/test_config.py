@@ -65,6 +65,8 @@ BAD_CACHE = [
     ("code", "int3", "must be one of bf16, int8, rot4, rot2, rot1, pq8, raw, got 'int3'"),
     ("index", None, "must be a name, got None"),
     ("selector", ["topk"], "must be a name, got ['topk']"),
+    ("reduce", "min", "must be one of max, mean, mass, got 'min'"),
+    ("worth_reading", 2, "must be a number in [0, 1], got 2"),
     ("exact_append", "no", "must be one of True, False, got 'no'"),
     ("correct_prediction", 2, "must be one of True, False, got 2"),
     ("on_progress", 5, "must be callable, got 5"),
@@ -115,6 +117,9 @@ settings = st.fixed_dictionaries(
         "exact_append": st.booleans(),
         "recall_every": st.integers(0, 100),
         "recall_floor": st.floats(0, 1),
+        "reduce": st.sampled_from(["max", "mean", "mass"]),
+        "selector": st.sampled_from(["topk", "share:0.02", "topp:0.95"]),
+        "worth_reading": st.one_of(st.none(), st.floats(0, 1)),
     },
 )
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import kvswap
+from kvswap.core.errors import ConfigError
 from kvswap.predict import SELECTORS
+from kvswap.predict.selectors import make_selector
 
 
 @pytest.fixture
@@ -31,7 +33,9 @@ def test_a_user_registers_a_selector():
             return np.arange(len(scores) - budget_groups, len(scores))
 
     assert set(kvswap.selector_names()) == {*known, "newest"}
-    chosen = SELECTORS.get("newest")().select(
+    with pytest.raises(ConfigError, match="selector must be a name alone for this one, got :3"):
+        make_selector("newest:3")
+    chosen = make_selector("newest").select(
         torch.zeros(9), layer_idx=0, budget_groups=2, pinned=np.empty(0, np.int64)
     )
     assert chosen.tolist() == [7, 8]

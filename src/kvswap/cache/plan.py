@@ -7,8 +7,8 @@ The rules, in order; where heads are split into groups, each group of a layer is
 3. Otherwise the index takes the best of its candidates that fits half of what the fixed
    parts leave (`KeyIndex.ranks`: by default a quarter, an eighth, ... of the key's length, at
    most 128), in the first of its codes: 4 bits.
-4. Selected tokens: 1/64 of the context, in [448, 2048], halved as far as 128 while slots
-   for them do not fit.
+4. Selected tokens: what the selector states (a share of the context), or 1/64 of the context,
+   in [448, 2048], halved as far as 128 while slots for them do not fit.
 5. Of the rest, staging buffers grow to 1/32 of the budget each, at most 8 MiB; what is left
    becomes slots of the reuse buffer.
 """
@@ -29,6 +29,7 @@ from kvswap.core.units import ceil_div, format_bytes
 from kvswap.kernels.slots import split_bytes
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES
+from kvswap.predict.selectors import make_selector
 
 _STAGING_BYTES = 8 * 2**20
 _LEAST_STAGING_ROWS = 4
@@ -177,8 +178,7 @@ class _Shape:
         config, size = self.config, self.layout.group_size
         for rank in self.ranks():
             self.index.check(self.geometry, rank=rank, code=self.code)
-        pinned = ceil_div(config.sink_tokens, size) + ceil_div(config.recent_tokens, size)
-        chosen = self.budgets()[-1]
+        pinned, chosen = self._pinned_groups, self.budgets()[-1]
         if config.budget_tokens is not None and chosen < min(pinned, self.context_groups):
             raise ConfigError(
                 f"budget_tokens must hold sink_tokens ({config.sink_tokens}) and recent_tokens"
@@ -231,6 +231,9 @@ class _Shape:
         size = self.layout.group_size
         if self.config.budget_tokens is not None:
             return [min(self.context_groups, ceil_div(self.config.budget_tokens, size))]
+        stated = make_selector(self.config.selector).most_groups(self.context_groups)
+        if stated is not None:
+            return [min(self.context_groups, max(stated, self._pinned_groups))]
         pinned = self.config.sink_tokens + self.config.recent_tokens + 2 * size
         tokens = max(448, min(2048, self.max_context // 64), 2 * pinned)
         candidates: list[int] = []
@@ -238,6 +241,11 @@ class _Shape:
             candidates.append(min(self.context_groups, ceil_div(tokens, size)))
             tokens //= 2
         return candidates
+
+    @property
+    def _pinned_groups(self) -> int:
+        config, size = self.config, self.layout.group_size
+        return ceil_div(config.sink_tokens, size) + ceil_div(config.recent_tokens, size)
 
     @property
     def device_parts(self) -> tuple[str, ...]:

@@ -12,21 +12,24 @@ from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.config import CacheConfig
 from kvswap.core.units import ceil_div
 from kvswap.kernels.scores import discourage
-from kvswap.predict import SELECTORS, KeyIndex
+from kvswap.predict import KeyIndex
+from kvswap.predict.reduction import score_reduced
+from kvswap.predict.selectors import make_selector, worth_reading
 
 
 class GroupSelection:
     """Scores with a layer's index and lets the selector choose.
 
     What was selected in the step before lies in memory. Other groups have to be read, and are
-    selected first only where some query head is expected to give them a share of its attention
-    that is worth it (`CacheConfig.worth_reading`); after those come the ones of the step
-    before, and then all others, each in the order of their scores.
+    selected first only where some query head (or what `CacheConfig.reduce` makes of all heads)
+    is expected to give them a share of its attention that is worth it
+    (`CacheConfig.worth_reading`); after those come the ones of the step before, and then all
+    others, each in the order of their scores.
 
     Parameters
     ----------
     config : CacheConfig
-        Names the selector and the tokens that are always kept.
+        Names the selector, the reduction over query heads and the tokens that are always kept.
     indexes : list of KeyIndex
         By layer; empty where the budget covers every group.
     group_size, budget_groups : int
@@ -40,10 +43,10 @@ class GroupSelection:
         group_size: int,
         budget_groups: int,
     ) -> None:
-        self._selector = SELECTORS.get(config.selector)()
+        self._selector, self._reduce = make_selector(config.selector), config.reduce
         self._indexes = indexes
         self._budget_groups = budget_groups
-        even_share = config.worth_reading / max(1, budget_groups)
+        even_share = worth_reading(config, self._selector) / max(1, budget_groups)
         self._least = math.log(even_share) if even_share else -math.inf
         self._sink_groups = ceil_div(config.sink_tokens, group_size)
         self._recent_groups = ceil_div(config.recent_tokens, group_size)
@@ -104,7 +107,9 @@ class GroupSelection:
     ) -> Tensor:
         index = self._indexes[layer_idx]
         query = query.to(index.device)
-        if self._selector.needs_only_best:
+        if self._reduce != "max":
+            scores = score_reduced(index, query, groups, scaling=scaling, reduce=self._reduce)
+        elif self._selector.needs_only_best:
             wanted = max(self._budget_groups, self._sink_groups + self._recent_groups)
             scores = index.score_best(query, groups, scaling=scaling, wanted=wanted, kept=last)
         else:

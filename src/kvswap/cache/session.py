@@ -33,7 +33,8 @@ from kvswap.core.units import format_bytes
 from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.records import record_view
 from kvswap.placement import SequentialPlacement
-from kvswap.predict import INDEXES, SELECTORS, KeyIndex
+from kvswap.predict import INDEXES, KeyIndex
+from kvswap.predict.selectors import check_selection
 from kvswap.storage.store import BlockStore
 
 # What holds memory, given back when a session closes.
@@ -107,7 +108,7 @@ class CacheSession:
         self.config, self.max_context = config, max_context
         self.accelerator = accelerator
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
-        SELECTORS.get(config.selector)  # an unknown name is said now, not at the first forward
+        check_selection(config)  # said now, not at the first forward
         self.plan = self._plan_for(config.max_batch or 1)
         self.layout = self.plan.layout
         self.counters = CacheStats()

@@ -18,6 +18,7 @@ OWN_CODES = ("pq8", "raw")
 """Codes that single indexes have: numbers of centroids, and keys as they are."""
 
 DIRECT_IO = ("auto", "on", "off")
+REDUCTIONS = ("max", "mean", "mass")
 
 GAP_BYTES = 8192
 """Gap that costs less to read than another request, as measured (docs/log.md)."""
@@ -147,16 +148,23 @@ class CacheConfig:
         Always in the working set.
     index, selector : str
         Names in the registries of key indexes and selectors. An index may be followed by its
-        rank and its code: "lowrank:64+rot4".
+        rank and its code: "lowrank:64+rot4". A selector may be followed by its parameter:
+        "share:0.02" is that share of the context's groups, "topp:0.95" the least groups that
+        reach that mass of attention; neither takes more than the budget.
+    reduce : {"max", "mean", "mass"}
+        From a score a query head to one a group: the best head's share of attention, the share
+        of one averaged head, or the mean of the shares.
     correct_prediction : bool
         Let each layer's real query correct what was predicted for it: what was foreseen is
         read while the layer before computes, what was not is read when the query is known.
         False attends to the prediction itself, as KVSwap was published: no second scoring
         and no late reads, for models whose layers change the residual little.
-    worth_reading : float
+    worth_reading : float, optional
         A group that was not selected in the step before, and so would have to be read, comes
-        behind those that were unless some query head is expected to give it this part of an
-        even share among the selected groups. 0 selects what scores best, whatever it costs.
+        behind those that were unless it is expected to get this part of an even share among
+        the selected groups: of some query head's attention, or of that which ``reduce`` names.
+        0 selects what scores best, whatever it costs. Default: 0.5, or 0 for a selector that
+        counts mass, with which no other goes.
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads of a head group.
     code : {"bf16", "int8", "rot4", "rot2", "rot1"}, optional
@@ -197,8 +205,9 @@ class CacheConfig:
     recent_tokens: int = 32
     index: str = "lowrank"
     selector: str = "topk"
+    reduce: str = "max"
     correct_prediction: bool = True
-    worth_reading: float = 0.5
+    worth_reading: float | None = None
     rank: int | None = None
     code: str | None = None
     projection: str | os.PathLike[str] | None = None
@@ -271,7 +280,9 @@ class CacheConfig:
 
     def _check_what_is_chosen(self) -> None:
         _share("recall_floor", self.recall_floor)
-        _share("worth_reading", self.worth_reading)
+        if self.worth_reading is not None:
+            _share("worth_reading", self.worth_reading)
+        _one_of("reduce", self.reduce, REDUCTIONS)
         for name in ("index", "selector"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a name, got {getattr(self, name)!r}")

@@ -59,6 +59,47 @@ def reduce_heads(group_scores: Tensor, sampled: Tensor | None = None) -> Tensor:
     return (by_head - torch.logaddexp(by_head.amax(1, keepdim=True), rest)).amax(0)
 
 
+def average_heads(group_scores: Tensor) -> Tensor:
+    """Reduce query heads to their mean: one averaged head, set against its own log-sum-exp.
+
+    Parameters
+    ----------
+    group_scores : Tensor [num_groups, num_heads], float32
+        Of one query token, scaled as attention scales them.
+
+    Returns
+    -------
+    Tensor [num_groups], float32
+        Logarithm of the share of its attention that the averaged head gives a group. Groups
+        rank as their mean dot products do.
+
+    References
+    ----------
+    KVSwap, https://arxiv.org/abs/2511.11907: its artifact averages the query heads. It does so
+    token by token, and a group's best token counts then; here each head's best token in a group
+    counts, and those are averaged, as an index need not know tokens.
+    """
+    mean = group_scores.mean(1)
+    return mean - torch.logsumexp(mean, 0)
+
+
+def mass_of_heads(group_scores: Tensor) -> Tensor:
+    """Reduce query heads to the mean of their softmax shares over groups.
+
+    Parameters
+    ----------
+    group_scores : Tensor [num_groups, num_heads], float32
+        Of one query token, scaled as attention scales them.
+
+    Returns
+    -------
+    Tensor [num_groups], float32
+        Logarithm of each group's share; shares of all groups sum to one.
+    """
+    by_head = torch.log_softmax(group_scores.t().contiguous(), 1)
+    return torch.logsumexp(by_head, 0) - math.log(len(by_head))
+
+
 def sampled_groups(num_groups: int, row_groups: int) -> Tensor | None:
     """Return which groups stand for all: some neighbours, every so often.
 

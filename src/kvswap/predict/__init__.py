@@ -11,8 +11,10 @@ from kvswap.predict import (
     quest,
     rotated,
     shadowkv,
+    share,
     spanned,
     topk,
+    topp,
 )
 from kvswap.predict.base import (
     INDEXES,
@@ -44,6 +46,8 @@ __all__ = [
     "rotated",
     "selector_names",
     "shadowkv",
+    "share",
     "spanned",
     "topk",
+    "topp",
 ]

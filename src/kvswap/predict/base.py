@@ -274,10 +274,37 @@ class Selector(ABC):
         lower than they are. False unless a class says otherwise.
     serves_device : bool
         Whether scores may lie on an accelerator; else they are brought to the host before.
+    fills_budget : bool
+        Whether it always returns as many groups as the budget has. True unless a class says
+        otherwise.
+    needs_mass : bool
+        Whether scores must be logarithms of shares of attention that sum to one
+        (``CacheConfig(reduce="mass")``).
     """
 
     needs_only_best: bool = False
     serves_device: bool = False
+    fills_budget: bool = True
+    needs_mass: bool = False
+
+    @classmethod
+    def from_text(cls, parameter: str | None) -> Selector:
+        """Make one from what stands behind its name and a colon in `CacheConfig.selector`.
+
+        A class that takes a parameter defines it; by default there is none.
+
+        Raises
+        ------
+        ConfigError
+            If the parameter cannot be used, or is missing where there must be one.
+        """
+        if parameter is not None:
+            raise ConfigError(f"selector must be a name alone for this one, got :{parameter}")
+        return cls()
+
+    def most_groups(self, num_groups: int) -> int | None:
+        """Return the most groups that it chooses of so many; None where the budget says it."""
+        return None
 
     @abstractmethod
     def select(
@@ -298,7 +325,8 @@ class Selector(ABC):
         Returns
         -------
         ndarray, int64
-            Positions, ascending, without repeats.
+            Positions, ascending, without repeats: as many as the budget has, or as pinned
+            has, or fewer where ``fills_budget`` is False.
         """
 
 
