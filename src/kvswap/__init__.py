@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvswap.predict.base import register_selector as register_selector
     from kvswap.predict.base import selector_names as selector_names
     from kvswap.storage.store import BlockStore as BlockStore
+    from kvswap.tune.budgets import fit_budgets as fit_budgets
     from kvswap.tune.calibrate import calibrate as calibrate
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _HOMES = {
     "index_names": "kvswap.predict",
     "BlockStore": "kvswap.storage.store",
     "calibrate": "kvswap.tune.calibrate",
+    "fit_budgets": "kvswap.tune.budgets",
 }
 
 __all__ = sorted(_HOMES)

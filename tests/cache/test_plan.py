@@ -188,6 +188,43 @@ def test_always_kept_tokens_must_fit_the_selection():
     assert plan(TINY, 2**30, 1, 16, group_size=4, budget_tokens=16).budget_groups == 4
 
 
+@given(st.lists(st.integers(40, 400), min_size=4, max_size=4), st.integers(1, 3))
+def test_every_layer_keeps_its_own_budget(tokens, rows):
+    made = plan(TINY, 2**30, rows, 300, group_size=8, budget_tokens=tokens)
+    assert made.layer_groups == tuple(min(-(-300 // 8), -(-each // 8)) for each in tokens)
+    assert made.budget_groups == max(made.layer_groups)
+    assert made.num_slots >= made.budget_groups * rows
+    uniform = plan(TINY, 2**30, rows, 300, group_size=8, budget_tokens=max(tokens))
+    assert made.parts == uniform.parts
+
+
+@pytest.mark.parametrize(
+    ("tokens", "law"),
+    [
+        ([64] * 3, "budget_tokens must be one number for each of the 4 layers on disk, got 3"),
+        ([64, 64, 64, 16], "budget_tokens must hold sink_tokens"),
+        ("layers.json", "budget_tokens must be read from its file by attach, got 'layers.json'"),
+    ],
+)
+def test_budgets_that_do_not_fit_the_layers_are_refused(tokens, law):
+    with pytest.raises(ConfigError) as refused:
+        plan(TINY, 2**30, 1, 4096, group_size=4, budget_tokens=tokens)
+    assert str(refused.value).startswith(law)
+
+
+def test_a_share_of_the_context_is_the_budget_that_is_planned():
+    made = plan(TINY, 2**22, 1, 4096, group_size=4, selector="share:0.05")
+    assert made.layer_groups == (52,) * 4
+    least = plan(TINY, 2**22, 1, 4096, group_size=4, selector="share:0.0001")
+    assert least.budget_groups == 1 + 8  # sink and recent tokens are selected whatever it says
+    assert (
+        plan(
+            TINY, 2**22, 1, 4096, group_size=4, selector="share:0.05", budget_tokens=64
+        ).layer_groups
+        == (16,) * 4
+    )
+
+
 def test_a_rank_beyond_the_keys_is_refused_before_anything_is_made():
     with pytest.raises(ConfigError, match=r"rank must be in \[1, 16\], got 18"):
         plan(TINY, 2**30, 1, 4096, rank=18)

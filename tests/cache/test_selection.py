@@ -45,7 +45,7 @@ class Layer:
             kvswap.CacheConfig(kv_memory="1MiB", storage=storage, **settings),
             [self.index],
             group_size=4,
-            budget_groups=BUDGET,
+            layer_groups=(BUDGET,),
         )
         self.batch = SequenceBatch(layout, 1, choice_groups=BUDGET)
         self.batch.groups[0] = np.arange(100, 100 + GROUPS)

@@ -58,7 +58,7 @@ class IndexFitter:
         """Fit when a selection is needed, and again when the context has doubled since."""
         session = self._session
         longest = int(batch.flushed.max(initial=0))
-        if longest <= session.plan.budget_groups or self.is_calibrated:
+        if longest <= min(session.plan.layer_groups) or self.is_calibrated:
             return
         tokens = longest * session.layout.group_size
         if not session.index_ready or tokens >= _REFIT_GROWTH * self.fitted_tokens:

@@ -15,6 +15,7 @@ The rules, in order; where heads are split into groups, each group of a layer is
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +53,8 @@ class CachePlan:
         Group ids planned for, over all sequences.
     rank, code : int, str
         Of the key index; rank 0 where every group is kept and none is estimated.
-    budget_groups : int
-        Groups selected a layer and sequence.
+    layer_groups : tuple of int
+        Groups that each layer selects of a sequence.
     num_slots : int
         Slots of a layer.
     staging_rows : int
@@ -70,11 +71,16 @@ class CachePlan:
     num_groups: int
     rank: int
     code: str
-    budget_groups: int
+    layer_groups: tuple[int, ...]
     num_slots: int
     staging_rows: int
     parts: dict[str, int]
     device_parts: tuple[str, ...] = ()
+
+    @property
+    def budget_groups(self) -> int:
+        """Groups of the layer that selects most: all layers alike unless told otherwise."""
+        return max(self.layer_groups)
 
     @property
     def total_bytes(self) -> int:
@@ -89,7 +95,8 @@ class CachePlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan, ready for JSON."""
         named = {name: getattr(self, name) for name in self.__slots__ if name != "layout"}
-        return {"layout": self.layout.to_dict(), "total_bytes": self.total_bytes} | named
+        sums = {"budget_groups": self.budget_groups, "total_bytes": self.total_bytes}
+        return {"layout": self.layout.to_dict()} | sums | named
 
 
 def default_group_size(geometry: KVGeometry, block_size_bytes: int) -> int:
@@ -178,12 +185,18 @@ class _Shape:
         config, size = self.config, self.layout.group_size
         for rank in self.ranks():
             self.index.check(self.geometry, rank=rank, code=self.code)
-        pinned, chosen = self._pinned_groups, self.budgets()[-1]
-        if config.budget_tokens is not None and chosen < min(pinned, self.context_groups):
+        pinned, budget = self._pinned_groups, _stated_tokens(config)
+        if isinstance(budget, tuple) and len(budget) != self.geometry.num_layers:
+            raise ConfigError(
+                f"budget_tokens must be one number for each of the {self.geometry.num_layers}"
+                f" layers on disk, got {len(budget)}"
+            )
+        least = min(self._layer_groups(self.budgets()[-1]))
+        if budget is not None and least < min(pinned, self.context_groups):
             raise ConfigError(
                 f"budget_tokens must hold sink_tokens ({config.sink_tokens}) and recent_tokens"
                 f" ({config.recent_tokens}) in whole groups of {size}: at least {pinned * size},"
-                f" got {config.budget_tokens}"
+                f" got {budget if isinstance(budget, int) else min(budget)}"
             )
 
     def candidates(self) -> list[CachePlan]:
@@ -227,10 +240,10 @@ class _Shape:
         return list(self.index.ranks(self.geometry))
 
     def budgets(self) -> list[int]:
-        """Candidate numbers of selected groups, largest first."""
+        """Candidate numbers of selected groups, of the layer with most; largest first."""
         size = self.layout.group_size
         if self.config.budget_tokens is not None:
-            return [min(self.context_groups, ceil_div(self.config.budget_tokens, size))]
+            return [max(self._layer_groups(0))]
         stated = make_selector(self.config.selector).most_groups(self.context_groups)
         if stated is not None:
             return [min(self.context_groups, max(stated, self._pinned_groups))]
@@ -241,6 +254,15 @@ class _Shape:
             candidates.append(min(self.context_groups, ceil_div(tokens, size)))
             tokens //= 2
         return candidates
+
+    def _layer_groups(self, groups: int) -> tuple[int, ...]:
+        """Return what each layer selects: what the config says, or else so many."""
+        budget, size = _stated_tokens(self.config), self.layout.group_size
+        layers = self.geometry.num_layers
+        if budget is None:
+            return (groups,) * layers
+        tokens = (budget,) * layers if isinstance(budget, int) else budget
+        return tuple(min(self.context_groups, ceil_div(each, size)) for each in tokens)
 
     @property
     def _pinned_groups(self) -> int:
@@ -260,7 +282,7 @@ class _Shape:
             num_groups=self.num_groups,
             rank=rank,
             code=self.code,
-            budget_groups=budget_groups,
+            layer_groups=self._layer_groups(budget_groups),
             num_slots=slots,
             staging_rows=staging_rows,
             parts=self._parts(rank, budget_groups, slots, staging_rows),
@@ -317,6 +339,14 @@ class _Shape:
             window_bytes = QueryWindow.plan_bytes(geometry, tokens, self.batch_size)
             parts["window"] = window_bytes if rank else 0
         return parts
+
+
+def _stated_tokens(config: CacheConfig) -> int | tuple[int, ...] | None:
+    """Return the tokens to select that a config states: for all layers, or for each."""
+    tokens = config.budget_tokens
+    if isinstance(tokens, (str, os.PathLike)):
+        raise ConfigError(f"budget_tokens must be read from its file by attach, got {tokens!r}")
+    return tokens if tokens is None or isinstance(tokens, int) else tuple(tokens)
 
 
 class _DeviceShape(_Shape):

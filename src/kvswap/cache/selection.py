@@ -32,7 +32,9 @@ class GroupSelection:
         Names the selector, the reduction over query heads and the tokens that are always kept.
     indexes : list of KeyIndex
         By layer; empty where the budget covers every group.
-    group_size, budget_groups : int
+    group_size : int
+    layer_groups : tuple of int
+        Most groups that each layer selects.
     """
 
     def __init__(
@@ -41,13 +43,13 @@ class GroupSelection:
         indexes: list[KeyIndex],
         *,
         group_size: int,
-        budget_groups: int,
+        layer_groups: tuple[int, ...],
     ) -> None:
         self._selector, self._reduce = make_selector(config.selector), config.reduce
         self._indexes = indexes
-        self._budget_groups = budget_groups
-        even_share = worth_reading(config, self._selector) / max(1, budget_groups)
-        self._least = math.log(even_share) if even_share else -math.inf
+        self._layer_groups = layer_groups
+        worth = worth_reading(config, self._selector)
+        self._least = [math.log(worth / groups) if worth else -math.inf for groups in layer_groups]
         self._sink_groups = ceil_div(config.sink_tokens, group_size)
         self._recent_groups = ceil_div(config.recent_tokens, group_size)
 
@@ -92,13 +94,13 @@ class GroupSelection:
         """Return positions, or None where there is nothing to choose."""
         if not query.shape[1]:  # a row that is all padding attends to nothing
             return None
-        if len(groups) <= self._budget_groups:
+        if len(groups) <= self._layer_groups[layer_idx]:
             return None
         scores = self._score(groups, layer_idx, query, scaling, last)
         return self._selector.select(
             scores,
             layer_idx=layer_idx,
-            budget_groups=self._budget_groups,
+            budget_groups=self._layer_groups[layer_idx],
             pinned=_pinned(len(groups), self._sink_groups, self._recent_groups),
         )
 
@@ -110,12 +112,12 @@ class GroupSelection:
         if self._reduce != "max":
             scores = score_reduced(index, query, groups, scaling=scaling, reduce=self._reduce)
         elif self._selector.needs_only_best:
-            wanted = max(self._budget_groups, self._sink_groups + self._recent_groups)
+            wanted = max(self._layer_groups[layer_idx], self._sink_groups + self._recent_groups)
             scores = index.score_best(query, groups, scaling=scaling, wanted=wanted, kept=last)
         else:
             scores = index.score(query, groups, scaling=scaling)
-        if self._least > -math.inf and last[0] >= 0:
-            discourage(scores, last, self._least)
+        if self._least[layer_idx] > -math.inf and last[0] >= 0:
+            discourage(scores, last, self._least[layer_idx])
         return scores if self._selector.serves_device else scores.cpu()
 
 

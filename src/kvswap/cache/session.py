@@ -201,7 +201,7 @@ class CacheSession:
             self.config,
             self.indexes,
             group_size=self.layout.group_size,
-            budget_groups=plan.budget_groups,
+            layer_groups=plan.layer_groups,
         )
         self.rest = self._make_rest(plan) if self.config.estimate_rest and plan.rank else []
         self.warmer = Warmer(self)
@@ -218,7 +218,7 @@ class CacheSession:
 
     @property
     def choice_groups(self) -> int:
-        """Most groups that a layer selects of a row; 0 where all of them always are."""
+        """Most groups that any layer selects of a row; 0 where all of them always are."""
         return self.plan.budget_groups if self.plan.rank else 0
 
     def memory_report(self) -> dict[str, int]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
 from kvswap.core.errors import ConfigError
 from kvswap.core.units import parse_bytes
+
+F = TypeVar("F", bound=Callable[..., object])
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 
@@ -22,6 +26,56 @@ def read_size(_: click.Context, parameter: click.Parameter, value: str | None) -
 
 DIRECTORY = click.Path(exists=True, file_okay=False, writable=True, path_type=Path)
 TEXT_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
+
+
+def sample_options(command: F) -> F:
+    """Give a command the options that say what a model is shown, and what file is written."""
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Of random tokens."),
+        click.option(
+            "--window", type=click.IntRange(min=1), help="Tokens of one context.  [default: 2048]"
+        ),
+        click.option(
+            "--output",
+            required=True,
+            type=click.Path(dir_okay=False, writable=True, path_type=Path),
+            help="File to write.",
+        ),
+        click.option(
+            "--random-tokens", type=click.IntRange(min=1), help="So many instead of text."
+        ),
+        click.option(
+            "--file",
+            "files",
+            multiple=True,
+            type=TEXT_FILE,
+            help="UTF-8 text; may be repeated.",
+        ),
+        click.option(
+            "--model", required=True, metavar="DIR_OR_HUB_ID", help="A causal language model."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def sample_texts(files: tuple[str, ...], random_tokens: int | None, output: Path) -> list[str]:
+    """Return the texts that a model is shown; none where it is shown random tokens.
+
+    Raises
+    ------
+    click.UsageError
+        Unless one of both is given.
+    ConfigError
+        If a file cannot be read, or the output cannot be written where it is to be.
+    """
+    if bool(files) == (random_tokens is not None):
+        raise click.UsageError(
+            "Give either --file or --random-tokens.", click.get_current_context()
+        )
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"output must be in an existing directory, got {output}")
+    return [read_text(file) for file in files]
 
 
 def read_text(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Tokens to calibrate on: windows of text files, or of random tokens."""
+"""Tokens to show a model: windows of text files, or of random tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvswap.cli.models import ModelSource
 from kvswap.core.errors import ConfigError
 
 DEFAULT_WINDOW = 2048
+
+
+def sample_windows(
+    source: ModelSource,
+    texts: Sequence[str],
+    *,
+    random_tokens: int | None,
+    window: int | None,
+    seed: int,
+) -> list[Tensor]:
+    """Return windows [1, num_tokens] of texts, or of random tokens, as a model reads them."""
+    config = source.load_config().get_text_config(decoder=True)
+    if random_tokens is None:
+        parts = text_tokens(source.load_tokenizer(), texts)
+    else:
+        parts = [draw_tokens(config.vocab_size, random_tokens, seed)]
+    return split_windows(parts, window, getattr(config, "max_position_embeddings", None))
 
 
 def text_tokens(tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
@@ -18,7 +36,7 @@ def text_tokens(tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
     return [torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long) for text in texts]
 
 
-def random_tokens(vocab_size: int, count: int, seed: int) -> Tensor:
+def draw_tokens(vocab_size: int, count: int, seed: int) -> Tensor:
     """Return tokens [count] drawn evenly from a vocabulary."""
     return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
 

@@ -136,8 +136,9 @@ class CacheConfig:
         Sequences to plan for. Default: those of the first forward.
     group_size : int, optional
         Tokens read as a unit; a power of two.
-    budget_tokens : int, optional
-        Tokens selected a layer and step, sink and recent tokens included.
+    budget_tokens : int, sequence of int, or path, optional
+        Tokens selected a layer and step, sink and recent tokens included; one number for each
+        layer on disk, or the file of such numbers that `kvswap budgets` makes of a model.
     num_slots : int, optional
         Groups each layer can hold in memory.
     head_groups : int
@@ -198,7 +199,7 @@ class CacheConfig:
     max_context: int | None = None
     max_batch: int | None = None
     group_size: int | None = None
-    budget_tokens: int | None = None
+    budget_tokens: int | Sequence[int] | str | os.PathLike[str] | None = None
     num_slots: int | None = None
     head_groups: int = 1
     sink_tokens: int = 4
@@ -228,12 +229,12 @@ class CacheConfig:
             "max_context",
             "max_batch",
             "group_size",
-            "budget_tokens",
             "num_slots",
             "rank",
         ):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        object.__setattr__(self, "budget_tokens", _budget(self.budget_tokens))
         for name in ("sink_tokens", "recent_tokens", "recall_every", "warm_window"):
             _at_least(name, getattr(self, name), 0)
         _at_least("prefill_chunk", self.prefill_chunk, 1)
@@ -309,6 +310,20 @@ class CacheConfig:
             return cls(storage=storage, **rest)
         except (TypeError, KeyError) as error:
             raise ConfigError(f"config has unknown or missing fields: {error}") from error
+
+
+def _budget(value: Any) -> int | tuple[int, ...] | str | None:
+    """Return tokens to select: one number, one for each layer, or a file's path."""
+    if isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if isinstance(value, Sequence) and value:
+        for number in value:
+            _at_least("budget_tokens", number, 1)
+        return tuple(value)
+    if value is None:
+        return None
+    _at_least("budget_tokens", value, 1)
+    return int(value)
 
 
 def _share(name: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from kvswap.hf.cache import KVSwapCache
 from kvswap.hf.geometry import ModelShape, fingerprint, read_shape, stock_layers
 from kvswap.kernels.accelerator import accelerator_of
 from kvswap.predict import INDEXES
+from kvswap.predict.budgets import LayerBudgets
 from kvswap.predict.projection import Projection
 
 
@@ -50,7 +52,7 @@ def attach(model: PreTrainedModel, config: CacheConfig | KVSwapCache) -> KVSwapC
     if not isinstance(config, CacheConfig):
         raise ConfigError(f"config must be a CacheConfig or a KVSwapCache, got {config!r}")
     shape = read_shape(model)
-    config = _with_projection(model, shape, config)
+    config = _with_budgets(model, shape, _with_projection(model, shape, config))
     layers = stock_layers(model.config)
     if config.storage.keep and len(shape.disk_layers) != len(layers):
         raise ConfigError("keep must be False for a model with layers that are not on disk")
@@ -85,6 +87,19 @@ def context_limit(shape: ModelShape, config: CacheConfig) -> int:
             f"max_context must be at most the model's {positions} positions, got {asked}"
         )
     return int(asked if asked is not None else positions)  # type: ignore[arg-type]
+
+
+def _with_budgets(model: PreTrainedModel, shape: ModelShape, config: CacheConfig) -> CacheConfig:
+    """Take each layer's tokens from a file of them, after checking whose it is."""
+    path = config.budget_tokens
+    if not isinstance(path, (str, os.PathLike)):
+        return config
+    budgets = LayerBudgets.load(path)
+    geometry = shape.geometry
+    budgets.check(
+        num_layers=geometry.num_layers, dtype=geometry.dtype, fingerprint=fingerprint(model)
+    )
+    return replace(config, budget_tokens=budgets.budget_tokens)
 
 
 def _with_projection(model: PreTrainedModel, shape: ModelShape, config: CacheConfig) -> CacheConfig:

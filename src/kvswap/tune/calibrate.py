@@ -58,7 +58,7 @@ def calibrate(
     covariances = [torch.zeros(dim, dim) for _ in shape.disk_layers]
     done = 0
     for window in windows:
-        _check_window(window, shape)
+        check_window(window, shape)
         cache = DynamicCache(config=model.config)
         model(input_ids=window.to(model.device), past_key_values=cache, logits_to_keep=1)
         for covariance, layer_idx in zip(covariances, shape.disk_layers, strict=True):
@@ -72,7 +72,8 @@ def calibrate(
     return fit_projection(covariances, rank=rank, fingerprint=fingerprint(model))
 
 
-def _check_window(window: Tensor, shape: ModelShape) -> None:
+def check_window(window: Tensor, shape: ModelShape) -> None:
+    """Raise `ConfigError` unless a model can read a window [1, num_tokens] at once."""
     if window.ndim != 2 or window.shape[0] != 1:
         raise ConfigError(f"windows must be of shape [1, num_tokens], got {list(window.shape)}")
     if shape.max_positions is not None and window.shape[1] > shape.max_positions:
