@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvswap
-from kvswap.cache.selection import GroupSelection
+from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.errors import ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
@@ -27,7 +27,13 @@ class GivenScores:
         self.scores = torch.full((GROUPS,), -20.0)
 
     def score_best(self, query, groups, *, scaling, **_):
+        return self.score(query, groups, scaling=scaling)
+
+    def score(self, query, groups, *, scaling):
         return self.scores[: len(groups)].clone()
+
+    def score_heads(self, query, groups, *, scaling):
+        return self.scores[: len(groups), None].expand(-1, 2)
 
 
 class Layer:
@@ -51,13 +57,13 @@ class Layer:
         self.batch.groups[0] = np.arange(100, 100 + GROUPS)
         self.batch.flushed[0, 0] = GROUPS
 
-    def select(self, shares: dict[int, float], *, is_final: bool = True) -> set[int]:
+    def select(self, shares: dict[int, float], **options) -> set[int]:
         """Select where some positions have these shares, and all others hardly any."""
         self.index.scores[:] = -20.0 - torch.arange(GROUPS) / 100
         for position, share in shares.items():
             self.index.scores[position] = math.log(share)
         queries = [torch.zeros(2, 1, 8)]
-        (groups,) = self.selection.select(self.batch, 0, queries, scaling=1.0, is_final=is_final)
+        (groups,) = self.selection.select(self.batch, 0, queries, scaling=1.0, **options)
         return set((groups - 100).tolist())
 
 
@@ -83,6 +89,60 @@ def test_at_zero_the_best_scores_are_selected_whatever_was_before(tmp_path):
     layer = Layer(tmp_path, worth_reading=0)
     layer.select({position: 0.1 for position in (10, 11, 12, 13, 14)})
     assert layer.select({21: 1e-6}) == PINNED | {21, 1, 2, 3, 4}
+
+
+def reach_of(held: set[int], limit: int) -> Reach:
+    """Some positions are in memory; so many others can be read."""
+    rows = np.full(100 + GROUPS, -1, np.int32)
+    rows[[100 + position for position in held]] = 0
+    return Reach(rows, limit)
+
+
+def test_what_cannot_be_read_in_time_gives_way_to_what_is_in_memory(tmp_path):
+    layer = Layer(tmp_path, worth_reading=0)
+    shares = {position: 0.2 - position / 1000 for position in (10, 11, 12, 13, 14)}
+    held = PINNED | {12, 20, 21, 22}
+    assert layer.select(shares, reach=reach_of(held, 99)) == PINNED | set(shares)
+    assert layer.select(shares, reach=reach_of(held, 2)) == PINNED | {10, 11, 12, 20, 21}
+    assert layer.select(shares, reach=reach_of(held, 0)) == PINNED | {12, 20, 21, 22}
+
+
+def test_sink_and_recent_tokens_are_read_whatever_the_time_and_count(tmp_path):
+    layer = Layer(tmp_path, worth_reading=0)
+    shares = {position: 0.2 - position / 1000 for position in (10, 11, 12, 13, 14)}
+    assert layer.select(shares, reach=reach_of({20}, 1)) == PINNED | {20}
+    assert layer.select(shares, reach=reach_of({20}, 4)) == PINNED | {20, 10}
+    layer.batch.flushed[0, 0] = BUDGET  # nothing to choose: all of it is seen
+    assert layer.select(shares, reach=reach_of(set(), 1)) == set(range(BUDGET))
+
+
+def test_rows_share_what_can_be_read_evenly(tmp_path):
+    layer = Layer(tmp_path, worth_reading=0, sink_tokens=0, recent_tokens=0)
+    layer.batch = SequenceBatch(layer.batch.layout, 3, choice_groups=BUDGET)
+    for row in range(3):
+        layer.batch.groups[row] = np.arange(100, 100 + GROUPS)
+    layer.batch.flushed[:] = GROUPS
+    queries = [torch.zeros(2, 1, 8)] * 3
+    chosen = layer.selection.select(layer.batch, 0, queries, scaling=1.0, reach=reach_of(set(), 5))
+    assert [len(groups) for groups in chosen] == [2, 2, 1]
+
+
+def test_a_mass_is_reached_with_no_more_groups_than_it_takes(tmp_path):
+    layer = Layer(tmp_path, selector="topp:0.8", reduce="mass")
+    assert layer.select({10: 0.5, 11: 0.35, 12: 0.1}) == PINNED | {10, 11}
+    assert layer.select({10: 0.1, 11: 0.35, 12: 0.5}) == PINNED | {11, 12}
+    assert len(layer.select({})) == BUDGET
+
+
+@pytest.mark.parametrize("reduce", ["mean", "mass"])
+def test_what_is_worth_reading_holds_for_every_reduction(tmp_path, reduce):
+    layer = Layer(tmp_path, reduce=reduce)
+    rest = {15: 0.6}  # shares must sum to about one
+    first = layer.select({position: 0.08 for position in (10, 11, 12, 13)} | rest)
+    assert first == PINNED | {10, 11, 12, 13, 15}
+    even = 1 / BUDGET
+    second = layer.select({20: 0.6 * even, 21: 0.4 * even, 10: 0.3 * even, 15: 0.84})
+    assert second == PINNED | {20, 15, 10, 11, 12}
 
 
 def test_positions_that_a_crop_took_away_are_forgotten(tmp_path):

@@ -69,6 +69,7 @@ BAD_CACHE = [
     ("selector", ["topk"], "must be a name, got ['topk']"),
     ("reduce", "min", "must be one of max, mean, mass, got 'min'"),
     ("worth_reading", 2, "must be a number in [0, 1], got 2"),
+    ("deadline", 1.5, "must be one of True, False, got 1.5"),
     ("exact_append", "no", "must be one of True, False, got 'no'"),
     ("correct_prediction", 2, "must be one of True, False, got 2"),
     ("on_progress", 5, "must be callable, got 5"),

@@ -13,6 +13,7 @@ BUILTINS = {
     "ConfigError": ValueError,
     "BudgetError": ValueError,
     "UnsupportedModelError": TypeError,
+    "InvalidKeysError": ValueError,
     "KernelUnavailableError": RuntimeError,
     "SessionClosedError": RuntimeError,
     "DeviceIOError": OSError,
@@ -55,6 +56,14 @@ def test_a_corrupt_store_says_what_was_expected_and_found():
     error = errors.CorruptStoreError("/disk", "crc32c", expected="ab", found="cd")
     assert str(error) == "/disk: crc32c: expected ab, found cd"
     assert (error.check, error.expected, error.found) == ("crc32c", "ab", "cd")
+
+
+def test_invalid_keys_name_layer_token_and_row():
+    error = errors.InvalidKeysError("values", layer_idx=3, token=70, row=1)
+    error.layer_idx = 5  # whoever knows the model says which of its layers it is
+    expected = "values must be finite, got NaN or infinity in layer 5 at token 70 (row 1 of the"
+    assert str(error).startswith(expected)
+    assert (error.what, error.token, error.row) == ("values", 70, 1)
 
 
 def test_a_model_error_names_the_class_and_what_it_lacks():

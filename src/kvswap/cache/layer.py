@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from kvswap.cache.sequence import SequenceBatch, Undo
+from kvswap.core.errors import InvalidKeysError
 from kvswap.kernels.attention import AttentionParams, RunningMerge
+from kvswap.kernels.finite import first_not_finite
 from kvswap.kernels.records import pack_groups
 from kvswap.kernels.slots import SlotAttention, Tokens
 
@@ -101,6 +103,8 @@ class LayerCache:
             if token is not None:
                 return token.to(home)
         rows = split_rows(query, keys, values, real)
+        if query.shape[2] > 1 or not self._session.is_selecting:
+            self._check_rows(batch, rows)  # single tokens are checked when they are flushed
         merges = [RunningMerge() for _ in rows]
         if self._session.is_selecting:
             self._attend_selected(batch, rows, merges, params)
@@ -229,6 +233,18 @@ class LayerCache:
                 index, rest = session.indexes[layer_idx], session.rest[layer_idx]
                 merges[row].add(rest.partial(index, given.query, groups, params))
 
+    def _check_rows(self, batch: SequenceBatch, rows: list[RowInput]) -> None:
+        """Raise `InvalidKeysError` for what is not finite, before any of it is kept."""
+        past = int(batch.columns[self.layer_idx])
+        for row, given in enumerate(rows):
+            columns = given.places
+            for what, tokens in (("keys", given.keys), ("values", given.values)):
+                at = first_not_finite(tokens)
+                if at is None:
+                    continue
+                column = at if columns is None else int(columns[at])
+                raise InvalidKeysError(what, layer_idx=self.layer_idx, token=past + column, row=row)
+
     def append(self, batch: SequenceBatch, rows: list[RowInput]) -> None:
         """Keep the new tokens of every row."""
         for row, given in enumerate(rows):
@@ -269,11 +285,23 @@ class LayerCache:
     ) -> None:
         """Flush the first groups of these tokens; interrupted, the first ``held`` roll on."""
         end, flushed = count * batch.layout.group_size, int(batch.flushed[self.layer_idx, row])
+        if self._session.is_selecting:
+            self._check_flushed(batch, row, keys[:, :end], values[:, :end], held=held)
         self._flush(batch, row, keys[:, :end], values[:, :end])
         batch.undo = Undo(self.layer_idx, row, flushed, keys[:, :held], values[:, :held])
         batch.flushed[self.layer_idx, row] = flushed + count
         batch.rolling.put(self.layer_idx, row, keys[:, end:], values[:, end:])
         batch.undo = None
+
+    def _check_flushed(
+        self, batch: SequenceBatch, row: int, keys: Tensor, values: Tensor, *, held: int
+    ) -> None:
+        """Raise `InvalidKeysError` for tokens that came one by one, the first ``held`` before."""
+        first = int(batch.columns[self.layer_idx]) - held
+        for what, tokens in (("keys", keys), ("values", values)):
+            at = first_not_finite(tokens)
+            if at is not None:
+                raise InvalidKeysError(what, layer_idx=self.layer_idx, token=first + at, row=row)
 
     def _flush(self, batch: SequenceBatch, row: int, keys: Tensor, values: Tensor) -> None:
         session, size = self._session, batch.layout.group_size

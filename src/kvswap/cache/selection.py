@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kvswap.cache.sequence import SequenceBatch
@@ -15,6 +17,21 @@ from kvswap.kernels.scores import discourage
 from kvswap.predict import KeyIndex
 from kvswap.predict.reduction import score_reduced
 from kvswap.predict.selectors import make_selector, worth_reading
+
+
+class Reach(NamedTuple):
+    """What can be read in time.
+
+    Attributes
+    ----------
+    row_of : ndarray [num_groups], int32
+        Slot of each group id; -1 where it is not in memory.
+    limit : int
+        Most groups to select that are not in memory, over all rows.
+    """
+
+    row_of: np.ndarray
+    limit: int
 
 
 class GroupSelection:
@@ -61,6 +78,7 @@ class GroupSelection:
         *,
         scaling: float,
         is_final: bool = True,
+        reach: Reach | None = None,
     ) -> list[np.ndarray]:
         """Return the ids of each row's groups.
 
@@ -74,12 +92,16 @@ class GroupSelection:
             Factor on the dot products.
         is_final : bool
             It will be attended to, so the next step's selection keeps to it.
+        reach : Reach, optional
+            Leave out what cannot be read in time, apart from sink and recent tokens; rows
+            share the limit evenly. What is in memory takes its place.
         """
         chosen = []
         for row, query in enumerate(queries):
             groups = batch.flushed_groups(layer_idx, row)
             last = batch.chosen[layer_idx, row]
-            positions = self._select_row(groups, layer_idx, query, scaling, last)
+            within = reach and _part_of(reach, row, len(queries))
+            positions = self._select_row(groups, layer_idx, query, scaling, last, within)
             if positions is None:
                 chosen.append(groups if query.shape[1] else groups[:0])
                 continue
@@ -89,29 +111,50 @@ class GroupSelection:
         return chosen
 
     def _select_row(
-        self, groups: np.ndarray, layer_idx: int, query: Tensor, scaling: float, last: np.ndarray
+        self,
+        groups: np.ndarray,
+        layer_idx: int,
+        query: Tensor,
+        scaling: float,
+        last: np.ndarray,
+        reach: Reach | None,
     ) -> np.ndarray | None:
         """Return positions, or None where there is nothing to choose."""
         if not query.shape[1]:  # a row that is all padding attends to nothing
             return None
         if len(groups) <= self._layer_groups[layer_idx]:
             return None
-        scores = self._score(groups, layer_idx, query, scaling, last)
-        return self._selector.select(
+        pinned = _pinned(len(groups), self._sink_groups, self._recent_groups)
+        every = reach is not None  # more than the best may be looked at
+        scores = self._score(groups, layer_idx, query, scaling, last, every=every)
+        late = np.empty(0, np.int64)
+        if reach is not None:
+            late = out_of_reach(scores, reach.row_of[groups] < 0, reach.limit, pinned)
+            scores = scores.clone()
+            scores[torch.from_numpy(late)] = -math.inf
+        positions = self._selector.select(
             scores,
             layer_idx=layer_idx,
             budget_groups=self._layer_groups[layer_idx],
-            pinned=_pinned(len(groups), self._sink_groups, self._recent_groups),
+            pinned=pinned,
         )
+        return positions[~np.isin(positions, late)] if len(late) else positions
 
     def _score(
-        self, groups: np.ndarray, layer_idx: int, query: Tensor, scaling: float, last: np.ndarray
+        self,
+        groups: np.ndarray,
+        layer_idx: int,
+        query: Tensor,
+        scaling: float,
+        last: np.ndarray,
+        *,
+        every: bool,
     ) -> Tensor:
         index = self._indexes[layer_idx]
         query = query.to(index.device)
         if self._reduce != "max":
             scores = score_reduced(index, query, groups, scaling=scaling, reduce=self._reduce)
-        elif self._selector.needs_only_best:
+        elif self._selector.needs_only_best and not every:
             wanted = max(self._layer_groups[layer_idx], self._sink_groups + self._recent_groups)
             scores = index.score_best(query, groups, scaling=scaling, wanted=wanted, kept=last)
         else:
@@ -119,6 +162,37 @@ class GroupSelection:
         if self._least[layer_idx] > -math.inf and last[0] >= 0:
             discourage(scores, last, self._least[layer_idx])
         return scores if self._selector.serves_device else scores.cpu()
+
+
+def out_of_reach(
+    scores: Tensor, is_missing: np.ndarray, limit: int, pinned: np.ndarray
+) -> np.ndarray:
+    """Return the positions that are not in memory and not among the best that can be read.
+
+    Parameters
+    ----------
+    scores : Tensor [num_groups], float32
+    is_missing : ndarray [num_groups], bool
+        Which of them are not in memory.
+    limit : int
+        How many of those can be read; pinned ones are, first of all.
+    pinned : ndarray, int64
+
+    Returns
+    -------
+    ndarray, int64
+    """
+    is_missing = is_missing.copy()
+    left = max(0, limit - int(np.count_nonzero(is_missing[pinned])))
+    is_missing[pinned] = False
+    places = np.flatnonzero(is_missing)
+    values = scores.cpu().numpy()[places]
+    return places[np.argsort(-values, kind="stable")[left:]]
+
+
+def _part_of(reach: Reach, row: int, num_rows: int) -> Reach:
+    """Return one row's even part of what can be read."""
+    return reach._replace(limit=(reach.limit + num_rows - 1 - row) // num_rows)
 
 
 @lru_cache(maxsize=16)

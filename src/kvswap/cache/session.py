@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvswap.cache.deadline import Deadline
 from kvswap.cache.fit import IndexFitter
 from kvswap.cache.foresight import Foresight
 from kvswap.cache.heads import HeadGroups
@@ -21,7 +22,7 @@ from kvswap.cache.records import RecordIO
 from kvswap.cache.residence import Residence
 from kvswap.cache.rest import RestEstimate
 from kvswap.cache.reuse import ReuseBuffer
-from kvswap.cache.selection import GroupSelection
+from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.sequences import Sequences
 from kvswap.cache.warm import Warmer
@@ -120,6 +121,7 @@ class CacheSession:
         self._pending: dict[int, Pending] = {}
         self._speculated: dict[int, Pending] = {}
         self.foresight = Foresight(geometry.num_layers)
+        self.deadline = Deadline(self.geometry.num_layers) if config.deadline else None
         self._decode_base = (0, 0)
         self._is_closed = False
         self._is_within = False  # a forward, or what an interrupted one left
@@ -417,6 +419,8 @@ class CacheSession:
         It may have given out slots that it never filled.
         """
         self.finish_reads()
+        if self.deadline is not None:
+            self.deadline.forget_step()
         if self._is_within or not self.reuse.is_sound:
             self._is_within = False
             self.reuse.clear()
@@ -442,7 +446,7 @@ class CacheSession:
 
     def is_to_predict(self, layer_idx: int) -> bool:
         """Whether a model's layer's query is to be estimated in this step; called once in it."""
-        if not self.config.correct_prediction:
+        if self.deadline is not None or not self.config.correct_prediction:
             return True
         return self.foresight.is_worth_it(layer_idx)
 
@@ -458,11 +462,13 @@ class CacheSession:
     ) -> None:
         """Submit the reads of an estimated query's selection before its layer begins."""
         is_final = not self.config.correct_prediction
+        reach = self._reach(layer_idx, is_ahead=True)
         groups = self.selection.select(
-            batch, layer_idx, queries, scaling=scaling, is_final=is_final
+            batch, layer_idx, queries, scaling=scaling, is_final=is_final, reach=reach
         )
         into = self._pending if is_final else self._speculated
-        into[layer_idx] = self.prefetcher.submit(layer_idx, groups)
+        into[layer_idx] = pending = self.prefetcher.submit(layer_idx, groups)
+        self._note_reads(pending, reach, is_ahead=True)
 
     def read_ahead(self, layer_idx: int, groups: list[np.ndarray]) -> int:
         """Submit a read of a layer's groups, an array a row; return how many are being read.
@@ -491,10 +497,23 @@ class CacheSession:
             One a row.
         scaling : float
         """
-        groups = self.selection.select(batch, layer_idx, queries, scaling=scaling)
+        reach = self._reach(layer_idx, is_ahead=False)
+        groups = self.selection.select(batch, layer_idx, queries, scaling=scaling, reach=reach)
         ahead = self._speculated.get(layer_idx)
         self._pending[layer_idx] = self.prefetcher.submit(layer_idx, groups, ahead=ahead)
         self._speculated.pop(layer_idx, None)  # the new one waits for it
+        self._note_reads(self._pending[layer_idx], reach, is_ahead=False)
+
+    def _reach(self, layer_idx: int, *, is_ahead: bool) -> Reach | None:
+        """Return what can be read until a layer attends; None where that is no matter."""
+        limit = self.deadline and self.deadline.limit(layer_idx, is_ahead=is_ahead)
+        return None if limit is None else Reach(self.reuse.rows_of(layer_idx), limit)
+
+    def _note_reads(self, pending: Pending, reach: Reach | None, *, is_ahead: bool) -> None:
+        if self.deadline is not None:
+            is_read = pending.fits or self._pending.get(pending.layer_idx) is pending
+            limit, count = reach and reach.limit, len(pending.missing) if is_read else 0
+            self.deadline.submitted(pending.layer_idx, count, limit, is_ahead=is_ahead)
 
     def selected(
         self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], *, scaling: float
@@ -502,11 +521,15 @@ class CacheSession:
         """Return a layer's selection on its way: the one submitted, or its real query's now."""
         if layer_idx not in self._pending:
             self.select_ahead(batch, layer_idx, queries, scaling=scaling)
+        if self.deadline is not None:
+            self.deadline.attends(layer_idx)
         return self._pending[layer_idx]
 
     def attended(self, pending: Pending) -> None:
         """Learn from a layer that has waited for its groups; its selection is done with."""
         self._pending.pop(pending.layer_idx, None)
+        if self.deadline is not None:
+            self.deadline.arrived(pending.layer_idx, pending.stall_s)
         layer_idx, part = divmod(pending.layer_idx, self.heads.count)
         self.foresight.learn(layer_idx, pending.stall_s, is_last=part == self.heads.count - 1)
 

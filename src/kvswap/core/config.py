@@ -166,6 +166,10 @@ class CacheConfig:
         the selected groups: of some query head's attention, or of that which ``reduce`` names.
         0 selects what scores best, whatever it costs. Default: 0.5, or 0 for a selector that
         counts mass, with which no other goes.
+    deadline : bool
+        A layer asks for no more groups that are not in memory than can be read while others
+        compute, as measured so far, the best first; what is in memory takes the place of the
+        others. **Answers then depend on timing**, and on the machine.
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads of a head group.
     code : {"bf16", "int8", "rot4", "rot2", "rot1"}, optional
@@ -209,6 +213,7 @@ class CacheConfig:
     reduce: str = "max"
     correct_prediction: bool = True
     worth_reading: float | None = None
+    deadline: bool = False
     rank: int | None = None
     code: str | None = None
     projection: str | os.PathLike[str] | None = None
@@ -240,6 +245,7 @@ class CacheConfig:
         _at_least("prefill_chunk", self.prefill_chunk, 1)
         _at_least("head_groups", self.head_groups, 1)
         _one_of("correct_prediction", self.correct_prediction, (True, False))
+        _one_of("deadline", self.deadline, (True, False))
         _one_of("exact_append", self.exact_append, (True, False))
         _one_of("estimate_rest", self.estimate_rest, (True, False))
         size = self.group_size

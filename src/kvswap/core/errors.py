@@ -53,6 +53,36 @@ class UnsupportedModelError(KVSwapError, TypeError):
         self.missing = missing
 
 
+class InvalidKeysError(KVSwapError, ValueError):
+    """Keys or values of a token that are NaN or infinite.
+
+    Nothing of its group has been stored or encoded in that layer, and what was stored before
+    stands. After ``crop(token)`` the cache can go on without it.
+
+    Attributes
+    ----------
+    what : str
+        ``"keys"`` or ``"values"``.
+    layer_idx : int
+        The model's layer; among the layers on disk where no model is tied to the cache.
+    token : int
+        Its position in the sequence, padding included.
+    row : int
+        Which sequence of the batch.
+    """
+
+    def __init__(self, what: str, *, layer_idx: int, token: int, row: int) -> None:
+        super().__init__(what, layer_idx, token, row)
+        self.what, self.layer_idx = what, layer_idx
+        self.token, self.row = token, row
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} must be finite, got NaN or infinity in layer {self.layer_idx} at token"
+            f" {self.token} (row {self.row} of the batch)"
+        )
+
+
 class KernelUnavailableError(KVSwapError, RuntimeError):
     """A kernel that was asked for by name and is not present here."""
 

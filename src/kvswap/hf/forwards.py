@@ -12,7 +12,12 @@ from torch import Tensor
 
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.session import CacheSession
-from kvswap.core.errors import ConfigError, SessionClosedError, UnsupportedModelError
+from kvswap.core.errors import (
+    ConfigError,
+    InvalidKeysError,
+    SessionClosedError,
+    UnsupportedModelError,
+)
 from kvswap.hf.binding import ModelBinding
 from kvswap.hf.families import QueryEstimator
 from kvswap.hf.layer import DiskLayer
@@ -301,6 +306,11 @@ class Forwards:
         Returns
         -------
         Tensor [batch, num_heads, q_len, head_dim]
+
+        Raises
+        ------
+        InvalidKeysError
+            If keys or values are NaN or infinite; it names the model's layer.
         """
         staged, layer.staged = layer.staged, None
         if staged is None:
@@ -314,7 +324,11 @@ class Forwards:
         if real is None and batch.padding is not None and batch.padding.shape[1] > past:
             real = batch.padding[:, past:]
         over = self.session.model_layers[layer.disk_idx]
-        out = over.attend(batch, query, *staged, real, params)
+        try:
+            out = over.attend(batch, query, *staged, real, params)
+        except InvalidKeysError as error:
+            error.layer_idx = self.disk[layer.disk_idx]
+            raise
         if layer.disk_idx == len(self.disk) - 1:
             self.session.end_forward(batch, self._q_len)
         return out
