@@ -506,7 +506,9 @@ class CacheSession:
 
     def _reach(self, layer_idx: int, *, is_ahead: bool) -> Reach | None:
         """Return what can be read until a layer attends; None where that is no matter."""
-        limit = self.deadline and self.deadline.limit(layer_idx, is_ahead=is_ahead)
+        if self.deadline is None:
+            return None
+        limit = self.deadline.limit(layer_idx, is_ahead=is_ahead)
         return None if limit is None else Reach(self.reuse.rows_of(layer_idx), limit)
 
     def _note_reads(self, pending: Pending, reach: Reach | None, *, is_ahead: bool) -> None:
