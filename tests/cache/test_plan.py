@@ -41,12 +41,9 @@ fixed = st.fixed_dictionaries(
         "rank": st.sampled_from([2, 8]),
         "code": st.sampled_from(CODES),
         "on_device": st.just(True),
-<<<<<<< HEAD
         "head_groups": st.just("all"),
-=======
         "estimate_rest": st.just(True),
         "warm_window": st.sampled_from([1, 16]),
->>>>>>> 55e8172 (What is not selected may count by an estimate, and slots be filled where a prefill ends)
     },
 )
 shapes = st.tuples(geometries, fixed, st.integers(1, 4), st.integers(1, 70_000))
@@ -196,6 +193,12 @@ def test_every_layer_keeps_its_own_budget(tokens, rows):
     assert made.num_slots >= made.budget_groups * rows
     uniform = plan(TINY, 2**30, rows, 300, group_size=8, budget_tokens=max(tokens))
     assert made.parts == uniform.parts
+
+
+def test_head_groups_of_a_layer_have_its_budget_each():
+    tokens = [64, 80, 96, 64]
+    made = plan(TINY, 2**30, 1, 300, group_size=8, budget_tokens=tokens, head_groups=2)
+    assert made.layer_groups == (8, 8, 10, 10, 12, 12, 8, 8)
 
 
 @pytest.mark.parametrize(

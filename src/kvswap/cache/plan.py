@@ -186,10 +186,11 @@ class _Shape:
         for rank in self.ranks():
             self.index.check(self.geometry, rank=rank, code=self.code)
         pinned, budget = self._pinned_groups, _stated_tokens(config)
-        if isinstance(budget, tuple) and len(budget) != self.geometry.num_layers:
+        layers = self.geometry.num_layers // config.head_groups
+        if isinstance(budget, tuple) and len(budget) != layers:
             raise ConfigError(
-                f"budget_tokens must be one number for each of the {self.geometry.num_layers}"
-                f" layers on disk, got {len(budget)}"
+                f"budget_tokens must be one number for each of the {layers} layers on disk, got"
+                f" {len(budget)}"
             )
         least = min(self._layer_groups(self.budgets()[-1]))
         if budget is not None and least < min(pinned, self.context_groups):
@@ -261,8 +262,11 @@ class _Shape:
         layers = self.geometry.num_layers
         if budget is None:
             return (groups,) * layers
-        tokens = (budget,) * layers if isinstance(budget, int) else budget
-        return tuple(min(self.context_groups, ceil_div(each, size)) for each in tokens)
+        if isinstance(budget, int):
+            return (min(self.context_groups, ceil_div(budget, size)),) * layers
+        counts = [min(self.context_groups, ceil_div(each, size)) for each in budget]
+        # Head groups of a layer lie side by side, and each may select what the layer may.
+        return tuple(count for count in counts for _ in range(self.config.head_groups))
 
     @property
     def _pinned_groups(self) -> int:
