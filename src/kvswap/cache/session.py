@@ -121,7 +121,7 @@ class CacheSession:
         self._pending: dict[int, Pending] = {}
         self._speculated: dict[int, Pending] = {}
         self.foresight = Foresight(geometry.num_layers)
-        self.deadline = Deadline(geometry.num_layers) if config.deadline else None
+        self.deadline = Deadline(self.geometry.num_layers) if config.deadline else None
         self._decode_base = (0, 0)
         self._is_closed = False
         self._is_within = False  # a forward, or what an interrupted one left
