@@ -23,6 +23,8 @@ CONFIGS = {
     "head groups": {**SMALL, "head_groups": 2},
     "three rows": {**SMALL, "max_batch": 3},
     "kept": {**SMALL, "keep": True},
+    "int8 records": {**SMALL, "record_codec": "int8"},
+    "rot4 records": {"record_codec": "rot4", "max_context": 512, "kv_memory": "1MiB"},
     "planned by the library": {"max_context": 512, "kv_memory": "1MiB"},
 }
 
@@ -42,7 +44,7 @@ def check(cache: kvswap.KVSwapCache, *others: kvswap.KVSwapCache) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_report_is_what_is_held_through_a_caches_life(name, tmp_path):
-    model = make_model("llama")
+    model = make_model("llama", head_dim=16)
     with kvswap.attach(model, config_for(tmp_path, **CONFIGS[name])) as cache:
         before = cache.memory_report()
         assert before["total"] == sum(cache.session.plan.parts.values()) <= before["budget"]

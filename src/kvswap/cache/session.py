@@ -29,7 +29,6 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.core.stats import CacheStats
 from kvswap.core.units import format_bytes
 from kvswap.kernels.accelerator import Accelerator
-from kvswap.kernels.records import record_view
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES, SELECTORS, KeyIndex
 from kvswap.storage.store import BlockStore
@@ -40,7 +39,6 @@ _HEAVY = (
     "selection",
     "attention",
     "residence",
-    "slots",
     "reuse",
     "records",
     "prefetcher",
@@ -103,6 +101,11 @@ class CacheSession:
         self.config, self.max_context = config, max_context
         self.accelerator = accelerator
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
+        if accelerator is not None and config.record_codec != "raw":
+            raise ConfigError(
+                f"record_codec must be raw where slots lie on a device ({self.device}),"
+                f" got {config.record_codec!r}"
+            )
         SELECTORS.get(config.selector)  # an unknown name is said now, not at the first forward
         self.plan = self._plan_for(config.max_batch or 1)
         self.layout = self.plan.layout
@@ -164,7 +167,6 @@ class CacheSession:
             record_bytes=self.layout.record_bytes,
             pool=self.residence.pool,
         )
-        self.slots = record_view(self.residence.pool, self.layout)
         self.attention = self.residence.attention
         self.prefetcher = Prefetcher(self.reuse, self.residence.reads, self.counters)
         self.sequences = Sequences(
