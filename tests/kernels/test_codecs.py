@@ -153,5 +153,5 @@ def test_outlier_channels_break_naive_int4_but_not_rot4(head_dim):
     # What is lost is a part of a key's length, be it beside the point or not.
     assert found[1:].max() <= 1.5 * plain.max()
     assert found[0] <= 2 * plain.max()
-    assert naive.min() >= 0.65
-    assert naive[1:].mean() >= 4 * found[1:].mean()
+    assert naive.min() >= 0.45  # nearer to nothing than to what it should be
+    assert (naive / found).min() >= 2.5
