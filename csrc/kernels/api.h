@@ -17,6 +17,21 @@ struct F16 {
   uint16_t bits;
 };
 
+// How a record holds a head's tokens: as they are, or turned and then in eight or four bits.
+enum class Codec : int { raw = 0, int8 = 1, rot4 = 2 };
+
+// Two numbers of four bits; of a row's first half in the low bits, of its second in the high.
+struct Nibbles {
+  uint8_t both;
+};
+
+// The orthogonal matrix that coded tokens are turned by: elements are multiplied by factors,
+// then by a symmetric matrix, which is Hadamard's of ones where none is given.
+struct Rotation {
+  const float* factors = nullptr;  // [head_dim]
+  const float* matrix = nullptr;   // [head_dim][head_dim]
+};
+
 // Tokens whose keys and values lie one after another, of one KV head.
 struct Segment {
   const void* keys;
@@ -25,7 +40,7 @@ struct Segment {
   int64_t key_stride, value_stride;  // elements from one token to the next
 };
 
-// Attention of one KV head's query rows to all its segments.
+// Attention of one KV head's query rows to all its segments, of which the first are coded.
 struct AttendHead {
   const Segment* segments;
   int64_t num_segments;
@@ -37,15 +52,28 @@ struct AttendHead {
   float scaling;
   float softcap;  // 0 for none
   Dtype dtype;
-  float* const* out;  // num_rows pointers to [head_dim]
-  float* lse;         // [num_rows]
-  float* scratch;     // scratch_floats(num_rows, num_tokens, head_dim)
+  float* const* out;                            // num_rows pointers to [head_dim]
+  float* lse;                                   // [num_rows]
+  float* scratch;                               // scratch_floats(num_rows, num_tokens, head_dim)
+  int64_t num_coded = 0, num_coded_tokens = 0;  // segments, and their tokens
+  Codec codec = Codec::raw;                     // theirs
+  Rotation rotation{};
 };
 
 static constexpr int64_t padded_tokens(int64_t num_tokens) { return (num_tokens + 15) / 16 * 16; }
 static constexpr int64_t scratch_floats(int64_t num_rows, int64_t num_tokens, int64_t head_dim) {
-  return num_rows * (padded_tokens(num_tokens) + head_dim);
+  return num_rows * (padded_tokens(num_tokens) + 2 * head_dim) + head_dim;
 }
+
+// One head's tokens, to be coded or decoded.
+struct CodedTokens {
+  Codec codec;  // not raw
+  Rotation rotation;
+  int64_t head_dim, count;
+  Dtype dtype;     // of the tokens
+  int64_t stride;  // elements from one token to the next
+  float* scratch;  // [3 * head_dim]
+};
 
 // -- codes of keys ------------------------------------------------------------------------
 
@@ -112,6 +140,8 @@ struct Kernels {
   void (*best_shifted)(const ScoreRows&, const float* shift, int64_t best_length, float* best);
   // How many are at least as large.
   int64_t (*count_from)(const float* x, int64_t count, float least);
+  void (*encode_tokens)(const CodedTokens&, const void* tokens, uint8_t* codes);
+  void (*decode_tokens)(const CodedTokens&, const uint8_t* codes, void* tokens);
   // To float32.
   void (*widen)(const void* x, Dtype dtype, int64_t count, float* out);
 };

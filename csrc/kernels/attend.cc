@@ -33,22 +33,24 @@ void add_tokens(const TokensView& tokens, int64_t head, Dtype dtype, std::vector
 }
 
 void gather_segments(const Slots& slots, const Attend& a, int64_t head, std::vector<Segment>& out) {
-  const int64_t tokens = slots.group_size * slots.head_dim;
-  const int64_t values = slots.kv_heads * tokens;
+  const RecordShape& shape = slots.shape;
+  const int64_t place = head * shape.head_bytes(), values = shape.half_bytes();
+  const int64_t stride = shape.row_items();
   out.clear();
   for (int64_t i = 0; i < a.num_rows; ++i) {
-    const char* keys = at(slots.pool + a.rows[i] * slots.record_bytes, head * tokens, slots.dtype);
-    out.push_back(
-        {keys, at(keys, values, slots.dtype), slots.group_size, slots.head_dim, slots.head_dim});
+    const char* keys = slots.pool + a.rows[i] * slots.record_bytes + place;
+    out.push_back({keys, keys + values, shape.group_size, stride, stride});
   }
-  add_tokens(a.rolling, head, slots.dtype, out);
-  add_tokens(a.newest, head, slots.dtype, out);
+  add_tokens(a.rolling, head, shape.dtype, out);
+  add_tokens(a.newest, head, shape.dtype, out);
 }
 
 // The query heads that share a KV head, all tokens of them.
 void attend_kv_head(const Slots& slots, const Attend& a, int64_t head, Workspace& work) {
-  const int64_t shared = a.query.num_heads / slots.kv_heads, q_len = a.query.q_len;
-  const int64_t dim = slots.head_dim;
+  const RecordShape& shape = slots.shape;
+  const int64_t shared = a.query.num_heads / shape.kv_heads, q_len = a.query.q_len;
+  const int64_t dim = shape.head_dim, in_slots = a.num_rows * shape.group_size;
+  const bool is_coded = shape.codec != Codec::raw;
   gather_segments(slots, a, head, work.segments);
   work.query.clear();
   work.out.clear();
@@ -56,7 +58,7 @@ void attend_kv_head(const Slots& slots, const Attend& a, int64_t head, Workspace
   for (int64_t h = head * shared; h < (head + 1) * shared; ++h) {
     for (int64_t token = 0; token < q_len; ++token) {
       const int64_t place = h * a.query.head_stride + token * a.query.token_stride;
-      work.query.push_back(at(a.query.data, place, slots.dtype));
+      work.query.push_back(at(a.query.data, place, shape.dtype));
       work.out.push_back(a.out + (h * q_len + token) * dim);
       work.hidden.push_back(a.newest.count ? q_len - 1 - token : 0);
     }
@@ -64,14 +66,18 @@ void attend_kv_head(const Slots& slots, const Attend& a, int64_t head, Workspace
   AttendHead job;
   job.segments = work.segments.data();
   job.num_segments = static_cast<int64_t>(work.segments.size());
-  job.num_tokens = a.num_rows * slots.group_size + a.rolling.count + a.newest.count;
+  job.num_coded = is_coded ? a.num_rows : 0;
+  job.num_coded_tokens = is_coded ? in_slots : 0;
+  job.codec = shape.codec;
+  job.rotation = shape.rotation;
+  job.num_tokens = in_slots + a.rolling.count + a.newest.count;
   job.head_dim = dim;
   job.query = work.query.data();
   job.num_rows = shared * q_len;
   job.hidden = work.hidden.data();
   job.scaling = a.scaling;
   job.softcap = a.softcap;
-  job.dtype = slots.dtype;
+  job.dtype = shape.dtype;
   job.out = work.out.data();
   job.lse = a.lse + head * shared * q_len;
   work.scratch.resize(
@@ -83,23 +89,23 @@ void attend_kv_head(const Slots& slots, const Attend& a, int64_t head, Workspace
 }  // namespace
 
 void attend(const Slots& slots, const Attend& a) {
-  const int threads = static_cast<int>(std::min<int64_t>(num_threads(), slots.kv_heads));
+  const int64_t heads = slots.shape.kv_heads;
+  const int threads = static_cast<int>(std::min<int64_t>(num_threads(), heads));
   parallel(threads, [&](int thread, int total) {
     thread_local Workspace work;
-    const int64_t begin = slots.kv_heads * thread / total;
-    const int64_t end = slots.kv_heads * (thread + 1) / total;
+    const int64_t begin = heads * thread / total, end = heads * (thread + 1) / total;
     for (int64_t head = begin; head < end; ++head) attend_kv_head(slots, a, head, work);
   });
 }
 
 void attend_rounded(const Slots& slots, Attend a, void* out) {
   thread_local std::vector<float> wide;
-  const int64_t rows = a.query.num_heads * a.query.q_len, count = rows * slots.head_dim;
+  const int64_t rows = a.query.num_heads * a.query.q_len, count = rows * slots.shape.head_dim;
   wide.resize(static_cast<size_t>(count + rows));
   a.out = wide.data();
   a.lse = wide.data() + count;
   attend(slots, a);
-  switch (slots.dtype) {
+  switch (slots.shape.dtype) {
     case Dtype::f32: std::copy_n(a.out, count, static_cast<float*>(out)); break;
     case Dtype::bf16:
       std::transform(a.out, a.out + count, static_cast<uint16_t*>(out), to_bf16);

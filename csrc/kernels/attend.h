@@ -4,15 +4,16 @@
 #include <cstdint>
 
 #include "kernels/api.h"
+#include "kernels/record_shape.h"
 #include "kernels/scan.h"
 
 namespace kvswap {
 
-// Groups in slots: [kv_head, token, head_dim] of keys, then of values.
+// Groups in slots.
 struct Slots {
   const char* pool;
-  int64_t record_bytes, group_size, kv_heads, head_dim;
-  Dtype dtype;
+  int64_t record_bytes;
+  RecordShape shape;
 };
 
 // [kv_heads, count, head_dim] with strides in elements, the last one 1.

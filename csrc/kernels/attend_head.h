@@ -8,10 +8,29 @@
 #include <limits>
 
 #include "kernels/api.h"
+#include "kernels/elements.h"
+#include "kernels/rotation.h"
+#include "kernels/scales.h"
 #include "kernels/simd_portable.h"
 
 namespace kvswap {
 namespace {
+
+template <class S, class T>
+void widen_dtype(const T* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + S::kLanes <= count; i += S::kLanes) S::store(out + i, S::load(x + i));
+  for (; i < count; ++i) out[i] = portable::Simd::load(x + i);
+}
+
+template <class S>
+void widen(const void* x, Dtype dtype, int64_t count, float* out) {
+  switch (dtype) {
+    case Dtype::f32: return widen_dtype<S>(static_cast<const float*>(x), count, out);
+    case Dtype::bf16: return widen_dtype<S>(static_cast<const Bf16*>(x), count, out);
+    case Dtype::f16: return widen_dtype<S>(static_cast<const F16*>(x), count, out);
+  }
+}
 
 // The dot product of a row with a key. An instruction set with a product of its own for some
 // dtype specialises it.
@@ -25,17 +44,26 @@ struct Dot {
   }
   template <int Rows>
   static void run(const T* key, const float* rows, int64_t head_dim, float* out) {
+    constexpr int kParts = Elements<S, T>::kParts;
+    const int64_t part = head_dim / kParts;
     typename S::Reg sums[Rows];
     for (int r = 0; r < Rows; ++r) sums[r] = S::zero();
     int64_t i = 0;
-    for (; i + S::kLanes <= head_dim; i += S::kLanes) {
-      const auto k = S::load(key + i);
-      for (int r = 0; r < Rows; ++r) sums[r] = S::fma(k, S::load(rows + r * head_dim + i), sums[r]);
+    for (; i + S::kLanes <= part; i += S::kLanes) {
+      typename S::Reg k[kParts];
+      Elements<S, T>::load(key + i, k);
+      for (int p = 0; p < kParts; ++p) {
+        const float* at = rows + p * part + i;
+        for (int r = 0; r < Rows; ++r) sums[r] = S::fma(k[p], S::load(at + r * head_dim), sums[r]);
+      }
     }
     for (int r = 0; r < Rows; ++r) out[r] = S::sum(sums[r]);
-    for (; i < head_dim; ++i) {
-      const float k = portable::Simd::load(key + i);
-      for (int r = 0; r < Rows; ++r) out[r] += k * rows[r * head_dim + i];
+    for (; i < part; ++i) {
+      float k[kParts];
+      Elements<portable::Simd, T>::load(key + i, k);
+      for (int p = 0; p < kParts; ++p) {
+        for (int r = 0; r < Rows; ++r) out[r] += k[p] * rows[r * head_dim + p * part + i];
+      }
     }
   }
 };
@@ -47,19 +75,32 @@ inline void prefetch(const void* begin, int64_t nbytes) {
   for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(at + i);
 }
 
+// Segments that are coded, or those that are not, and the place of their first token.
+struct Span {
+  int64_t first, last, place;
+};
+
+// Asks for the first rows of a segment that comes after the one worked on.
+template <class S, class T>
+void prefetch_ahead(const AttendHead& a, int64_t segment, const void* Segment::* rows) {
+  if (segment >= a.num_segments) return;
+  const int64_t row = a.head_dim / Elements<S, T>::kParts * static_cast<int64_t>(sizeof(T));
+  prefetch(a.segments[segment].*rows, std::min<int64_t>(a.segments[segment].count, 4) * row);
+}
+
 template <class S, class T, int Rows>
-void score_rows(const AttendHead& a, const float* rows, float* scores, int64_t stride) {
-  int64_t place = 0;
-  for (int64_t s = 0; s < a.num_segments; ++s) {
+void score_rows(const AttendHead& a, Span span, const float* rows, float* scores, int64_t stride) {
+  for (int64_t s = span.first, place = span.place; s < span.last; ++s) {
     const Segment& segment = a.segments[s];
     const T* key = static_cast<const T*>(segment.keys);
-    if (s + 2 < a.num_segments) {
-      const int64_t near = std::min<int64_t>(a.segments[s + 2].count, 4);
-      prefetch(a.segments[s + 2].keys, near * a.head_dim * static_cast<int64_t>(sizeof(T)));
-    }
+    prefetch_ahead<S, T>(a, s + 2, &Segment::keys);
     for (int64_t t = 0; t < segment.count; ++t, key += segment.key_stride, ++place) {
       float dots[Rows];
       Dot<S, T>::template run<Rows>(key, rows, a.head_dim, dots);
+      if constexpr (kIsCoded<T>) {
+        const float scale = scale_of(key);
+        for (int r = 0; r < Rows; ++r) dots[r] *= scale;
+      }
       for (int r = 0; r < Rows; ++r) scores[r * stride + place] = dots[r];
     }
   }
@@ -98,66 +139,116 @@ float soften(const AttendHead& a, float* scores, int64_t hidden) {
   return top + std::log(sum);
 }
 
-// out[r] = sum over tokens of weight[r] * value, for elements [begin, begin + Vectors * lanes).
-template <class S, class T, int Rows, int Vectors>
-void weigh_values(const AttendHead& a, const float* weights, int64_t stride, int64_t begin,
-                  float* const* out) {
-  typename S::Reg sums[Rows][Vectors];
-  for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) sums[r][v] = S::zero();
+// Weights of coded tokens become those of their levels.
+template <class T, int Rows>
+void scale_weights(const AttendHead& a, Span span, float* weights, int64_t stride) {
+  for (int64_t s = span.first, place = span.place; s < span.last; ++s) {
+    const Segment& segment = a.segments[s];
+    const T* value = static_cast<const T*>(segment.values);
+    for (int64_t t = 0; t < segment.count; ++t, value += segment.value_stride, ++place) {
+      const float scale = scale_of(value);
+      for (int r = 0; r < Rows; ++r) weights[r * stride + place] *= scale;
+    }
   }
-  int64_t place = 0;
-  for (int64_t s = 0; s < a.num_segments; ++s) {
+}
+
+// out[r] = sum over tokens of weight[r] * value, for elements [begin, begin + Vectors * lanes)
+// of each part.
+template <class S, class T, int Rows, int Vectors>
+void weigh_values(const AttendHead& a, Span span, const float* weights, int64_t stride,
+                  int64_t begin, float* const* out) {
+  constexpr int kParts = Elements<S, T>::kParts;
+  typename S::Reg sums[Rows][Vectors * kParts];
+  for (int r = 0; r < Rows; ++r) {
+    for (int v = 0; v < Vectors * kParts; ++v) sums[r][v] = S::zero();
+  }
+  for (int64_t s = span.first, place = span.place; s < span.last; ++s) {
     const Segment& segment = a.segments[s];
     const T* value = static_cast<const T*>(segment.values) + begin;
-    if (begin == 0 && s + 2 < a.num_segments) {
-      const int64_t near = std::min<int64_t>(a.segments[s + 2].count, 4);
-      prefetch(a.segments[s + 2].values, near * a.head_dim * static_cast<int64_t>(sizeof(T)));
-    }
+    if (begin == 0) prefetch_ahead<S, T>(a, s + 2, &Segment::values);
     for (int64_t t = 0; t < segment.count; ++t, value += segment.value_stride, ++place) {
-      typename S::Reg wide[Vectors];
-      for (int v = 0; v < Vectors; ++v) wide[v] = S::load(value + v * S::kLanes);
+      typename S::Reg wide[Vectors * kParts];
+      for (int v = 0; v < Vectors; ++v) {
+        Elements<S, T>::load(value + v * S::kLanes, wide + v * kParts);
+      }
       for (int r = 0; r < Rows; ++r) {
         const auto weight = S::set1(weights[r * stride + place]);
-        for (int v = 0; v < Vectors; ++v) sums[r][v] = S::fma(weight, wide[v], sums[r][v]);
+        for (int v = 0; v < Vectors * kParts; ++v) {
+          sums[r][v] = S::fma(weight, wide[v], sums[r][v]);
+        }
       }
     }
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int v = 0; v < Vectors; ++v) S::store(out[r] + begin + v * S::kLanes, sums[r][v]);
+    for (int v = 0; v < Vectors * kParts; ++v) {
+      const int64_t part = v % kParts * (a.head_dim / kParts);
+      S::store(out[r] + part + begin + v / kParts * S::kLanes, sums[r][v]);
+    }
   }
 }
 
 template <class S, class T, int Rows>
-void weigh_rows(const AttendHead& a, const float* weights, int64_t stride, float* const* out) {
-  constexpr int64_t kWide = S::kVectors * S::kLanes;
+void weigh_rows(const AttendHead& a, Span span, const float* weights, int64_t stride,
+                float* const* out) {
+  constexpr int kParts = Elements<S, T>::kParts, kVectors = S::kVectors / kParts;
+  const int64_t part = a.head_dim / kParts;
   int64_t begin = 0;
-  for (; begin + kWide <= a.head_dim; begin += kWide) {
-    weigh_values<S, T, Rows, S::kVectors>(a, weights, stride, begin, out);
+  for (; begin + kVectors * S::kLanes <= part; begin += kVectors * S::kLanes) {
+    weigh_values<S, T, Rows, kVectors>(a, span, weights, stride, begin, out);
   }
-  for (; begin + S::kLanes <= a.head_dim; begin += S::kLanes) {
-    weigh_values<S, T, Rows, 1>(a, weights, stride, begin, out);
+  for (; begin + S::kLanes <= part; begin += S::kLanes) {
+    weigh_values<S, T, Rows, 1>(a, span, weights, stride, begin, out);
   }
-  for (; begin < a.head_dim; ++begin) {
-    weigh_values<portable::Simd, T, Rows, 1>(a, weights, stride, begin, out);
+  for (; begin < part; ++begin) {
+    weigh_values<portable::Simd, T, Rows, 1>(a, span, weights, stride, begin, out);
   }
 }
 
-// Rows of one block: their scores, their weights, their sums.
+// Adds the values of coded tokens, turned back, once for all of them. `turned` has a row for
+// each query row and a spare one.
+template <class S, class T, int Rows>
+void add_coded(const AttendHead& a, Span span, float* weights, int64_t stride, float* turned,
+               int64_t first) {
+  float* sums[Rows];
+  for (int r = 0; r < Rows; ++r) sums[r] = turned + r * a.head_dim;
+  scale_weights<T, Rows>(a, span, weights, stride);
+  weigh_rows<S, T, Rows>(a, span, weights, stride, sums);
+  for (int r = 0; r < Rows; ++r) {
+    turn_back<S>(a.rotation, a.head_dim, sums[r], turned + Rows * a.head_dim);
+    float* out = a.out[first + r];
+    for (int64_t i = 0; i < a.head_dim; ++i) out[i] += sums[r][i];
+  }
+}
+
+// Rows of one block: their scores, their weights, their sums. Coded keys are met by queries
+// that are turned as they were.
 template <class S, class T, int Rows>
 void attend_rows(const AttendHead& a, int64_t first, float* rows) {
-  const int64_t stride = padded_tokens(a.num_tokens);
-  float* scores = a.scratch;
+  const int64_t stride = padded_tokens(a.num_tokens), dim = a.head_dim;
+  const Span coded{0, a.num_coded, 0}, plain{a.num_coded, a.num_segments, a.num_coded_tokens};
+  float *scores = a.scratch, *turned = rows + Rows * dim;
   for (int r = 0; r < Rows; ++r) {
-    Dot<S, T>::prepare(static_cast<const T*>(a.query[first + r]), a.head_dim,
-                       rows + r * a.head_dim);
+    const T* query = static_cast<const T*>(a.query[first + r]);
+    Dot<S, T>::prepare(query, dim, rows + r * dim);
   }
-  score_rows<S, T, Rows>(a, rows, scores, stride);
+  if (a.num_coded) {
+    for (int r = 0; r < Rows; ++r) {
+      widen<S>(a.query[first + r], a.dtype, dim, turned + r * dim);
+      turn<S>(a.rotation, dim, turned + r * dim, turned + Rows * dim);
+    }
+    with_codes(a.codec,
+               [&]<class C>() { score_rows<S, C, Rows>(a, coded, turned, scores, stride); });
+  }
+  score_rows<S, T, Rows>(a, plain, rows, scores, stride);
   for (int r = 0; r < Rows; ++r) {
     const int64_t hidden = a.hidden ? a.hidden[first + r] : 0;
     a.lse[first + r] = soften<S>(a, scores + r * stride, hidden);
   }
-  weigh_rows<S, T, Rows>(a, scores, stride, a.out + first);
+  weigh_rows<S, T, Rows>(a, plain, scores, stride, a.out + first);
+  if (a.num_coded) {
+    with_codes(a.codec,
+               [&]<class C>() { add_coded<S, C, Rows>(a, coded, scores, stride, turned, first); });
+  }
 }
 
 template <class S, class T>
@@ -203,22 +294,6 @@ void project(const float* x, int64_t count, const Bf16* basis, int64_t rank, flo
     for (int64_t i = 0; i < count; ++i) {
       out[first] += x[i] * portable::Simd::load(basis + i * rank + first);
     }
-  }
-}
-
-template <class S, class T>
-void widen_dtype(const T* x, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + S::kLanes <= count; i += S::kLanes) S::store(out + i, S::load(x + i));
-  for (; i < count; ++i) out[i] = portable::Simd::load(x + i);
-}
-
-template <class S>
-void widen(const void* x, Dtype dtype, int64_t count, float* out) {
-  switch (dtype) {
-    case Dtype::f32: return widen_dtype<S>(static_cast<const float*>(x), count, out);
-    case Dtype::bf16: return widen_dtype<S>(static_cast<const Bf16*>(x), count, out);
-    case Dtype::f16: return widen_dtype<S>(static_cast<const F16*>(x), count, out);
   }
 }
 

@@ -143,12 +143,21 @@ TokensView tokens_view(const nb::tuple& t) {
           nb::cast<int64_t>(t[6])};
 }
 
+// group_size, kv_heads, head_dim, dtype, codec, addresses of factors and of the matrix.
+RecordShape record_shape(const nb::tuple& t) {
+  return {nb::cast<int64_t>(t[0]),
+          nb::cast<int64_t>(t[1]),
+          nb::cast<int64_t>(t[2]),
+          static_cast<Dtype>(nb::cast<int>(t[3])),
+          static_cast<Codec>(nb::cast<int>(t[4])),
+          {pointer<const float>(nb::cast<uintptr_t>(t[5])),
+           pointer<const float>(nb::cast<uintptr_t>(t[6]))}};
+}
+
 class Attender {
  public:
-  Attender(uintptr_t pool, int64_t num_slots, int64_t record_bytes, int64_t group_size,
-           int64_t kv_heads, int64_t head_dim, int dtype)
-      : slots_{pointer<const char>(pool), record_bytes, group_size, kv_heads, head_dim,
-               static_cast<Dtype>(dtype)},
+  Attender(uintptr_t pool, int64_t num_slots, int64_t record_bytes, const nb::tuple& shape)
+      : slots_{pointer<const char>(pool), record_bytes, record_shape(shape)},
         num_slots_(num_slots) {}
 
   // query: address, num_heads, q_len, strides of head and token.
@@ -156,7 +165,7 @@ class Attender {
               float scaling, float softcap, uintptr_t out, uintptr_t lse) const {
     Attend a;
     a.query = {pointer<const void>(nb::cast<uintptr_t>(query[0])),
-               slots_.dtype,
+               slots_.shape.dtype,
                nb::cast<int64_t>(query[1]),
                nb::cast<int64_t>(query[2]),
                nb::cast<int64_t>(query[3]),
@@ -170,7 +179,7 @@ class Attender {
     a.out = pointer<float>(out);
     a.lse = pointer<float>(lse);
     nb::gil_scoped_release released;
-    check_heads(a.query.num_heads, slots_.kv_heads);
+    check_heads(a.query.num_heads, slots_.shape.kv_heads);
     if (a.newest.count && a.newest.count != a.query.q_len) {
       throw std::invalid_argument("newest must be none or the query's own tokens");
     }
@@ -190,18 +199,18 @@ class Attender {
     const int64_t* wanted = groups.data();
     const int32_t* table = row_of.data();
     nb::gil_scoped_release released;
-    check_heads(num_heads, slots_.kv_heads);
+    check_heads(num_heads, slots_.shape.kv_heads);
     check_below(wanted, count, num_groups, "groups must be those of the table");
     if (length < 0 || length >= room) throw std::invalid_argument("rolling must have room");
     thread_local std::vector<int64_t> rows;
     rows.resize(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) rows[static_cast<size_t>(i)] = table[wanted[i]];
     check_below(rows.data(), count, num_slots_, "groups must lie in slots");
-    const int64_t dim = slots_.head_dim, item = slots_.dtype == Dtype::f32 ? 4 : 2;
+    const int64_t dim = slots_.shape.head_dim, item = slots_.shape.dtype == Dtype::f32 ? 4 : 2;
     char* held = pointer<char>(rolling);
-    const int64_t half = slots_.kv_heads * room * dim * item;
+    const int64_t half = slots_.shape.kv_heads * room * dim * item;
     const auto append = [&](char* to, uintptr_t from, int64_t stride) {
-      for (int64_t head = 0; head < slots_.kv_heads; ++head) {
+      for (int64_t head = 0; head < slots_.shape.kv_heads; ++head) {
         std::memcpy(to + (head * room + length) * dim * item,
                     pointer<const char>(from) + head * stride * item,
                     static_cast<size_t>(dim * item));
@@ -210,7 +219,7 @@ class Attender {
     append(held, key, key_stride);
     append(held + half, value, value_stride);
     Attend a{};
-    a.query = {pointer<const void>(query), slots_.dtype, num_heads, 1, query_stride, dim};
+    a.query = {pointer<const void>(query), slots_.shape.dtype, num_heads, 1, query_stride, dim};
     a.rows = rows.data();
     a.num_rows = count;
     a.rolling = {held, held + half, length + 1, room * dim, dim, room * dim, dim};
@@ -251,15 +260,22 @@ void rotate_queries(uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t tokens, i
 }
 
 void pack_records(const nb::tuple& tokens, uintptr_t records, int64_t stride_bytes, int64_t count,
-                  int64_t group_size, int64_t kv_heads, int64_t head_dim, int dtype) {
+                  const nb::tuple& shape) {
   const TokensView view = tokens_view(tokens);
-  if (view.count != count * group_size) {
+  const Records all{pointer<char>(records), stride_bytes, count, record_shape(shape)};
+  if (view.count != count * all.shape.group_size) {
     throw std::invalid_argument("tokens must fill the records");
   }
-  const Records all{pointer<char>(records),   stride_bytes, count, group_size, kv_heads, head_dim,
-                    static_cast<Dtype>(dtype)};
   nb::gil_scoped_release released;
   pack(view, all);
+}
+
+void unpack_records(uintptr_t records, int64_t stride_bytes, int64_t count, const nb::tuple& shape,
+                    uintptr_t keys, uintptr_t values) {
+  const Records all{pointer<char>(records), stride_bytes, count, record_shape(shape)};
+  if (all.shape.codec == Codec::raw) throw std::invalid_argument("records must be coded");
+  nb::gil_scoped_release released;
+  unpack(all, pointer<void>(keys), pointer<void>(values));
 }
 
 void merge_parts(uintptr_t out, uintptr_t lse, uintptr_t part, uintptr_t part_lse, int64_t rows,
@@ -292,8 +308,11 @@ void bind_kernels(nb::module_& m) {
   m.def("discourage", discourage_scores, nb::arg("scores"), nb::arg("num_scores"), nb::arg("kept"),
         nb::arg("least"), "Let scores below the least fall behind, by address.");
   m.def("pack", pack_records, nb::arg("tokens"), nb::arg("records"), nb::arg("stride_bytes"),
-        nb::arg("count"), nb::arg("group_size"), nb::arg("num_kv_heads"), nb::arg("head_dim"),
-        nb::arg("dtype"), "Lay consecutive groups of tokens out as records, by address.");
+        nb::arg("count"), nb::arg("shape"),
+        "Lay consecutive groups of tokens out as records, by address.");
+  m.def("unpack", unpack_records, nb::arg("records"), nb::arg("stride_bytes"), nb::arg("count"),
+        nb::arg("shape"), nb::arg("keys"), nb::arg("values"),
+        "Give the tokens of coded records, by address.");
   m.def("merge", merge_parts, nb::arg("out"), nb::arg("lse"), nb::arg("part"), nb::arg("part_lse"),
         nb::arg("rows"), nb::arg("head_dim"),
         "Take attention over one more part into attention over others, by address.");
@@ -317,9 +336,8 @@ void bind_kernels(nb::module_& m) {
            nb::arg("wanted"), nb::arg("kept"), nb::arg("by_spans"), nb::arg("out"),
            "Score groups, by spans only those that can be among the best; return their share.");
   nb::class_<Attender>(m, "Attender", "The slots of all layers, by address.")
-      .def(nb::init<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int>(), nb::arg("pool"),
-           nb::arg("num_slots"), nb::arg("record_bytes"), nb::arg("group_size"),
-           nb::arg("num_kv_heads"), nb::arg("head_dim"), nb::arg("dtype"))
+      .def(nb::init<uintptr_t, int64_t, int64_t, const nb::tuple&>(), nb::arg("pool"),
+           nb::arg("num_slots"), nb::arg("record_bytes"), nb::arg("shape"))
       .def("attend", &Attender::attend, nb::arg("query"), nb::arg("rows"), nb::arg("rolling"),
            nb::arg("newest"), nb::arg("scaling"), nb::arg("softcap"), nb::arg("out"),
            nb::arg("lse"))

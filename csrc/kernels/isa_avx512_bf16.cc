@@ -2,6 +2,7 @@
 
 #include "common/cpu.h"
 #include "kernels/attend_head.h"
+#include "kernels/code_tokens.h"
 #include "kernels/score_rows.h"
 #include "kernels/score_tile.h"
 #include "kernels/simd_avx512.h"
@@ -48,6 +49,7 @@ struct Dot<Simd, Bf16> {
 
 const Kernels kAvx512Bf16 = {"avx512_bf16",          has_avx512_bf16,  attend_head<Simd>,
                              score_tile<Simd, Tile>, project<Simd>,    column_sums<Simd>,
-                             best_shifted<Simd>,     count_from<Simd>, widen<Simd>};
+                             best_shifted<Simd>,     count_from<Simd>, encode_tokens<Simd>,
+                             decode_tokens<Simd>,    widen<Simd>};
 
 }  // namespace kvswap

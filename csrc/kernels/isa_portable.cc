@@ -1,4 +1,5 @@
 #include "kernels/attend_head.h"
+#include "kernels/code_tokens.h"
 #include "kernels/score_rows.h"
 #include "kernels/score_tile.h"
 #include "kernels/simd_portable.h"
@@ -50,8 +51,9 @@ struct Tile {
 }  // namespace
 
 using S = portable::Simd;
-const Kernels kPortable = {"portable",          [] { return true; }, attend_head<S>,
-                           score_tile<S, Tile>, project<S>,          column_sums<S>,
-                           best_shifted<S>,     count_from<S>,       widen<S>};
+const Kernels kPortable = {
+    "portable",       [] { return true; }, attend_head<S>,  score_tile<S, Tile>,
+    project<S>,       column_sums<S>,      best_shifted<S>, count_from<S>,
+    encode_tokens<S>, decode_tokens<S>,    widen<S>};
 
 }  // namespace kvswap

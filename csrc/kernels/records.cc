@@ -4,13 +4,15 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "common/parallel.h"
 
 namespace kvswap {
 namespace {
 
-constexpr int64_t kLeastBytes = 1 << 18;  // a thread's worth
+constexpr int64_t kLeastBytes = 1 << 18;       // a thread's worth of copying
+constexpr int64_t kLeastCodedBytes = 1 << 15;  // and of codes
 constexpr int64_t kLeastNumbers = 1 << 16;
 
 int threads_for(int64_t work, int64_t least) {
@@ -28,29 +30,72 @@ void copy_tokens(const char* from, int64_t stride_bytes, int64_t count, size_t n
   }
 }
 
+// Calls body(record, is_values, head, thread's scratch) for every head of every record.
+template <class F>
+void each_head(const Records& records, int64_t least_bytes, F&& body) {
+  const RecordShape& shape = records.shape;
+  const int64_t bytes = records.count * shape.kv_heads * shape.group_size * shape.head_dim * 4;
+  parallel(threads_for(bytes, least_bytes), [&](int thread, int total) {
+    const bool is_raw = shape.codec == Codec::raw;
+    std::vector<float> scratch(is_raw ? 0 : static_cast<size_t>(3 * shape.head_dim));
+    const int64_t end = records.count * (thread + 1) / total;
+    for (int64_t group = records.count * thread / total; group < end; ++group) {
+      for (const bool is_values : {false, true}) {
+        for (int64_t head = 0; head < shape.kv_heads; ++head) {
+          body(group, is_values, head, scratch.data());
+        }
+      }
+    }
+  });
+}
+
+// Where a record holds a head's keys, or values.
+char* place(const Records& records, int64_t group, bool is_values, int64_t head) {
+  const RecordShape& shape = records.shape;
+  return records.first + group * records.stride_bytes + is_values * shape.half_bytes() +
+         head * shape.head_bytes();
+}
+
+CodedTokens coded_tokens(const RecordShape& shape, int64_t stride, float* scratch) {
+  return {shape.codec, shape.rotation, shape.head_dim, shape.group_size,
+          shape.dtype, stride,         scratch};
+}
+
 }  // namespace
 
 void pack(const TokensView& tokens, const Records& records) {
-  const int64_t item = records.dtype == Dtype::f32 ? 4 : 2;
-  const auto row = static_cast<size_t>(records.head_dim * item);
-  const int64_t head_bytes = records.group_size * records.head_dim * item;
-  const auto pack_part = [&](const void* data, int64_t head_stride, int64_t stride, int64_t group,
-                             char* to) {
-    const char* from = static_cast<const char*>(data) + group * records.group_size * stride * item;
-    for (int64_t head = 0; head < records.kv_heads; ++head, to += head_bytes) {
-      copy_tokens(from + head * head_stride * item, stride * item, records.group_size, row, to);
-    }
-  };
-  const int64_t bytes = records.count * records.kv_heads * head_bytes * 2;
-  parallel(threads_for(bytes, kLeastBytes), [&](int thread, int total) {
-    const int64_t end = records.count * (thread + 1) / total;
-    for (int64_t group = records.count * thread / total; group < end; ++group) {
-      char* to = records.first + group * records.stride_bytes;
-      pack_part(tokens.keys, tokens.key_head_stride, tokens.key_stride, group, to);
-      pack_part(tokens.values, tokens.value_head_stride, tokens.value_stride, group,
-                to + records.kv_heads * head_bytes);
-    }
-  });
+  const RecordShape& shape = records.shape;
+  const bool is_raw = shape.codec == Codec::raw;
+  const int64_t item = shape.dtype == Dtype::f32 ? 4 : 2;
+  each_head(records, is_raw ? kLeastBytes : kLeastCodedBytes,
+            [&](int64_t group, bool is_values, int64_t head, float* scratch) {
+              const int64_t stride = is_values ? tokens.value_stride : tokens.key_stride;
+              const int64_t heads = is_values ? tokens.value_head_stride : tokens.key_head_stride;
+              const char* from = static_cast<const char*>(is_values ? tokens.values : tokens.keys) +
+                                 (head * heads + group * shape.group_size * stride) * item;
+              char* to = place(records, group, is_values, head);
+              if (is_raw) {
+                const auto row = static_cast<size_t>(shape.head_dim * item);
+                copy_tokens(from, stride * item, shape.group_size, row, to);
+              } else {
+                kernels().encode_tokens(coded_tokens(shape, stride, scratch), from,
+                                        reinterpret_cast<uint8_t*>(to));
+              }
+            });
+}
+
+void unpack(const Records& records, void* keys, void* values) {
+  const RecordShape& shape = records.shape;
+  const int64_t item = shape.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t row = shape.head_dim * item, tokens = records.count * shape.group_size;
+  each_head(records, kLeastCodedBytes,
+            [&](int64_t group, bool is_values, int64_t head, float* scratch) {
+              const char* from = place(records, group, is_values, head);
+              char* to = static_cast<char*>(is_values ? values : keys) +
+                         (head * tokens + group * shape.group_size) * row;
+              kernels().decode_tokens(coded_tokens(shape, shape.head_dim, scratch),
+                                      reinterpret_cast<const uint8_t*>(from), to);
+            });
 }
 
 void merge(float* out, float* lse, const float* part, const float* part_lse, int64_t rows,

@@ -7,16 +7,19 @@
 
 namespace kvswap {
 
-// Records of whole groups: K then V, each [kv_head, token, head_dim].
+// Records of whole groups.
 struct Records {
   char* first;
   int64_t stride_bytes;  // from record to record
-  int64_t count, group_size, kv_heads, head_dim;
-  Dtype dtype;
+  int64_t count;
+  RecordShape shape;
 };
 
-// Lays consecutive groups of tokens out as records.
+// Lays consecutive groups of tokens out as records, in the codec's form.
 void pack(const TokensView& tokens, const Records& records);
+
+// Gives the tokens of coded records, each [kv_head, count * group_size, head_dim].
+void unpack(const Records& records, void* keys, void* values);
 
 // Takes attention over one more part into attention over all parts before; both are
 // [rows, head_dim], each row with the log of its softmax sum.

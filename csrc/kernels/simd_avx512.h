@@ -25,12 +25,29 @@ struct Simd {
   static Reg load(const F16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  static Reg load(const int8_t* p) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+  }
+  // Levels are looked up; of an index only the lowest four bits count.
+  static void load(const Nibbles* p, Reg* low, Reg* high) {
+    const Reg levels = _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f, 0.5f,
+                                      1.5f, 2.5f, 3.5f, 4.5f, 5.5f, 6.5f, 7.5f);
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m512i wide = _mm512_cvtepu8_epi32(codes);
+    *low = _mm512_permutexvar_ps(wide, levels);
+    *high = _mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), levels);
+  }
   static void store(float* p, Reg x) { _mm512_storeu_ps(p, x); }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static Reg round(Reg x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   static float sum(Reg x) { return _mm512_reduce_add_ps(x); }
   static int num_from(Reg x, Reg least) {
     return __builtin_popcount(_mm512_cmp_ps_mask(x, least, _CMP_GE_OQ));

@@ -3,6 +3,8 @@
 
 #include <arm_neon.h>
 
+#include <cstring>
+
 #include "kernels/simd_portable.h"
 
 namespace kvswap {
@@ -22,12 +24,28 @@ struct Simd {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16));
   }
   static Reg load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
+  static uint8x8_t load_four(const void* p) {
+    uint32_t four;
+    std::memcpy(&four, p, 4);
+    return vreinterpret_u8_u32(vdup_n_u32(four));
+  }
+  static Reg load(const int8_t* p) {
+    const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(load_four(p)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+  }
+  static void load(const Nibbles* p, Reg* low, Reg* high) {
+    const uint32x4_t wide = vmovl_u16(vget_low_u16(vmovl_u8(load_four(p))));
+    *low = vsubq_f32(vcvtq_f32_u32(vandq_u32(wide, vdupq_n_u32(15))), set1(7.5f));
+    *high = vsubq_f32(vcvtq_f32_u32(vshrq_n_u32(wide, 4)), set1(7.5f));
+  }
   static void store(float* p, Reg x) { vst1q_f32(p, x); }
   static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
   static Reg sub(Reg a, Reg b) { return vsubq_f32(a, b); }
   static Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static Reg max(Reg a, Reg b) { return vmaxq_f32(a, b); }
+  static Reg min(Reg a, Reg b) { return vminq_f32(a, b); }
+  static Reg round(Reg x) { return vrndnq_f32(x); }
   static float sum(Reg x) { return vaddvq_f32(x); }
   static int num_from(Reg x, Reg least) {
     return -vaddvq_s32(vreinterpretq_s32_u32(vcgeq_f32(x, least)));

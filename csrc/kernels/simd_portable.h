@@ -28,12 +28,20 @@ struct Simd {
     return std::bit_cast<float>(static_cast<uint32_t>(p->bits) << 16);
   }
   static Reg load(const F16* p) { return from_f16(p->bits); }
+  static Reg load(const int8_t* p) { return *p; }
+  // Four bits each, as levels -7.5 to 7.5.
+  static void load(const Nibbles* p, Reg* low, Reg* high) {
+    *low = static_cast<float>(p->both & 15) - 7.5f;
+    *high = static_cast<float>(p->both >> 4) - 7.5f;
+  }
   static void store(float* p, Reg x) { *p = x; }
   static Reg add(Reg a, Reg b) { return a + b; }
   static Reg sub(Reg a, Reg b) { return a - b; }
   static Reg mul(Reg a, Reg b) { return a * b; }
   static Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   static Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  static Reg min(Reg a, Reg b) { return a < b ? a : b; }
+  static Reg round(Reg x) { return std::nearbyint(x); }  // of two nearest the even one
   static float sum(Reg x) { return x; }
   static int num_from(Reg x, Reg least) { return x >= least; }
   static float largest(Reg x) { return x; }

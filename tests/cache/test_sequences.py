@@ -15,6 +15,7 @@ from kvswap.cache.layer import RowInput
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.session import CacheSession
 from kvswap.core.geometry import KVGeometry
+from kvswap.kernels.records import record_view
 from tests.caches import config_for
 
 LAYERS, KV_HEADS, HEAD_DIM, MOST = 3, 1, 2, 60
@@ -165,7 +166,8 @@ class Lists(RuleBasedStateMachine):
                     rows = self.session.reuse.lookup(layer, groups)
                     for place in np.flatnonzero(rows >= 0).tolist():
                         part = numbers[place * size : (place + 1) * size]
-                        slot = self.session.slots[int(rows[place]), 0]
+                        pool = self.session.residence.pool
+                        slot = record_view(pool, self.session.layout)[int(rows[place]), 0]
                         assert torch.equal(slot, tokens_of(part, layer))
 
     @invariant()

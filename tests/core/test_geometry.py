@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvswap.core.errors import ConfigError
-from kvswap.core.geometry import DTYPE_BYTES, KVGeometry, RecordLayout
+from kvswap.core.geometry import DTYPE_BYTES, RECORD_CODECS, KVGeometry, RecordLayout
 
 geometries = st.builds(
     lambda layers, kv_heads, shared, head_dim, dtype: KVGeometry(
@@ -26,12 +26,16 @@ geometries = st.builds(
     st.sampled_from(sorted(DTYPE_BYTES)),
 )
 layouts = st.builds(
-    lambda geometry, size, block: RecordLayout(
-        geometry=geometry, group_size=2**size, block_size_bytes=2**block
+    lambda geometry, size, block, codec: RecordLayout(
+        geometry=geometry,
+        group_size=2**size,
+        block_size_bytes=2**block,
+        codec=codec if geometry.head_dim >= 16 and geometry.head_dim % 2 == 0 else "raw",
     ),
     geometries,
     st.integers(0, 8),
     st.integers(9, 16),
+    st.sampled_from(list(RECORD_CODECS)),
 )
 FIELDS = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": "float32"}
 
@@ -48,7 +52,10 @@ def test_bytes_of_a_token_are_those_of_its_keys_and_values(geometry):
 def test_a_record_is_the_fewest_whole_blocks_that_hold_a_group(layout):
     assert layout.record_bytes % layout.block_size_bytes == 0
     assert 0 <= layout.record_bytes - layout.payload_bytes < layout.block_size_bytes
-    assert layout.payload_bytes == layout.group_size * layout.geometry.layer_token_bytes
+    assert layout.plain_bytes == layout.group_size * layout.geometry.layer_token_bytes
+    elements = layout.group_size * 2 * layout.geometry.key_dim
+    bits = {"raw": 8 * DTYPE_BYTES[layout.geometry.dtype], "int8": 8, "rot4": 4}[layout.codec]
+    assert layout.payload_bytes * 8 == elements * bits
 
 
 @given(layouts)
@@ -69,6 +76,21 @@ def test_an_impossible_geometry_says_why(field, value, law):
     with pytest.raises(ConfigError) as refused:
         KVGeometry(**{**FIELDS, field: value})
     assert str(refused.value) == law
+
+
+@pytest.mark.parametrize(
+    ("codec", "head_dim"), [("int8", 7), ("rot4", 8), ("rot4", 33), ("rot4", 14)]
+)
+def test_codes_need_so_many_elements_that_they_spell_their_scale(codec, head_dim):
+    geometry = KVGeometry(**{**FIELDS, "head_dim": head_dim})
+    with pytest.raises(ConfigError, match=rf"record_codec must be raw .* got '{codec}'"):
+        RecordLayout(geometry=geometry, group_size=4, codec=codec)
+
+
+def test_a_layout_that_says_nothing_of_a_codec_is_raw():
+    fields = RecordLayout(geometry=KVGeometry(**FIELDS), group_size=4).to_dict()
+    assert "codec" not in fields
+    assert RecordLayout.from_dict(fields).codec == "raw"
 
 
 @pytest.mark.parametrize("size", [0, 3, 512])

@@ -25,6 +25,8 @@ CONFIGS = {
     "kept": {**SMALL, "keep": True},
     "warmed": {**SMALL, "warm_window": 5},
     "the rest estimated": {**SMALL, "estimate_rest": True, "keep": True},
+    "int8 records": {**SMALL, "record_codec": "int8"},
+    "rot4 records": {"record_codec": "rot4", "max_context": 512, "kv_memory": "1MiB"},
     "planned by the library": {"max_context": 512, "kv_memory": "1MiB"},
 }
 
@@ -44,7 +46,7 @@ def check(cache: kvswap.KVSwapCache, *others: kvswap.KVSwapCache) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_report_is_what_is_held_through_a_caches_life(name, tmp_path):
-    model = make_model("llama")
+    model = make_model("llama", head_dim=16)
     with kvswap.attach(model, config_for(tmp_path, **CONFIGS[name])) as cache:
         before = cache.memory_report()
         assert before["total"] == sum(cache.session.plan.parts.values()) <= before["budget"]

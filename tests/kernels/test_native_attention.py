@@ -12,11 +12,13 @@ from torch import Tensor
 
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.kernels.attention import AttentionParams, Partial
-from kvswap.kernels.native import forced
+from kvswap.kernels.codecs import decode, encode
+from kvswap.kernels.native import forced, native_names
 from kvswap.kernels.records import DTYPES, record_view
 from kvswap.kernels.slots import Rolling, SlotAttention, Tokens
 
 DTYPE_NAMES = tuple(DTYPES)
+CODECS = ("raw", "int8", "rot4")
 SLOTS = 7
 
 
@@ -34,6 +36,7 @@ class Case:
     num_rolling: int = 3
     has_newest: bool = True
     softcap: float | None = None
+    codec: str = "raw"
 
     def __post_init__(self) -> None:
         heads = self.kv_heads * self.shared
@@ -58,13 +61,15 @@ class Case:
             head_dim=self.head_dim,
             dtype=dtype,
         )
-        return RecordLayout(geometry=geometry, group_size=self.group_size)
+        return RecordLayout(geometry=geometry, group_size=self.group_size, codec=self.codec)
 
     def attention(self, dtype: str) -> SlotAttention:
         """Make slots that hold the same numbers in some dtype."""
         layout = self.layout(dtype)
         pool = np.full((SLOTS, layout.record_bytes), 0xFF, np.uint8)  # padding is no number
-        record_view(pool, layout).copy_(self.pool.to(DTYPES[self.dtype]))
+        tokens = self.pool.to(DTYPES[self.dtype])
+        coded = tokens if self.codec == "raw" else encode(tokens, self.codec)
+        record_view(pool, layout).copy_(coded)
         return SlotAttention(pool, layout)
 
     def attend(self, dtype: str, **changed: Any) -> Partial:
@@ -120,14 +125,48 @@ def test_groups_of_any_size_and_queries_of_several_tokens_attend_as_the_referenc
             check(Case(dtype=dtype, group_size=group_size, q_len=q_len, kv_heads=kv_heads))
 
 
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("q_len", [1, 4])
 @pytest.mark.parametrize("rows", [(), (2,), (5, 1, 1, 0)])
 @pytest.mark.parametrize("num_rolling", [0, 1, 19])
 @pytest.mark.parametrize("has_newest", [False, True])
-def test_any_part_may_be_empty(kernel, q_len, rows, num_rolling, has_newest):
+def test_any_part_may_be_empty(kernel, codec, q_len, rows, num_rolling, has_newest):
     if not rows and not num_rolling and not has_newest:
         pytest.skip("nothing to attend to")
-    check(Case(rows=rows, num_rolling=num_rolling, has_newest=has_newest, q_len=q_len))
+    parts = {"rows": rows, "num_rolling": num_rolling, "has_newest": has_newest}
+    check(Case(codec=codec, q_len=q_len, **parts))
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("codec", ["int8", "rot4"])
+@pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 80, 96, 128, 256])
+def test_coded_groups_are_attended_to_as_the_reference_does(kernel, dtype, codec, head_dim):
+    shape = {"dtype": dtype, "codec": codec, "head_dim": head_dim}
+    for shared, q_len, group_size in ((1, 1, 4), (2, 3, 8), (4, 1, 1), (7, 2, 16), (8, 1, 4)):
+        softcap = 15.0 if shared == 2 else None
+        check(Case(shared=shared, q_len=q_len, group_size=group_size, softcap=softcap, **shape))
+
+
+@pytest.mark.parametrize("name", ["torch", *native_names()])
+@pytest.mark.parametrize("codec", ["int8", "rot4"])
+@pytest.mark.parametrize("head_dim", [16, 48, 64])
+def test_attention_to_codes_is_attention_to_what_they_stand_for(name, codec, head_dim):
+    case = Case(codec=codec, head_dim=head_dim, q_len=2)
+    with forced(name):
+        found = case.attend("float32")
+    case.pool, case.codec = decode(encode(case.pool, codec), codec), "raw"
+    agree(found, case.reference())
+
+
+@pytest.mark.parametrize("codec", ["int8", "rot4"])
+def test_a_coded_key_that_is_no_number_is_not_passed_over(kernel, codec):
+    case = Case(codec=codec)
+    case.pool[case.rows[1], 0, 1, 2, 5] = float("nan")
+    found = case.attend("float32")
+    assert found.lse[:2].isfinite().all()
+    assert found.out[:2].isfinite().all()
+    assert found.lse[2:].isnan().all()
+    assert found.out[2:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
@@ -225,8 +264,11 @@ def test_query_heads_that_no_kv_head_has_are_refused(kernel):
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("length", [0, 3, 7])
 @pytest.mark.parametrize("rows", [(), (3, 0, 6)])
-def test_a_single_token_attends_as_any_query_does_and_is_kept(kernel, dtype, softcap, length, rows):
-    case = Case(dtype=dtype, softcap=softcap, num_rolling=length, rows=rows)
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_single_token_attends_as_any_query_does_and_is_kept(
+    kernel, dtype, softcap, length, rows, codec
+):
+    case = Case(dtype=dtype, softcap=softcap, num_rolling=length, rows=rows, codec=codec)
     attention = case.attention(dtype)
     buffer = torch.full((2, case.kv_heads, 8, case.head_dim), 7.0).to(DTYPES[dtype])
     buffer[0, :, :length], buffer[1, :, :length] = case.rolling

@@ -10,8 +10,14 @@ import torch
 
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.kernels.attention import Partial, RunningMerge
-from kvswap.kernels.native import forced
-from kvswap.kernels.records import DTYPES, pack_groups, record_view
+from kvswap.kernels.native import forced, native, native_names
+from kvswap.kernels.records import (
+    DTYPES,
+    native_shape,
+    pack_groups,
+    record_view,
+    unpack_groups,
+)
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -35,10 +41,47 @@ def test_native_packing_gives_the_same_bytes(kernel, dtype, size, groups, dim):
     layout = RecordLayout(geometry=geometry, group_size=size, block_size_bytes=512)
     for name, (keys, values) in sources(3, size * groups, dim, DTYPES[dtype]).items():
         packed = np.full((2, groups, layout.record_bytes), 0xAB, np.uint8)
-        pack_groups(keys, values, record_view(packed[0], layout))
+        pack_groups(keys, values, packed[0], layout)
         with forced("torch"):
-            pack_groups(keys, values, record_view(packed[1], layout))
+            pack_groups(keys, values, packed[1], layout)
         assert (packed[0] == packed[1]).all(), name
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("codec", ["int8", "rot4"])
+@pytest.mark.parametrize(("size", "groups", "dim"), [(1, 1, 16), (4, 3, 40), (8, 50, 64)])
+def test_native_coding_gives_nearly_the_same_codes_and_what_they_stand_for(
+    kernel, dtype, codec, size, groups, dim
+):
+    geometry = KVGeometry(num_layers=1, num_heads=3, num_kv_heads=3, head_dim=dim, dtype=dtype)
+    layout = RecordLayout(geometry=geometry, group_size=size, block_size_bytes=512, codec=codec)
+    whole = torch.randn(2, size * groups, 3, dim).to(DTYPES[dtype]).transpose(1, 2)
+    packed = np.full((2, groups, layout.record_bytes), 0xAB, np.uint8)
+    pack_groups(*whole, packed[0], layout)
+    with forced("torch"):
+        pack_groups(*whole, packed[1], layout)
+        expected = unpack_groups(packed[0], layout)
+    rows = [record_view(each, layout) for each in packed]
+    # Numbers that lie between two codes may go either way.
+    assert (rows[0] == rows[1]).all(-1).float().mean() >= 0.97
+    assert (packed[0][:, layout.payload_bytes :] == 0xAB).all()
+    found = unpack_groups(packed[0], layout)
+    assert found.shape == whole.shape
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-2)
+    room = np.empty(groups * layout.plain_bytes + 7, np.uint8)
+    again = unpack_groups(packed[0], layout, room)
+    assert torch.equal(again, found)
+    assert again.data_ptr() == room.__array_interface__["data"][0]
+
+
+def test_raw_records_are_not_for_decoding():
+    geometry = KVGeometry(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, dtype="float32")
+    layout = RecordLayout(geometry=geometry, group_size=4)
+    with forced(native_names()[0]):
+        module = native()
+        assert module is not None
+        with pytest.raises(ValueError, match="records must be coded"):
+            module.unpack(0, layout.record_bytes, 0, native_shape(layout), 0, 0)
 
 
 @pytest.mark.parametrize(("heads", "q_len", "dim"), [(1, 1, 1), (4, 3, 24), (16, 300, 64)])

@@ -44,7 +44,7 @@ def test_gathered_groups_are_the_packed_ones_to_the_bit(dtype, kv_heads, head_di
     layout = layout_of(dtype, kv_heads, head_dim, size)
     records = aligned_empty((5, layout.record_bytes))
     keys, values = random_tokens(layout, 5)
-    pack_groups(keys, values, record_view(records, layout))
+    pack_groups(keys, values, records, layout)
     tokens = torch.tensor([row * size + i for row in rows for i in range(size)])
     found = gather_groups(record_view(records, layout), torch.tensor(rows))
     for got, expected in zip(found, (keys, values), strict=True):
@@ -57,7 +57,7 @@ def test_packing_leaves_the_padding_of_a_record_alone(dtype):
     assert layout.payload_bytes < layout.record_bytes
     records = aligned_empty((3, layout.record_bytes))
     records[:] = 0xAB
-    pack_groups(*random_tokens(layout, 3), record_view(records, layout))
+    pack_groups(*random_tokens(layout, 3), records, layout)
     assert (records[:, layout.payload_bytes :] == 0xAB).all()
 
 
@@ -65,7 +65,7 @@ def test_a_record_holds_keys_then_values_head_by_head():
     layout = layout_of("float32", 2, 3, 2)
     records = aligned_empty((1, layout.record_bytes))
     keys = torch.arange(12.0).reshape(2, 2, 3)
-    pack_groups(keys, keys + 100, record_view(records, layout))
+    pack_groups(keys, keys + 100, records, layout)
     floats = records[0, : layout.payload_bytes].view(np.float32)
     assert floats.tolist() == [*range(12), *range(100, 112)]
 

@@ -324,7 +324,8 @@ class LayerCache:
         rows = session.reuse.lookup(self.layer_idx, groups[-newest:])
         for place, row in enumerate(rows.tolist(), start=len(groups) - newest):
             tokens = slice(place * group_size, (place + 1) * group_size)
-            pack_groups(keys[:, tokens], values[:, tokens], session.slots[row : row + 1])
+            slot = session.residence.pool[row : row + 1]
+            pack_groups(keys[:, tokens], values[:, tokens], slot, session.layout)
 
 
 def _none_of(tokens: Tokens) -> Tokens:

@@ -99,10 +99,11 @@ class CachePlan:
         return {"layout": self.layout.to_dict()} | sums | named
 
 
-def default_group_size(geometry: KVGeometry, block_size_bytes: int) -> int:
+def default_group_size(geometry: KVGeometry, block_size_bytes: int, codec: str = "raw") -> int:
     """Return the smallest power of two, at least 4 tokens, whose record fills a block."""
     size = 4
-    while size < 256 and size * geometry.layer_token_bytes < block_size_bytes:
+    token_bytes = RecordLayout(geometry=geometry, group_size=1, codec=codec).payload_bytes
+    while size < 256 and size * token_bytes < block_size_bytes:
         size *= 2
     return size
 
@@ -166,10 +167,13 @@ class _Shape:
     ) -> None:
         geometry = geometry.split(config.head_groups)
         block = config.storage.block_size_bytes
-        size = config.group_size or default_group_size(geometry, block)
+        codec = config.record_codec
+        size = config.group_size or default_group_size(geometry, block, codec)
         self.geometry, self.config = geometry, config
         self.batch_size, self.max_context = batch_size, max_context
-        self.layout = RecordLayout(geometry=geometry, group_size=size, block_size_bytes=block)
+        self.layout = RecordLayout(
+            geometry=geometry, group_size=size, block_size_bytes=block, codec=codec
+        )
         self.context_groups = ceil_div(max_context, size)
         self.num_groups = self.context_groups * batch_size
         self.all_slots = self.num_groups
@@ -299,7 +303,12 @@ class _Shape:
 
     @property
     def _staging_row_bytes(self) -> int:
-        return 4 * self.layout.record_bytes  # a record in both buffers, and it unpacked
+        return 2 * self.layout.record_bytes + 2 * self._unpacked_bytes
+
+    @property
+    def _unpacked_bytes(self) -> int:
+        """Bytes of a record's tokens; two parts of a stream are there at once."""
+        return max(self.layout.record_bytes, self.layout.plain_bytes)
 
     def _parts(
         self, rank: int, budget_groups: int, slots: int, staging_rows: int
@@ -328,7 +337,7 @@ class _Shape:
             "rolling": RollingBuffer.plan_bytes(layout, self.batch_size),
             "tables": tables,
             "staging": staging,
-            "workspace": workspace + staging,  # what a staging buffer holds, unpacked
+            "workspace": workspace + 2 * staging_rows * self._unpacked_bytes,
         } | self._parts_beside(rank)
 
     def _parts_beside(self, rank: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvswap.core.errors import StoreError
 from kvswap.core.geometry import RecordLayout
-from kvswap.kernels.records import pack_groups, record_view
+from kvswap.kernels.records import pack_groups, unpack_groups
 from kvswap.placement import Placement
 from kvswap.storage.base import Ticket
 from kvswap.storage.buffers import aligned_empty
@@ -142,7 +142,7 @@ class RecordIO:
         first = self._room_for(len(groups))
         last = first + len(groups)
         records = self._write_half[first:last]
-        pack_groups(keys, values, record_view(records, self.layout))
+        pack_groups(keys, values, records, self.layout)
         ids = self.placement.record_ids(layer_idx, groups)
         extents = self.placement.locate(layer_idx, groups)
         # In one statement: no interruption may come between the submission and the queue.
@@ -212,9 +212,10 @@ class RecordIO:
             Valid until the next part is asked for, which is being read meanwhile.
         """
         halves: tuple[np.ndarray, ...]
-        if lent is not None and len(lent) // 3 > self._rows:
-            rows = len(lent) // 3
-            halves, room = (lent[:rows], lent[rows : 2 * rows]), lent[2 * rows : 3 * rows]
+        most = 0 if lent is None else self._rows_within(lent.nbytes)
+        if lent is not None and most > self._rows:
+            rows = most
+            halves, room = (lent[:rows], lent[rows : 2 * rows]), lent[2 * rows :]
         else:
             self.drain()  # both halves serve reading now
             rows, room = self._rows, None
@@ -234,20 +235,17 @@ class RecordIO:
             if ahead is not None:
                 ahead.wait()
 
+    def _rows_within(self, nbytes: int) -> int:
+        """Return how many records two halves of some memory hold, beside one half's tokens."""
+        return nbytes // (2 * self.layout.record_bytes + self.layout.plain_bytes)
+
     def _read_part(self, layer_idx: int, groups: np.ndarray, half: np.ndarray) -> Ticket:
         return self.read(layer_idx, groups, half, np.arange(len(groups)))
 
     def _unpack(self, records: np.ndarray, room: np.ndarray | None) -> tuple[Tensor, Tensor]:
         """Bring each head's tokens together, in ``room`` if given."""
-        apart = record_view(records, self.layout).permute(1, 2, 0, 3, 4)
-        both = apart.flatten(2, 3) if room is None else _copied(apart, room).flatten(2, 3)
-        both = both.to(self._device)
+        both = unpack_groups(records, self.layout, room).to(self._device)
         return both[0], both[1]
-
-
-def _copied(apart: Tensor, room: np.ndarray) -> Tensor:
-    flat = torch.from_numpy(room.reshape(-1)).view(apart.dtype)
-    return flat[: apart.numel()].view(apart.shape).copy_(apart)
 
 
 def _growing_parts(groups: np.ndarray, most: int) -> Iterator[np.ndarray]:

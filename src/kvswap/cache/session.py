@@ -32,7 +32,6 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.core.stats import CacheStats
 from kvswap.core.units import format_bytes
 from kvswap.kernels.accelerator import Accelerator
-from kvswap.kernels.records import record_view
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.selectors import check_selection
@@ -46,7 +45,6 @@ _HEAVY = (
     "selection",
     "attention",
     "residence",
-    "slots",
     "reuse",
     "records",
     "prefetcher",
@@ -110,6 +108,11 @@ class CacheSession:
         self.accelerator = accelerator
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
         check_selection(config)  # said now, not at the first forward
+        if accelerator is not None and config.record_codec != "raw":
+            raise ConfigError(
+                f"record_codec must be raw where slots lie on a device ({self.device}),"
+                f" got {config.record_codec!r}"
+            )
         self.plan = self._plan_for(config.max_batch or 1)
         self.layout = self.plan.layout
         self.counters = CacheStats()
@@ -171,7 +174,6 @@ class CacheSession:
             record_bytes=self.layout.record_bytes,
             pool=self.residence.pool,
         )
-        self.slots = record_view(self.residence.pool, self.layout)
         self.attention = self.residence.attention
         self.prefetcher = Prefetcher(self.reuse, self.residence.reads, self.counters)
         self.sequences = Sequences(

@@ -11,6 +11,7 @@ from typing import Any
 
 from kvswap.core.device_model import DeviceModel, as_device_model
 from kvswap.core.errors import ConfigError
+from kvswap.core.geometry import RECORD_CODECS
 from kvswap.core.units import parse_bytes
 
 CODES = ("bf16", "int8", "rot4", "rot2", "rot1")
@@ -145,6 +146,9 @@ class CacheConfig:
         Parts that each layer's KV heads are split into, of consecutive heads. Each has records,
         slots and an index of its own, and selects for itself; what else is stated a layer then
         holds for each of them. Must divide the model's KV heads.
+    record_codec : {"raw", "int8", "rot4"}
+        How records hold keys and values, on disk and in slots: as they are, or turned and in
+        eight or four bits, which reads, writes and keeps half or a quarter of sixteen-bit ones.
     sink_tokens, recent_tokens : int
         Always in the working set.
     index, selector : str
@@ -206,6 +210,7 @@ class CacheConfig:
     budget_tokens: int | Sequence[int] | str | os.PathLike[str] | None = None
     num_slots: int | None = None
     head_groups: int = 1
+    record_codec: str = "raw"
     sink_tokens: int = 4
     recent_tokens: int = 32
     index: str = "lowrank"
@@ -253,6 +258,7 @@ class CacheConfig:
             raise ConfigError(f"group_size must be a power of two in [1, 256], got {size}")
         if self.code is not None:
             _one_of("code", self.code, (*CODES, *OWN_CODES))
+        _one_of("record_codec", self.record_codec, tuple(RECORD_CODECS))
         self._check_what_is_chosen()
         if self.projection is not None:
             if self.head_groups > 1:

@@ -10,6 +10,9 @@ from kvswap.core.units import align_up
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+RECORD_CODECS = {"raw": 1, "int8": 8, "rot4": 16}
+"""Forms that records hold tokens in, each with the fewest elements a head needs for it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVGeometry:
@@ -90,6 +93,9 @@ class KVGeometry:
 class RecordLayout:
     """One group of one layer on disk: K then V, each [kv_head, token, head_dim], padded.
 
+    Tokens are in the model's dtype (codec ``raw``), or turned and stored in eight or four bits
+    an element (``int8``, ``rot4``), which spell their scale too: see `kvswap.kernels.codecs`.
+
     Parameters
     ----------
     geometry : KVGeometry
@@ -98,11 +104,14 @@ class RecordLayout:
         Tokens in a group.
     block_size_bytes : int
         The device's unit; a record is a whole number of blocks.
+    codec : {"raw", "int8", "rot4"}
+        Form of a token.
     """
 
     geometry: KVGeometry
     group_size: int
     block_size_bytes: int = 4096
+    codec: str = "raw"
 
     def __post_init__(self) -> None:
         if not 1 <= self.group_size <= 256 or self.group_size & (self.group_size - 1):
@@ -114,11 +123,33 @@ class RecordLayout:
                 "block_size_bytes must be a power of two of at least 512,"
                 f" got {self.block_size_bytes}"
             )
+        if self.codec not in RECORD_CODECS:
+            known = ", ".join(RECORD_CODECS)
+            raise ConfigError(f"record_codec must be one of {known}, got {self.codec!r}")
+        least, dim = RECORD_CODECS[self.codec], self.geometry.head_dim
+        if dim < least or (self.codec == "rot4" and dim % 2):
+            raise ConfigError(
+                f"record_codec must be raw for heads of {dim} elements ({self.codec} needs at"
+                f" least {least}, an even number for rot4), got {self.codec!r}"
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's key, or value, of one head."""
+        dim = self.geometry.head_dim
+        if self.codec == "raw":
+            return dim * DTYPE_BYTES[self.geometry.dtype]
+        return dim if self.codec == "int8" else dim // 2
+
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of a group's keys and values in the model's dtype."""
+        return self.group_size * self.geometry.layer_token_bytes
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of keys and values in a record."""
-        return self.group_size * self.geometry.layer_token_bytes
+        return 2 * self.group_size * self.geometry.num_kv_heads * self.row_bytes
 
     @property
     def record_bytes(self) -> int:
@@ -126,12 +157,13 @@ class RecordLayout:
         return align_up(self.payload_bytes, self.block_size_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, ready for JSON."""
+        """Return the fields, ready for JSON; the codec is left out where it is raw."""
+        codec = {} if self.codec == "raw" else {"codec": self.codec}
         return {
             "geometry": self.geometry.to_dict(),
             "group_size": self.group_size,
             "block_size_bytes": self.block_size_bytes,
-        }
+        } | codec
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> RecordLayout:
@@ -140,4 +172,5 @@ class RecordLayout:
             geometry=KVGeometry(**fields["geometry"]),
             group_size=fields["group_size"],
             block_size_bytes=fields["block_size_bytes"],
+            codec=fields.get("codec", "raw"),
         )

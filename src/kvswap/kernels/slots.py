@@ -11,8 +11,9 @@ from torch import Tensor
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.core.units import ceil_div
 from kvswap.kernels.attention import AttentionParams, Partial, RunningMerge, partial_attention
-from kvswap.kernels.native import DTYPE_CODES, native, query_view, tokens_view
-from kvswap.kernels.records import DTYPES, gather_groups, record_view
+from kvswap.kernels.codecs import decode_turned, rotation_of
+from kvswap.kernels.native import native, query_view, tokens_view
+from kvswap.kernels.records import DTYPES, gather_groups, native_shape, record_view
 
 SPLIT_TOKENS = 64  # the fewest that a program of a device attends to
 _PROGRAMS = 256  # about two for each processor of a large device: splits make up for few heads
@@ -50,7 +51,7 @@ class SlotAttention:
 
     def __init__(self, pool: np.ndarray, layout: RecordLayout) -> None:
         self._pool = pool
-        self._slots = record_view(pool, layout)
+        self._slots, self._codec = record_view(pool, layout), layout.codec
         self._dtype = DTYPES[layout.geometry.dtype]
         self._shared = layout.geometry.num_heads // layout.geometry.num_kv_heads
         module = native()
@@ -58,10 +59,7 @@ class SlotAttention:
             pool=pool.__array_interface__["data"][0],
             num_slots=len(pool),
             record_bytes=layout.record_bytes,
-            group_size=layout.group_size,
-            num_kv_heads=layout.geometry.num_kv_heads,
-            head_dim=layout.geometry.head_dim,
-            dtype=DTYPE_CODES[self._dtype],
+            shape=native_shape(layout),
         )
 
     partial = staticmethod(partial_attention)  # to tokens that lie in no slot
@@ -173,17 +171,29 @@ class SlotAttention:
         newest: Tokens,
         params: AttentionParams,
     ) -> Partial:
-        keys, values = gather_groups(self._slots, torch.from_numpy(rows))
-        keys, values = torch.cat((keys, rolling[0]), 1), torch.cat((values, rolling[1]), 1)
+        merged = RunningMerge()
+        keys, values = rolling
+        if self._codec == "raw":
+            held = gather_groups(self._slots, torch.from_numpy(rows))
+            keys, values = torch.cat((held[0], keys), 1), torch.cat((held[1], values), 1)
+        elif len(rows):
+            merged.add(self._coded(query, rows, params))
         if query.shape[1] == 1:  # one query token sees them all
             keys, values = torch.cat((keys, newest[0]), 1), torch.cat((values, newest[1]), 1)
-            return partial_attention(query, keys, values, params)
-        merged = RunningMerge()
+            newest = (newest[0][:, :0], newest[1][:, :0])
         if keys.shape[1]:
             merged.add(partial_attention(query, keys, values, params))
         if newest[0].shape[1]:
             merged.add(partial_attention(query, *newest, params, is_causal=True))
         return Partial(merged.out, merged.lse)
+
+    def _coded(self, query: Tensor, rows: np.ndarray, params: AttentionParams) -> Partial:
+        """Attend to codes: the query is turned once, and what comes out is turned back once."""
+        held = gather_groups(self._slots, torch.from_numpy(rows))
+        keys, values = (decode_turned(codes, self._codec) for codes in held)
+        turn = rotation_of(query.shape[2]).whole
+        part = partial_attention(query.float() @ turn, keys, values, params)
+        return Partial(part.out @ turn.t(), part.lse)
 
 
 def num_splits(programs: int, num_tokens: int) -> int:

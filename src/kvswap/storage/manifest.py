@@ -21,6 +21,7 @@ MANIFEST_NAME = "manifest.json"
 STAGED_NAME = "manifest.json.tmp"
 FORMAT = "kvswap-store"
 VERSION = 1
+CODED_VERSION = 2  # records are coded: who does not know their codec must not read them
 _HEAD = re.compile(rb'\{\n  "crc32c": "([0-9a-f]{8})",\n')
 
 
@@ -145,7 +146,7 @@ class Manifest:
         """Return the file: JSON whose first member is a CRC32C of all lines after its own."""
         members = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.layout.codec == "raw" else CODED_VERSION,
             "uuid": str(self.uuid),
             "generation": self.generation,
             "created_at": self.created_at,
@@ -195,7 +196,7 @@ class _Reader:
     def read(self, data: bytes) -> Manifest:
         members = self._parse(data)
         self._expect("format", FORMAT, members.get("format"))
-        self._expect("version", VERSION, members.get("version"))
+        version = self._version(members.get("version"))
         head = _HEAD.match(data)
         if head is None:
             raise self._corrupt("crc32c", "as the first member", "something else")
@@ -207,7 +208,7 @@ class _Reader:
             generation=generation,
             created_at=self._get(members, "created_at", str),
             saved_at=self._get(members, "saved_at", str),
-            layout=self._layout(self._get(members, "layout", dict)),
+            layout=self._layout(self._get(members, "layout", dict), version),
             storage=self._get(members, "storage", dict),
             devices=self._devices(self._get(members, "devices", list)),
             tables=self._tables(self._get(members, "tables", dict), tables_name(generation)),
@@ -262,15 +263,23 @@ class _Reader:
         except ValueError as error:
             raise self._corrupt("field uuid", "a UUID", text) from error
 
-    def _layout(self, fields: dict[str, Any]) -> RecordLayout:
+    def _version(self, found: Any) -> int:
+        if type(found) is not int or found not in (VERSION, CODED_VERSION):
+            raise self._corrupt("version", f"{VERSION} or {CODED_VERSION}", found)
+        return found
+
+    def _layout(self, fields: dict[str, Any], version: int) -> RecordLayout:
         geometry = self._get(fields, "geometry", dict, "layout")
         for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim"):
             self._count(geometry, name, "layout.geometry")
         self._get(geometry, "dtype", str, "layout.geometry")
         for name in ("group_size", "block_size_bytes"):
             self._count(fields, name, "layout")
+        codec = "raw"
+        if version == CODED_VERSION:
+            codec = self._get(fields, "codec", str, "layout")
         try:
-            return RecordLayout.from_dict(fields)
+            return RecordLayout.from_dict(fields | {"codec": codec})
         except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
             raise self._corrupt("field layout", "a record layout", str(error)) from error
 

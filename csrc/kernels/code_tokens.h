@@ -1,0 +1,220 @@
+// Tokens of one head into codes and back: src/kvswap/kernels/codecs.py defines both.
+//
+// Included by the isa_*.cc files alone, each with its own `Simd`.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "kernels/attend_head.h"
+#include "kernels/elements.h"
+#include "kernels/half.h"
+#include "kernels/rotation.h"
+#include "kernels/scales.h"
+#include "kernels/simd_portable.h"
+
+namespace kvswap {
+namespace {
+
+// Codes are whole numbers from `least` to `most`; a level is `offset` above its code, times
+// the scale.
+template <class T>
+struct Grid {
+  static constexpr float least = -128, most = 127, offset = 0;
+  static constexpr int first = -1, last = 1;  // scales tried, counted from the smallest that fits
+  // What would serve best by what is known beforehand: the largest size, and the mean of
+  // squares relative to it.
+  static float scale(float top, float) { return top / 127; }
+};
+template <>
+struct Grid<Nibbles> {
+  static constexpr float least = -8, most = 7, offset = 0.5f;
+  static constexpr int first = -3, last = 3;
+  static float scale(float top, float mean) { return std::sqrt(mean) * 0.3352f * top; }
+};
+
+constexpr int kSpelling = 8;  // leading codes whose lowest bits spell the scale
+
+// Codes of elements [i, i + lanes) with a step between them and the remainder they all have.
+template <class S, class T>
+typename S::Reg nearest(typename S::Reg level, float step, typename S::Reg rest) {
+  const auto share = S::mul(S::sub(level, rest), S::set1(1 / step));
+  const auto least = S::set1(Grid<T>::least / step);
+  const auto most = S::set1((Grid<T>::most + 1) / step - 1);
+  const auto whole = S::min(S::max(S::round(share), least), most);
+  return S::fma(whole, S::set1(step), rest);
+}
+
+// The codes that are nearest to numbers at some scale; returns the squared error in scales.
+template <class S, class T>
+float round_to(const float* x, int64_t head_dim, int scale, float* codes) {
+  const float inverse = 1 / kScales[static_cast<size_t>(scale)];
+  float error = 0;
+  const auto spell = [&](int64_t i) {
+    const float level = x[i] * inverse - Grid<T>::offset;
+    const float bit = static_cast<float>(scale >> i & 1);
+    codes[i] = nearest<portable::Simd, T>(level, 2, bit);
+    error += (codes[i] - level) * (codes[i] - level);
+  };
+  for (int64_t i = 0; i < kSpelling; ++i) spell(i);
+  auto errors = S::zero();
+  const auto factor = S::set1(inverse), down = S::set1(-Grid<T>::offset);
+  int64_t i = kSpelling;
+  for (; i + S::kLanes <= head_dim; i += S::kLanes) {
+    const auto level = S::fma(S::load(x + i), factor, down);
+    const auto code = nearest<S, T>(level, 1, S::zero());
+    const auto miss = S::sub(code, level);
+    errors = S::fma(miss, miss, errors);
+    S::store(codes + i, code);
+  }
+  for (; i < head_dim; ++i) {
+    const float level = x[i] * inverse - Grid<T>::offset;
+    codes[i] = nearest<portable::Simd, T>(level, 1, 0);
+    error += (codes[i] - level) * (codes[i] - level);
+  }
+  return error + S::sum(errors);
+}
+
+// The number of the smallest scale of at least so much; from 255 on there is none.
+inline int scale_from(float least) {
+  const int64_t above = std::bit_cast<int32_t>(least) - (int64_t{kScaleBase} << 23);
+  return static_cast<int>(std::max<int64_t>(1, (above + (1 << 20) - 1) >> 20));
+}
+
+// The loops are written out: what the library makes of a function is shared by all files.
+inline void put_row(const float* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = x[i];
+}
+inline void put_row(const float* x, int64_t count, Bf16* out) {
+  for (int64_t i = 0; i < count; ++i) out[i].bits = to_bf16(x[i]);
+}
+inline void put_row(const float* x, int64_t count, F16* out) {
+  for (int64_t i = 0; i < count; ++i) out[i].bits = to_f16(x[i]);
+}
+
+template <class S>
+float largest_size(const float* x, int64_t head_dim) {
+  auto tops = S::zero();
+  int64_t i = 0;
+  for (; i + S::kLanes <= head_dim; i += S::kLanes) {
+    const auto each = S::load(x + i);
+    tops = S::max(tops, S::max(each, S::sub(S::zero(), each)));
+  }
+  float top = S::largest(tops);
+  for (; i < head_dim; ++i) top = std::max(top, std::fabs(x[i]));
+  return top;
+}
+
+template <class S>
+float sum_squares(const float* x, int64_t head_dim, float factor) {
+  auto sums = S::zero();
+  int64_t i = 0;
+  for (; i + S::kLanes <= head_dim; i += S::kLanes) {
+    const auto each = S::mul(S::load(x + i), S::set1(factor));
+    sums = S::fma(each, each, sums);
+  }
+  float sum = S::sum(sums);
+  for (; i < head_dim; ++i) sum += x[i] * factor * (x[i] * factor);
+  return sum;
+}
+
+// Codes of turned numbers, in float32, with the scale whose error is least.
+template <class S, class T>
+void round_best(const float* x, int64_t head_dim, float* codes) {
+  const float top = largest_size<S>(x, head_dim);
+  const float inverse = top > 1e-30f ? 1 / top : 0;
+  const float mean = sum_squares<S>(x, head_dim, inverse) / static_cast<float>(head_dim);
+  const float wanted = Grid<T>::scale(top, mean);
+  const bool is_number = x[0] * 0 == 0;  // turned: what is none in one element is in all
+  const int fits = scale_from(wanted);
+  int best = !is_number || fits >= 255 ? 255 : 0;
+  if (best || !(wanted >= kScales[1] / 2)) {  // no number, too large, or next to nothing
+    std::fill(codes, codes + head_dim, 0.0f);
+    for (int i = 0; i < kSpelling; ++i) codes[i] = static_cast<float>(best >> i & 1);
+    return;
+  }
+  float least = std::numeric_limits<float>::infinity();
+  for (int shift = Grid<T>::first; shift <= Grid<T>::last; ++shift) {
+    const int scale = std::clamp(fits + shift, 1, 254);
+    const float unit = kScales[static_cast<size_t>(scale)] / wanted;
+    const float error = round_to<S, T>(x, head_dim, scale, codes) * unit * unit;
+    if (error < least) {
+      least = error;
+      best = scale;
+    }
+  }
+  round_to<S, T>(x, head_dim, best, codes);
+}
+
+inline void put_codes(const float* codes, int64_t head_dim, int8_t* out) {
+  for (int64_t i = 0; i < head_dim; ++i) out[i] = static_cast<int8_t>(codes[i]);
+}
+inline void put_codes(const float* codes, int64_t head_dim, Nibbles* out) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const int low = static_cast<int>(codes[i]) + 8, high = static_cast<int>(codes[half + i]) + 8;
+    out[i].both = static_cast<uint8_t>(low | high << 4);
+  }
+}
+
+template <class S>
+void encode_tokens(const CodedTokens& a, const void* tokens, uint8_t* codes) {
+  const int64_t dim = a.head_dim, item = a.dtype == Dtype::f32 ? 4 : 2;
+  float *x = a.scratch, *spare = x + dim;
+  const char* row = static_cast<const char*>(tokens);
+  with_codes(a.codec, [&]<class T>() {
+    T* out = reinterpret_cast<T*>(codes);
+    for (int64_t t = 0; t < a.count; ++t, row += a.stride * item) {
+      widen<S>(row, a.dtype, dim, x);
+      turn<S>(a.rotation, dim, x, spare);
+      round_best<S, T>(x, dim, spare);
+      put_codes(spare, dim, out);
+      out += dim / Elements<S, T>::kParts;
+    }
+  });
+}
+
+// The levels of a row's codes times its scale, still turned.
+template <class S, class T>
+void read_row(const T* codes, int64_t head_dim, float* out) {
+  constexpr int kParts = Elements<S, T>::kParts;
+  const int64_t part = head_dim / kParts;
+  const float scale = scale_of(codes);
+  int64_t i = 0;
+  for (; i + S::kLanes <= part; i += S::kLanes) {
+    typename S::Reg levels[kParts];
+    Elements<S, T>::load(codes + i, levels);
+    for (int p = 0; p < kParts; ++p) {
+      S::store(out + p * part + i, S::mul(levels[p], S::set1(scale)));
+    }
+  }
+  for (; i < part; ++i) {
+    float levels[kParts];
+    Elements<portable::Simd, T>::load(codes + i, levels);
+    for (int p = 0; p < kParts; ++p) out[p * part + i] = levels[p] * scale;
+  }
+}
+
+template <class S>
+void decode_tokens(const CodedTokens& a, const uint8_t* codes, void* tokens) {
+  const int64_t dim = a.head_dim;
+  float *x = a.scratch, *spare = x + dim;
+  with_codes(a.codec, [&]<class T>() {
+    const T* row = reinterpret_cast<const T*>(codes);
+    for (int64_t t = 0; t < a.count; ++t, row += dim / Elements<S, T>::kParts) {
+      read_row<S, T>(row, dim, x);
+      turn_back<S>(a.rotation, dim, x, spare);
+      const int64_t place = t * a.stride;
+      switch (a.dtype) {
+        case Dtype::f32: put_row(x, dim, static_cast<float*>(tokens) + place); break;
+        case Dtype::bf16: put_row(x, dim, static_cast<Bf16*>(tokens) + place); break;
+        case Dtype::f16: put_row(x, dim, static_cast<F16*>(tokens) + place); break;
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace kvswap

@@ -1,0 +1,229 @@
+"""Record codecs: a head's keys and values in eight or four bits, turned first.
+
+A vector is multiplied by a fixed orthogonal matrix that spreads each element over all of them,
+so that no outlier is left, and rounded to a uniform grid with one scale a token and head. The
+matrix is never undone a token: dot products do not change when both sides are turned, and a
+weighted sum of turned values is turned back once (`kvswap.kernels.slots`).
+
+The scale has eight bits, which the lowest bits of the first eight codes spell: a record has no
+bytes beside its codes and stays a power of two, where a few bytes more would cost a whole block.
+Several scales are tried and the best is kept, which makes up for those bits, and gives decoded
+vectors their own codes again.
+
+References
+----------
+QuaRot, https://arxiv.org/abs/2404.00456, and TurboQuant, https://arxiv.org/abs/2504.19874:
+randomised rotations of keys and values before rounding. J. Max, Quantizing for minimum
+distortion, IRE Trans. IT-6, 1960: the step of the four-bit grid. R. N. Bracewell, The Hartley
+transform, 1986: the matrix for lengths that are no power of two.
+
+Reproduced: rotation, then a scalar grid with a scale for each vector.
+Deviates: the scale lies within the codes; values are turned by the same matrix as keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kvswap.kernels.codes import GAUSSIAN_STEP_4BIT
+
+CODEC_NUMBERS = {"raw": 0, "int8": 1, "rot4": 2}
+"""As csrc/kernels/api.h numbers them."""
+
+SPELLING = 8  # leading codes whose lowest bits spell the scale
+NO_NUMBER = 255  # scale of a vector that cannot be coded
+_MASK = 2**64 - 1
+
+
+# -- rotation -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """The orthogonal matrix that vectors of one length are turned by.
+
+    Attributes
+    ----------
+    factors : Tensor [head_dim], float32
+        What elements are multiplied by first.
+    matrix : Tensor [head_dim, head_dim], float32, or None
+        What they are multiplied by then; None for Hadamard's of ones, whose factors are scaled.
+    whole : Tensor [head_dim, head_dim], float32
+        Both in one: a row ``x`` is turned to ``x @ whole``, and back by its transpose.
+    """
+
+    factors: Tensor
+    matrix: Tensor | None
+    whole: Tensor
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of factors and matrix, for native kernels; 0 where there is none."""
+        return self.factors.data_ptr(), 0 if self.matrix is None else self.matrix.data_ptr()
+
+
+@cache
+def rotation_of(head_dim: int) -> Rotation:
+    """Return the rotation of a length: signs from a fixed sequence, then Hadamard's matrix.
+
+    Where the length is no power of two, Hartley's takes its place: cos + sin of
+    ``2 pi row column / head_dim``, symmetric and orthogonal too.
+    """
+    signs = torch.tensor(_signs(head_dim))
+    if head_dim & (head_dim - 1) == 0:
+        ones = torch.ones(1, 1)
+        while len(ones) < head_dim:
+            ones = torch.cat((torch.cat((ones, ones), 1), torch.cat((ones, -ones), 1)))
+        factors = signs * head_dim**-0.5
+        return Rotation(factors, None, factors[:, None] * ones)
+    at = torch.arange(head_dim, dtype=torch.float64)
+    # Whole turns are taken out while numbers are whole: the table is exact to the last bit.
+    angles = (at[:, None] * at).remainder(head_dim) * (2 * torch.pi / head_dim)
+    matrix = ((angles.cos() + angles.sin()) * head_dim**-0.5).float()
+    return Rotation(signs, matrix, signs[:, None] * matrix)
+
+
+def _signs(head_dim: int) -> list[float]:
+    """Return 1 or -1 for each element: the top bits of SplitMix64, begun at the length."""
+    signs, state = [], head_dim
+    for _ in range(head_dim):
+        state = (state + 0x9E3779B97F4A7C15) & _MASK
+        mixed = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+        mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & _MASK
+        signs.append(-1.0 if (mixed ^ mixed >> 31) >> 63 else 1.0)
+    return signs
+
+
+# -- grids ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """Codes are whole numbers; a level is ``offset`` above its code, times the scale.
+
+    Attributes
+    ----------
+    least, most : int
+        Of the codes.
+    offset : float
+    tried : range
+        Scales that are tried, counted from the smallest that is as large as wanted.
+    """
+
+    least: int
+    most: int
+    offset: float
+    tried: range
+
+    def wanted_scale(self, vectors: Tensor) -> Tensor:
+        """Return the scale that would serve best by what is known beforehand."""
+        top = vectors.abs().amax(-1)
+        if self.most == 127:
+            return top / 127
+        shape = vectors / top.clamp(min=1e-30)[..., None]  # squares stay numbers
+        return shape.square().mean(-1).sqrt() * GAUSSIAN_STEP_4BIT * top
+
+    def round(self, vectors: Tensor, scale: Tensor) -> Tensor:
+        """Return the codes nearest to vectors whose first spell the scale of that number."""
+        levels = vectors / scales()[scale][..., None] - self.offset
+        codes = torch.round(levels).clamp_(self.least, self.most)
+        bits = (scale[..., None] >> torch.arange(SPELLING)) & 1
+        halves = torch.round((levels[..., :SPELLING] - bits) / 2)
+        codes[..., :SPELLING] = halves.clamp_(self.least // 2, self.most // 2) * 2 + bits
+        return codes
+
+
+_GRIDS = {"int8": _Grid(-128, 127, 0.0, range(-1, 2)), "rot4": _Grid(-8, 7, 0.5, range(-3, 4))}
+
+
+@cache
+def scales() -> Tensor:
+    """Return what each scale stands for: Tensor [256], float32.
+
+    Eight bits, five of them the exponent, so that there are eight in an octave: the first is 0,
+    the last no number.
+    """
+    number = torch.arange(256)
+    values = torch.ldexp(1 + (number & 7) / 8, (number >> 3) - 21).float()
+    values[0], values[NO_NUMBER] = 0, float("nan")
+    return values
+
+
+def encode(vectors: Tensor, codec: str) -> Tensor:
+    """Turn vectors and round them.
+
+    Parameters
+    ----------
+    vectors : Tensor [..., head_dim], any float dtype
+    codec : {"int8", "rot4"}
+
+    Returns
+    -------
+    Tensor [..., row_bytes], uint8
+        ``int8``: a byte an element, in two's complement. ``rot4``: a byte holds 8 more than the
+        code of an element of the first half in its low bits, of the second in its high ones.
+
+    Notes
+    -----
+    A vector with an element that is no number, or too large for the scales, is coded with a
+    scale that is no number: all of it is none when it is decoded.
+    """
+    grid = _GRIDS[codec]
+    turned = vectors.float() @ rotation_of(vectors.shape[-1]).whole
+    wanted = grid.wanted_scale(turned)
+    fits = torch.searchsorted(scales()[1:NO_NUMBER].contiguous(), wanted) + 1
+    error = torch.full(fits.shape, float("inf"))
+    best = torch.zeros_like(fits)
+    for shift in grid.tried:
+        scale = (fits + shift).clamp(1, NO_NUMBER - 1)
+        unit = scales()[scale]
+        missed = (grid.round(turned, scale) + grid.offset) * unit[..., None] - turned
+        missed = (missed / wanted[..., None]).square().sum(-1)
+        is_better = missed < error
+        error, best = torch.where(is_better, missed, error), torch.where(is_better, scale, best)
+    best[(fits >= NO_NUMBER) | ~turned.isfinite().all(-1)] = NO_NUMBER
+    best[wanted < scales()[1] / 2] = 0
+    codes = grid.round(turned, best)
+    flat = ((best == 0) | (best == NO_NUMBER))[..., None]
+    codes[flat.expand_as(codes)] = 0
+    codes[..., :SPELLING] += (flat & (best == NO_NUMBER)[..., None]).float()
+    return _as_bytes(codes.to(torch.int16), codec)
+
+
+def _as_bytes(codes: Tensor, codec: str) -> Tensor:
+    if codec == "int8":
+        return codes.to(torch.int8).view(torch.uint8)
+    half = codes.shape[-1] // 2
+    nibbles = (codes + 8).to(torch.uint8)
+    return nibbles[..., :half] | (nibbles[..., half:] << 4)
+
+
+def decode_turned(codes: Tensor, codec: str) -> Tensor:
+    """Return what codes stand for, still turned.
+
+    Parameters
+    ----------
+    codes : Tensor [..., row_bytes], uint8
+    codec : {"int8", "rot4"}
+
+    Returns
+    -------
+    Tensor [..., head_dim], float32
+    """
+    spelt = (codes[..., :SPELLING].int() & 1) << torch.arange(SPELLING, dtype=torch.int32)
+    scale = scales()[spelt.sum(-1)]
+    if codec == "int8":
+        levels = codes.view(torch.int8).float()
+    else:
+        levels = torch.cat((codes & 15, codes >> 4), -1).float().sub_(7.5)
+    return levels.mul_(scale[..., None])
+
+
+def decode(codes: Tensor, codec: str) -> Tensor:
+    """Return what codes stand for: Tensor [..., head_dim], float32."""
+    turned = decode_turned(codes, codec)
+    return turned @ rotation_of(turned.shape[-1]).whole.t()

@@ -1,0 +1,130 @@
+"""Coded records are these bytes, and stand for what the format's document says."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvswap.core.errors import CorruptStoreError
+from kvswap.core.geometry import KVGeometry, RecordLayout
+from kvswap.kernels.native import forced, native_names
+from kvswap.kernels.records import pack_groups, unpack_groups
+from kvswap.storage.manifest import Manifest
+from tests.format.test_golden_bytes import MANIFEST, golden_manifest
+
+# Two tokens of one head, keys then values.
+GOLDEN = {
+    ("int8", 16): "d43ce8dc821cbae938d5eff4e501ef00000f19a9df3f5b2ce72d5149f9bc1279"
+    "e424ece2120a7c0d22f4f7f5050d1529510c36f1de1017147504bdd6db15d3af",
+    ("rot4", 16): "b55a76766089748768a9d9c3753c9efba67a767688899ea9fd883a5756995928",
+    ("rot4", 24): "c9758b992948985ddc4b95d94976a3612938ac69db43a698"
+    "a1c637259772aead555b987a679938258669a1b6777a97a8",
+}
+each = pytest.mark.parametrize(("codec", "dim"), GOLDEN)
+
+
+def layout_of(codec: str, dim: int) -> RecordLayout:
+    geometry = KVGeometry(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=dim, dtype="float32")
+    return RecordLayout(geometry=geometry, group_size=2, block_size_bytes=512, codec=codec)
+
+
+def golden_tokens(dim: int) -> torch.Tensor:
+    """Return keys and values [2, 1, 2, dim]; the last one is far shorter."""
+    at = torch.arange(4.0 * dim)
+    tokens = ((at * at * 0.37) % 5 - 2.3).reshape(2, 1, 2, dim)
+    tokens[1, 0, 1] *= 0.01
+    return tokens
+
+
+def by_the_document(record: bytes, codec: str, dim: int) -> np.ndarray:
+    """Decode a record of two tokens of one head: keys and values [4, dim]."""
+    signs, state, mask = [], dim, 2**64 - 1
+    for _ in range(dim):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        x = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        signs.append(-1 if (x ^ (x >> 31)) >> 63 else 1)
+    matrix = np.empty((dim, dim))
+    for i in range(dim):
+        for j in range(dim):
+            turn = 2 * math.pi * i * j / dim
+            is_power = dim & (dim - 1) == 0
+            ones = (-1) ** (i & j).bit_count() if is_power else math.cos(turn) + math.sin(turn)
+            matrix[i, j] = ones / math.sqrt(dim)
+    rows = np.frombuffer(record, np.uint8).reshape(4, -1)
+    decoded = []
+    for row in rows:
+        number = sum((int(byte) & 1) << i for i, byte in enumerate(row[:8]))
+        scale = (1 + number % 8 / 8) * 2.0 ** (number // 8 - 21) if number else 0.0
+        if codec == "int8":
+            levels = row.view(np.int8).astype(float)
+        else:
+            levels = np.concatenate((row & 15, row >> 4)) - 7.5
+        decoded.append((levels * scale) @ matrix * signs)
+    return np.array(decoded)
+
+
+@each
+@pytest.mark.parametrize("name", ["torch", *native_names()])
+def test_records_are_these_bytes(name: str, codec: str, dim: int) -> None:
+    layout = layout_of(codec, dim)
+    records = np.zeros((1, layout.record_bytes), np.uint8)
+    keys, values = golden_tokens(dim)
+    with forced(name):
+        pack_groups(keys, values, records, layout)
+    assert records[0, : layout.payload_bytes].tobytes().hex() == GOLDEN[codec, dim]
+    assert not records[0, layout.payload_bytes :].any()
+
+
+@each
+@pytest.mark.parametrize("name", ["torch", *native_names()])
+def test_they_stand_for_what_the_document_says(name: str, codec: str, dim: int) -> None:
+    layout, payload = layout_of(codec, dim), bytes.fromhex(GOLDEN[codec, dim])
+    record = np.frombuffer(payload.ljust(layout.record_bytes, b"\0"), np.uint8).copy()
+    with forced(name):
+        found = unpack_groups(record[None], layout).reshape(4, dim).numpy()
+    np.testing.assert_allclose(found, by_the_document(payload, codec, dim), atol=1e-5)
+    expected = golden_tokens(dim).reshape(4, dim).numpy()
+    lost = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert lost.max() < (0.02 if codec == "int8" else 0.25)
+
+
+def coded_manifest() -> Manifest:
+    geometry = replace(golden_manifest().layout.geometry, head_dim=32)
+    layout = RecordLayout(geometry=geometry, group_size=4, block_size_bytes=512, codec="rot4")
+    return replace(golden_manifest(), layout=layout)
+
+
+def test_the_manifest_of_a_coded_store_is_of_the_second_version() -> None:
+    data = coded_manifest().to_bytes()
+    members, raw = json.loads(data), json.loads(MANIFEST)
+    assert members.pop("version") == 2
+    assert raw.pop("version") == 1
+    assert members["layout"].pop("codec") == "rot4"
+    assert "codec" not in raw["layout"]
+    assert Manifest.from_bytes(data, "manifest.json") == coded_manifest()
+
+
+@pytest.mark.parametrize(
+    ("codec", "check"), [("q4", "field layout"), (None, "field layout.codec"), (8, "field layout")]
+)
+def test_a_coded_store_must_name_a_codec(codec: Any, check: str) -> None:
+    members = json.loads(coded_manifest().to_bytes())
+    members["layout"]["codec"] = codec
+    with pytest.raises(CorruptStoreError, match=f"manifest, {check}"):
+        Manifest.from_bytes(signed(members), Path("manifest.json"))
+
+
+def signed(members: dict[str, Any]) -> bytes:
+    from kvswap.storage.checksum import crc32c
+
+    members.pop("crc32c")
+    body = json.dumps(members, indent=2).removeprefix("{\n").encode() + b"\n"
+    return b'{\n  "crc32c": "%08x",\n' % crc32c(body) + body
