@@ -23,6 +23,7 @@ JSON_TYPES = {
     "bytes_read_per_token": float,
     "hit_rate": float,
     "stall_s": float,
+    "recall_by_layer": list,
 }
 
 
@@ -105,3 +106,19 @@ def test_dtype_is_that_of_the_checkpoint(kvswap, run_options, tmp_path):
     full = run_json(kvswap, run_options)["full_kv_bytes"]
     half = save_model(tmp_path / "half", dtype=torch.bfloat16)
     assert run_json(kvswap, run_options | {"--model": half})["full_kv_bytes"] * 2 == full
+
+
+def test_recall_by_layer_is_measured_on_request(kvswap, run_options):
+    assert run_json(kvswap, run_options)["recall_by_layer"] == []
+    asked = run_options | {"--recall": 1}
+    found = run_json(kvswap, asked)["recall_by_layer"]
+    assert [layer["layer_idx"] for layer in found] == [0, 1, 2, 3]
+    assert all(0 < layer["mean"] <= 1 and layer["count"] == 2 for layer in found)
+    *_, line, _ = kvswap("run", *words(asked)).err.splitlines()
+    means = [f"{layer['layer_idx']}: {layer['mean']:.3f}" for layer in found]
+    assert line == f"attention covered, mean by layer: {', '.join(means)}"
+
+
+def test_recall_that_no_step_measured_is_said(kvswap, run_options):
+    few = run_options | {"--recall": 50}
+    assert "not sampled, too few steps" in kvswap("run", *words(few)).err

@@ -29,6 +29,8 @@ class Request:
         0 for greedy decoding.
     seed : int
         Of the sampling.
+    recall : int
+        Every so many steps measure what the selection covers; 0 never.
     """
 
     model: str
@@ -40,6 +42,7 @@ class Request:
     max_new_tokens: int
     temperature: float
     seed: int
+    recall: int
 
 
 @click.command(short_help="Ask a model about a long text.")
@@ -69,6 +72,13 @@ class Request:
     help="Of sampling; 0 takes the likeliest token.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of sampling.")
+@click.option(
+    "--recall",
+    default=0,
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Every N steps measure, on one layer, how much attention is covered.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def run(*, file: str, as_json: bool, **rest: Any) -> None:
     """Ask a model about a long text, its KV cache on disk.
@@ -78,7 +88,7 @@ def run(*, file: str, as_json: bool, **rest: Any) -> None:
     """
     request = Request(document=read_text(file), **rest)
     from kvswap.cli.progress import waiting
-    from kvswap.cli.report import summary_line
+    from kvswap.cli.report import recall_line, summary_line
 
     with waiting("Starting"):
         from kvswap.cli.answering import answer
@@ -96,4 +106,6 @@ def run(*, file: str, as_json: bool, **rest: Any) -> None:
             click.echo()
     if as_json:
         click.echo(json.dumps(result.to_dict()))
+    if request.recall:
+        click.echo(recall_line(result.recall_by_layer), err=True)
     click.echo(summary_line(result), err=True)
