@@ -15,6 +15,7 @@ from tests.cli.processes import execute_python
         ["--version"],
         ["demo", "--help"],
         ["run", "--help"],
+        ["eval", "--help"],
         ["calibrate", "--help"],
         ["nonsense"],
         ["run", "--nonsense"],
@@ -32,12 +33,12 @@ def test_nothing_heavy_is_imported(arguments):
 def test_help_names_every_command(kvswap):
     result = kvswap("--help")
     assert (result.code, result.err) == (0, "")
-    for command in ("demo", "run", "calibrate"):
+    for command in ("demo", "run", "eval", "calibrate"):
         assert f"  {command} " in result.out
     assert kvswap() == result
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "calibrate"])
+@pytest.mark.parametrize("command", ["demo", "run", "eval", "calibrate"])
 def test_help_of_a_command_fits_a_terminal(kvswap, command):
     result = kvswap(command, "--help")
     assert result.code == 0

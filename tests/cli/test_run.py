@@ -122,3 +122,16 @@ def test_recall_by_layer_is_measured_on_request(kvswap, run_options):
 def test_recall_that_no_step_measured_is_said(kvswap, run_options):
     few = run_options | {"--recall": 50}
     assert "not sampled, too few steps" in kvswap("run", *words(few)).err
+
+
+def test_recall_is_plotted(kvswap, run_options, tmp_path):
+    pytest.importorskip("matplotlib")
+    asked = run_options | {"--recall": 1, "--plot": tmp_path / "recall.svg"}
+    run_json(kvswap, asked)
+    assert (tmp_path / "recall.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_plot_without_recall_is_refused(kvswap, run_options):
+    result = kvswap("run", *words(run_options), "--plot", "recall.svg")
+    assert (result.code, result.out) == (2, "")
+    assert "--plot must come with --recall" in result.err

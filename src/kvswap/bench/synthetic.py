@@ -6,7 +6,7 @@ tokens attend to which: selections in timed runs follow a trace or a stated reus
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +211,11 @@ def fill(cache: KVSwapCache, num_tokens: int, *, seed: int) -> None:
 
 
 def refile(
-    cache: KVSwapCache, context: Iterable[tuple[int, Tensor, Tensor]], num_tokens: int
+    cache: KVSwapCache,
+    context: Iterable[tuple[int, Tensor, Tensor]],
+    num_tokens: int,
+    *,
+    queries: Sequence[Tensor] | None = None,
 ) -> None:
     """Store keys and values made elsewhere in an empty cache, and fit its index.
 
@@ -224,6 +228,8 @@ def refile(
     context : iterable of (layer_idx, keys, values)
         For every layer on disk, tensors [num_kv_heads, num_tokens, head_dim].
     num_tokens : int
+    queries : sequence of Tensor [num_heads, num_kept, head_dim], optional
+        By layer, some of the prefill's, after RoPE, for an index that looks at them.
     """
     session = cache.session
     batch = session.new_batch(1)
@@ -231,7 +237,10 @@ def refile(
     session.begin_forward(batch, num_tokens, is_prefill=True)
     for layer_idx, keys, values in context:
         keys, values = keys.to(session.device), values.to(session.device)
-        for at, (own_keys, own_values) in session.heads.split(layer_idx, [keys, values]):
+        given = [keys, values] if queries is None else [keys, values, queries[layer_idx]]
+        for at, (own_keys, own_values, *seen) in session.heads.split(layer_idx, given):
+            for query in seen:
+                session.observe_queries(at, query)
             session.layers[at].append(batch, [RowInput(own_keys, own_keys, own_values, None)])
             batch.note_columns(at, None, num_tokens)
     session.end_forward(batch, num_tokens)
