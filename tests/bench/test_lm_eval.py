@@ -19,7 +19,7 @@ from lm_eval.api.registry import get_model
 
 from kvswap.bench.lm_eval import KVSwapLM
 
-CONTEXT = "The river was high that year. " * 12
+CONTEXT = ("The river was high that year. " * 12).strip()
 
 
 def asked(*requests):

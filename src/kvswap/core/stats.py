@@ -32,7 +32,7 @@ class LayerRecall:
     Attributes
     ----------
     layer_idx : int
-        Among the layers on disk.
+        Among the model's layers on disk; samples of its head groups count alike.
     mean : float
         Of its samples: shares of true attention mass in the selection.
     count : int
