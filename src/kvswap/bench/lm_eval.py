@@ -54,8 +54,10 @@ class KVSwapLM(TemplateLM):
         As 256MiB, or as 1/16 of the full keys and values of a context.
     kv_dir : path
         Directory for the cache.
-    dtype, device : str
+    dtype : str
         Of the weights; "auto" is the checkpoint's.
+    device : str, optional
+        The harness names the first CUDA device; where there is none the host is meant.
     max_length : int, optional
         Most tokens of context and continuation. Default: the model's positions.
     max_gen_toks : int
@@ -96,7 +98,9 @@ class KVSwapLM(TemplateLM):
             "pretrained_model_name_or_path": pretrained,
             "local_files_only": Path(pretrained).is_dir(),
         }
-        self._name, self._device = pretrained, torch.device(device or "cpu")
+        is_there = torch.cuda.is_available() or not str(device).startswith("cuda")
+        self._device = torch.device(device if device and is_there else "cpu")
+        self._name = pretrained
         self.tokenizer = AutoTokenizer.from_pretrained(**where)
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
         self.model = model.to(self._device).train(mode=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from kvswap.bench.evaluation.methods import FULL
 from kvswap.core.units import format_bytes
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def print_report(report: Report) -> None:
     console.print(_scores(report))
     console.print(_costs(report))
     if any(method.recall_by_layer for method in report.methods):
+        console.print("Attention covered, mean by layer (samples):")
         console.print(_recall(report))
 
 
@@ -39,17 +41,17 @@ def _scores(report: Report) -> Table:
     for method in report.methods:
         table.add_column(method.method, justify="right")
     for task in report.tasks:
-        table.add_row(task, *(_cell(method.tasks.get(task)) for method in report.methods))
+        table.add_row(task, *(_cell(method, method.tasks.get(task)) for method in report.methods))
     table.add_section()
-    table.add_row("mean of tasks", *(_cell(method.all_tasks) for method in report.methods))
+    table.add_row("mean of tasks", *(_cell(method, method.all_tasks) for method in report.methods))
     return table
 
 
-def _cell(score: Score | None) -> str:
+def _cell(method: MethodReport, score: Score | None) -> str:
     if score is None:
         return "not asked"
     text = f"{100 * score.mean:.1f}"
-    if score.points_below_full is None or score.interval is None:
+    if method.method == FULL or score.points_below_full is None or score.interval is None:
         return text
     low, high = score.interval
     return f"{text} ({score.points_below_full:.1f}; {low:.1f} to {high:.1f})"
@@ -86,7 +88,7 @@ def _part(method: MethodReport, part: str) -> str:
 
 def _recall(report: Report) -> Table:
     measured = [method for method in report.methods if method.recall_by_layer]
-    table = Table(title="attention covered, mean by layer (samples)")
+    table = Table()
     table.add_column("layer", justify="right")
     for method in measured:
         table.add_column(method.method, justify="right")
