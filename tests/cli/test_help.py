@@ -15,6 +15,7 @@ from tests.cli.processes import execute_python
         ["--version"],
         ["demo", "--help"],
         ["run", "--help"],
+        ["eval", "--help"],
         ["calibrate", "--help"],
         ["budgets", "--help"],
         ["nonsense"],
@@ -33,12 +34,12 @@ def test_nothing_heavy_is_imported(arguments):
 def test_help_names_every_command(kvswap):
     result = kvswap("--help")
     assert (result.code, result.err) == (0, "")
-    for command in ("demo", "run", "calibrate", "budgets"):
+    for command in ("demo", "run", "eval", "calibrate", "budgets"):
         assert f"  {command} " in result.out
     assert kvswap() == result
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "calibrate", "budgets"])
+@pytest.mark.parametrize("command", ["demo", "run", "eval", "calibrate", "budgets"])
 def test_help_of_a_command_fits_a_terminal(kvswap, command):
     result = kvswap(command, "--help")
     assert result.code == 0

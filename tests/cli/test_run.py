@@ -23,6 +23,7 @@ JSON_TYPES = {
     "bytes_read_per_token": float,
     "hit_rate": float,
     "stall_s": float,
+    "recall_by_layer": list,
 }
 
 
@@ -105,3 +106,32 @@ def test_dtype_is_that_of_the_checkpoint(kvswap, run_options, tmp_path):
     full = run_json(kvswap, run_options)["full_kv_bytes"]
     half = save_model(tmp_path / "half", dtype=torch.bfloat16)
     assert run_json(kvswap, run_options | {"--model": half})["full_kv_bytes"] * 2 == full
+
+
+def test_recall_by_layer_is_measured_on_request(kvswap, run_options):
+    assert run_json(kvswap, run_options)["recall_by_layer"] == []
+    asked = run_options | {"--recall": 1}
+    found = run_json(kvswap, asked)["recall_by_layer"]
+    assert [layer["layer_idx"] for layer in found] == [0, 1, 2, 3]
+    assert all(0 < layer["mean"] <= 1 and layer["count"] == 2 for layer in found)
+    *_, line, _ = kvswap("run", *words(asked)).err.splitlines()
+    means = [f"{layer['layer_idx']}: {layer['mean']:.3f}" for layer in found]
+    assert line == f"attention covered, mean by layer: {', '.join(means)}"
+
+
+def test_recall_that_no_step_measured_is_said(kvswap, run_options):
+    few = run_options | {"--recall": 50}
+    assert "not sampled, too few steps" in kvswap("run", *words(few)).err
+
+
+def test_recall_is_plotted(kvswap, run_options, tmp_path):
+    pytest.importorskip("matplotlib")
+    asked = run_options | {"--recall": 1, "--plot": tmp_path / "recall.svg"}
+    run_json(kvswap, asked)
+    assert (tmp_path / "recall.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_plot_without_recall_is_refused(kvswap, run_options):
+    result = kvswap("run", *words(run_options), "--plot", "recall.svg")
+    assert (result.code, result.out) == (2, "")
+    assert "--plot must come with --recall" in result.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ def save_model(path: Path, family: str = "llama", **changes: Any) -> Path:
     return path
 
 
-def make_reader() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A reader that has learned nothing: one token a word, as the shipped one."""
-    words = {word: i for i, word in enumerate(vocabulary())}
+def make_reader(
+    known: Sequence[str] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A reader that has learned nothing: one token a word, by default those of the shipped one."""
+    words = {word: i for i, word in enumerate(vocabulary() if known is None else known)}
     tokenizer = Tokenizer(models.WordLevel(vocab=words, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(

@@ -26,6 +26,8 @@ OPTIONS = {
     "--kv-memory": "16MiB",
     "--max-new-tokens": "4",
     "--questions": "2",
+    "--samples": "2",
+    "--tasks": "niah_single_1",
 }
 """Values of the command's options; ``demo`` gets its sizes even where a document names none."""
 

@@ -288,7 +288,8 @@ def test_recall_takes_layers_in_turn_and_its_reads_are_not_the_steps(tmp_path):
         with kvswap.attach(model, config_for(tmp_path, **settings)) as cache:
             greedy(model, cache, prompt(150), 9)
             reads.append((cache.stats().decode_bytes_read, cache.stats().io.bytes_read))
-            assert len(cache.stats().recall) == 8 * every
+            assert cache.stats().recall_layers == [1, 2, 3, 0, 1, 2, 3, 0] * every
+            assert [layer.count for layer in cache.stats().recall_by_layer] == [2] * 4 * every
     assert reads[0][0] == reads[1][0]
     assert reads[0][1] < reads[1][1]
 

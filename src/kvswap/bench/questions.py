@@ -8,7 +8,6 @@ part ends with the document, so that the question too is answered from disk by s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvswap.bench.answering import generate_after
 from kvswap.bench.reader import Document, Question, is_right
 from kvswap.core.config import CacheConfig, Progress
 from kvswap.hf.attach import attach
@@ -133,21 +133,11 @@ class Reading:
         -----
         At most one token more is generated than the right answer has: its end.
         """
-        ids = torch.cat((self._ids, self._encode(question.prompt)), 1)
-        begin = time.perf_counter()
-        output = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=self.cache,
-            do_sample=False,
-            max_new_tokens=len(question.answer) + 1,
-        )
-        spent = time.perf_counter() - begin
-        surplus = self.cache.get_seq_length() - self._ids.shape[1]
-        if surplus > 0:
-            self.cache.crop(-surplus)
-        words = self.tokenizer.convert_ids_to_tokens(output[0, ids.shape[1] :].tolist())
-        return Answer(question=question, words=tuple(words), generate_s=spent)
+        prompt = self._encode(question.prompt)
+        most = len(question.answer) + 1
+        new = generate_after(self.model, self.cache, self._ids, prompt, max_new_tokens=most)
+        words = self.tokenizer.convert_ids_to_tokens(list(new.ids))
+        return Answer(question=question, words=tuple(words), generate_s=new.generate_s)
 
     @torch.no_grad()
     def _forward(self, chunk: Tensor) -> None:

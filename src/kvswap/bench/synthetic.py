@@ -229,8 +229,9 @@ def refile(
     context : iterable of (layer_idx, keys, values)
         For every layer on disk, tensors [num_kv_heads, num_tokens, head_dim].
     num_tokens : int
-    queries : sequence of Tensor [num_heads, any, head_dim], optional
-        The context's last ones, by layer, for what looks at them where a prefill ends.
+    queries : sequence of Tensor [num_heads, num_kept, head_dim], optional
+        By layer, some of the prefill's with its last ones, after RoPE, for an index that looks at
+        them, and for what looks at them where a prefill ends.
     """
     session = cache.session
     batch = session.new_batch(1)
@@ -238,15 +239,15 @@ def refile(
     session.begin_forward(batch, num_tokens, is_prefill=True)
     for layer_idx, keys, values in context:
         keys, values = keys.to(session.device), values.to(session.device)
-        for at, (own_keys, own_values) in session.heads.split(layer_idx, [keys, values]):
+        given = [keys, values]
+        if queries is not None:
+            given.append(queries[layer_idx].to(session.device))
+        params = AttentionParams(scaling=keys.shape[2] ** -0.5)
+        for at, (own_keys, own_values, *seen) in session.heads.split(layer_idx, given):
             session.layers[at].append(batch, [RowInput(own_keys, own_keys, own_values, None)])
             batch.note_columns(at, None, num_tokens)
-        if queries is None:
-            continue
-        params = AttentionParams(scaling=keys.shape[2] ** -0.5)
-        shown = [queries[layer_idx].to(session.device)]
-        for at, (query,) in session.heads.split(layer_idx, shown):
-            session.observe_queries(at, query)
-            session.warmer.window.keep(batch, at, 0, query, params)
+            for query in seen:
+                session.observe_queries(at, query)
+                session.warmer.window.keep(batch, at, 0, query, params)
     session.end_forward(batch, num_tokens)
     cache.end_prefill()

@@ -51,7 +51,7 @@ class RecallSampler:
                 for row, given in enumerate(rows)
                 if given.query.shape[1]
             ]
-        stats.recall.extend(shares)
+        stats.note_recall(layer_idx // self._session.heads.count, shares)
         worst, floor = min(shares, default=1.0), self._session.config.recall_floor
         if worst < floor:
             warnings.warn(

@@ -1,4 +1,4 @@
-"""The command ``kvswap``: demo, run, calibrate.
+"""The command ``kvswap``: demo, run, eval, calibrate.
 
 Nothing here imports torch, and only what was called imports anything else.
 """

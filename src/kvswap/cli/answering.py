@@ -19,6 +19,7 @@ from kvswap.cli.quiet import quieten_transformers
 from kvswap.cli.streaming import TextStream, decode
 from kvswap.core.config import CacheConfig, StorageConfig
 from kvswap.core.errors import ConfigError
+from kvswap.core.stats import LayerRecall
 from kvswap.hf.attach import attach
 from kvswap.hf.cache import KVSwapCache
 
@@ -51,6 +52,8 @@ class RunResult:
         Generated tokens over the time of ``generate``.
     bytes_read_per_token, hit_rate, stall_s : float
         While generating.
+    recall_by_layer : tuple of LayerRecall
+        Share of the true attention that selections covered, where it was sampled.
     """
 
     text: str
@@ -64,6 +67,7 @@ class RunResult:
     bytes_read_per_token: float
     hit_rate: float
     stall_s: float
+    recall_by_layer: tuple[LayerRecall, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""
@@ -108,6 +112,7 @@ def answer(request: Request, emit: Emit | None) -> RunResult:
             bytes_read_per_token=stats.bytes_read_per_token,
             hit_rate=stats.hit_rate,
             stall_s=stats.stall_s,
+            recall_by_layer=tuple(stats.recall_by_layer),
         )
 
 
@@ -155,6 +160,8 @@ def _config(request: Request, prompt_tokens: int, bars: StageBars) -> CacheConfi
         kv_memory=request.kv_memory,
         storage=storage,
         max_context=prompt_tokens + request.max_new_tokens,
+        recall_every=request.recall,
+        recall_floor=0.0,  # the report says it
         on_progress=bars,
     )
 

@@ -69,8 +69,13 @@ class ModelSource:
         with self._explained("tokenizer"):
             return AutoTokenizer.from_pretrained(**self._where)
 
-    def load_model(self) -> PreTrainedModel:
-        """Return the model, in the dtype of its checkpoint.
+    def load_model(self, dtype: str = "auto") -> PreTrainedModel:
+        """Return the model.
+
+        Parameters
+        ----------
+        dtype : str
+            Of the weights, as torch names it; "auto" is that of the checkpoint.
 
         Raises
         ------
@@ -79,7 +84,7 @@ class ModelSource:
         """
         with self._explained("model"):
             model, found = AutoModelForCausalLM.from_pretrained(
-                **self._where, dtype="auto", output_loading_info=True
+                **self._where, dtype=dtype, output_loading_info=True
             )
         missing = sorted(found["missing_keys"])
         if missing:

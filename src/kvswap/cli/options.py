@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ def read_size(_: click.Context, parameter: click.Parameter, value: str | None) -
 
 DIRECTORY = click.Path(exists=True, file_okay=False, writable=True, path_type=Path)
 TEXT_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
+PLOT_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def sample_options(command: F) -> F:
@@ -125,3 +126,41 @@ def is_in_memory(directory: Path) -> bool:
         if resolved.is_relative_to(path) and len(path.parts) >= len(best.parts):
             best, kind = path, type_
     return kind in _IN_MEMORY
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Pairs = Callable[[click.Context, click.Parameter, Sequence[str]], dict[str, str]]
+
+
+def read_pairs(form: str) -> Pairs:
+    """Return a click callback that reads options such as ``name=value``, each name once."""
+
+    def read(_: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[str, str]:
+        pairs: dict[str, str] = {}
+        for text in given:
+            name, sign, value = text.partition("=")
+            if not (name and sign and value):
+                raise ConfigError(f"{parameter.opts[0]} must be {form}, got {text!r}")
+            if name in pairs:
+                raise ConfigError(f"{parameter.opts[0]} must name {name} once, got it twice")
+            pairs[name] = value
+        return pairs
+
+    return read
+
+
+def check_plot(path: Path | None, *, recall: int) -> None:
+    """Say before any work what would keep a plot of recall from being written.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be, or recall is not measured.
+    """
+    if path is None:
+        return
+    from kvswap.bench import recall_plot
+
+    if not recall:
+        raise ConfigError("--plot must come with --recall, which measures what it draws")
+    recall_plot.check_plot(path)

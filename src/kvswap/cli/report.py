@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from kvswap.core.units import format_bytes
 if TYPE_CHECKING:
     from kvswap.bench.questions import Comparison
     from kvswap.cli.answering import RunResult
+    from kvswap.core.stats import LayerRecall
 
 _CAPTION = (
     "tokens/s: generated tokens over the time of generate(), the questions' own forwards"
@@ -32,6 +34,12 @@ def summary_line(result: RunResult) -> str:
             f"{result.stall_s:.2f} s stall",
         )
     )
+
+
+def recall_line(recall: Sequence[LayerRecall]) -> str:
+    """Return the sampled recall of each layer, in one line."""
+    by_layer = ", ".join(f"{layer.layer_idx}: {layer.mean:.3f}" for layer in recall)
+    return f"attention covered, mean by layer: {by_layer or 'not sampled, too few steps'}"
 
 
 def print_comparison(found: Comparison) -> None:

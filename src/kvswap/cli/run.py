@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kvswap.cli.options import DIRECTORY, TEXT_FILE, read_size, read_text
+from kvswap.cli.options import DIRECTORY, PLOT_FILE, TEXT_FILE, check_plot, read_size, read_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,10 @@ class Request:
         0 for greedy decoding.
     seed : int
         Of the sampling.
+    recall : int
+        Every so many steps measure what the selection covers; 0 never.
+    plot : Path or None
+        Where to draw it.
     """
 
     model: str
@@ -40,6 +44,8 @@ class Request:
     max_new_tokens: int
     temperature: float
     seed: int
+    recall: int
+    plot: Path | None
 
 
 @click.command(short_help="Ask a model about a long text.")
@@ -69,6 +75,14 @@ class Request:
     help="Of sampling; 0 takes the likeliest token.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of sampling.")
+@click.option(
+    "--recall",
+    default=0,
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Every N steps measure, on one layer, how much attention is covered.",
+)
+@click.option("--plot", type=PLOT_FILE, metavar="FILE", help="That by layer, as .png or .svg.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def run(*, file: str, as_json: bool, **rest: Any) -> None:
     """Ask a model about a long text, its KV cache on disk.
@@ -77,8 +91,9 @@ def run(*, file: str, as_json: bool, **rest: Any) -> None:
     answer goes to stdout as it comes, everything else to stderr. Nothing is left on disk.
     """
     request = Request(document=read_text(file), **rest)
+    check_plot(request.plot, recall=request.recall)
     from kvswap.cli.progress import waiting
-    from kvswap.cli.report import summary_line
+    from kvswap.cli.report import recall_line, summary_line
 
     with waiting("Starting"):
         from kvswap.cli.answering import answer
@@ -94,6 +109,12 @@ def run(*, file: str, as_json: bool, **rest: Any) -> None:
     finally:
         if pieces:  # also after an error or Ctrl-C, whose message begins a line
             click.echo()
+    if request.plot is not None:
+        from kvswap.bench.recall_plot import save_recall_plot
+
+        save_recall_plot(request.plot, {"": result.recall_by_layer})
     if as_json:
         click.echo(json.dumps(result.to_dict()))
+    if request.recall:
+        click.echo(recall_line(result.recall_by_layer), err=True)
     click.echo(summary_line(result), err=True)

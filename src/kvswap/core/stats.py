@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +23,40 @@ class IOStats:
     bytes_written: int = 0
     reads: int = 0
     writes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecall:
+    """Sampled recall of one layer.
+
+    Attributes
+    ----------
+    layer_idx : int
+        Among the model's layers on disk; samples of its head groups count alike.
+    mean : float
+        Of its samples: shares of true attention mass in the selection.
+    count : int
+        How many they are.
+    """
+
+    layer_idx: int
+    mean: float
+    count: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        return asdict(self)
+
+
+def recall_by_layer(samples: Iterable[tuple[int, float]]) -> list[LayerRecall]:
+    """Return the mean of (layer_idx, share) samples for each layer that has some, in order."""
+    shares: dict[int, list[float]] = {}
+    for layer_idx, share in samples:
+        shares.setdefault(layer_idx, []).append(share)
+    return [
+        LayerRecall(layer_idx=layer_idx, mean=sum(found) / len(found), count=len(found))
+        for layer_idx, found in sorted(shares.items())
+    ]
 
 
 @dataclass(slots=True)
@@ -46,6 +81,8 @@ class CacheStats:
         Time in exact attention and storing, and in fitting the index.
     recall : list of float
         Sampled shares of true attention mass in the selection.
+    recall_layers : list of int
+        The layer of each of these samples.
     io : IOStats
         Bytes and requests in all.
     """
@@ -63,6 +100,7 @@ class CacheStats:
     prefill_s: float = 0.0
     index_fit_s: float = 0.0
     recall: list[float] = field(default_factory=list)
+    recall_layers: list[int] = field(default_factory=list)
     io: IOStats = field(default_factory=IOStats)
 
     @property
@@ -75,7 +113,21 @@ class CacheStats:
         """Bytes read for a token of a step that selects."""
         return self.decode_bytes_read / self.decode_tokens if self.decode_tokens else 0.0
 
+    def note_recall(self, layer_idx: int, shares: Iterable[float]) -> None:
+        """Add samples of a layer."""
+        for share in shares:
+            self.recall.append(share)
+            self.recall_layers.append(layer_idx)
+
+    @property
+    def recall_by_layer(self) -> list[LayerRecall]:
+        """Mean and number of the samples of each layer that has some."""
+        return recall_by_layer(zip(self.recall_layers, self.recall, strict=True))
+
     def to_dict(self) -> dict[str, Any]:
-        """Return counters and rates, ready for JSON."""
-        rates = {"hit_rate": self.hit_rate, "bytes_read_per_token": self.bytes_read_per_token}
-        return asdict(self) | rates
+        """Return counters, rates and recall by layer, ready for JSON."""
+        return asdict(self) | {
+            "hit_rate": self.hit_rate,
+            "bytes_read_per_token": self.bytes_read_per_token,
+            "recall_by_layer": [layer.to_dict() for layer in self.recall_by_layer],
+        }

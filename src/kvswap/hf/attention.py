@@ -107,7 +107,7 @@ def _stock_attention(
             lowest = torch.finfo(query.dtype).min
             additive = torch.zeros(attention_mask.shape, dtype=query.dtype, device=query.device)
             attention_mask = additive.masked_fill_(~attention_mask, lowest)
-    result: AttentionOutput = _stock_function(stock, module)(
+    result: AttentionOutput = stock_function(stock, module)(
         module, query, key, value, attention_mask, **kwargs
     )
     return result
@@ -126,7 +126,8 @@ def _full_mask(query: Tensor, key: Tensor, padding: Tensor | None) -> Tensor | N
     return seen.expand(query.shape[0], 1, q_len, kv_len)
 
 
-def _stock_function(stock: str, module: nn.Module) -> Callable[..., AttentionOutput]:
+def stock_function(stock: str, module: nn.Module) -> Callable[..., AttentionOutput]:
+    """Return transformers' own attention function of that name for a module."""
     if stock == "eager":
         home = sys.modules[type(module).__module__]
         function: Callable[..., AttentionOutput] | None = getattr(

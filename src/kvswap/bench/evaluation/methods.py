@@ -1,0 +1,166 @@
+"""What answers questions about a stored prefill: full attention, and kvswap as it is set."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from kvswap.bench.evaluation.budget import Budget
+from kvswap.bench.prefill import StoredPrefill
+from kvswap.bench.synthetic import refile
+from kvswap.cache.plan import plan_cache
+from kvswap.core.config import CacheConfig
+from kvswap.hf.attach import attach, context_limit
+from kvswap.hf.geometry import read_shape
+from kvswap.predict import INDEXES, SELECTORS
+
+FULL = "full"
+
+
+class Method(ABC):
+    """One way to answer from a document that was read exactly.
+
+    Attributes
+    ----------
+    name : str
+        Unique in a run.
+    """
+
+    name: str
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return all its settings, ready for JSON; two runs that differ in them are not one."""
+
+    @abstractmethod
+    def open(
+        self, model: PreTrainedModel, prefill: StoredPrefill, *, room_tokens: int
+    ) -> AbstractContextManager[Cache]:
+        """Give a cache that holds the document, to be passed to unmodified ``generate``.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            As it was after the context, whatever is done to it within.
+        prefill : StoredPrefill
+            Not changed.
+        room_tokens : int
+            Most tokens that follow the document; the cache is cropped back after each question.
+        """
+
+    def check(  # noqa: B027  (most have nothing to say)
+        self, model: PreTrainedModel, *, document_tokens: int, room_tokens: int
+    ) -> None:
+        """Raise what `open` would, before a document is read; by default nothing."""
+
+    def memory(self, cache: Cache) -> dict[str, int]:
+        """Return the bytes that a cache keeps in memory now, by part.
+
+        By default what its ``memory_report`` says, if it has one, else its keys and values.
+        """
+        report = getattr(cache, "memory_report", None)
+        if report is not None:
+            sums = ("total", "budget", "on_device")
+            return {part: nbytes for part, nbytes in report().items() if part not in sums}
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        return {"keys_and_values": held}
+
+
+class FullAttention(Method):
+    """All keys and values in memory, transformers' own cache."""
+
+    name = FULL
+
+    def describe(self) -> dict[str, Any]:
+        """Say what it is; nothing is set."""
+        return {"kind": FULL}
+
+    @contextmanager
+    def open(
+        self, model: PreTrainedModel, prefill: StoredPrefill, *, room_tokens: int
+    ) -> Iterator[Cache]:
+        """Give a `DynamicCache`."""
+        yield stock_cache(model, prefill)
+
+
+def stock_cache(model: PreTrainedModel, prefill: StoredPrefill) -> DynamicCache:
+    """Return transformers' own cache with a document in it."""
+    cache = DynamicCache(config=model.config)
+    for layer_idx, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
+        cache.update(keys[None].to(model.device), values[None].to(model.device), layer_idx)
+    return cache
+
+
+@dataclass(kw_only=True)
+class KVSwap(Method):
+    """The cache on disk, as it is set; only the document is exact.
+
+    Parameters
+    ----------
+    name : str
+    budget : Budget
+    directory : Path
+        Where its store lies for a while.
+    settings : mapping of str to any
+        Other fields of `CacheConfig`.
+
+    Raises
+    ------
+    ConfigError
+        If a field or a name in it is not known, or its value is not allowed.
+    """
+
+    name: str
+    budget: Budget
+    directory: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config = self._config(kv_memory=1, max_context=1)
+        INDEXES.get(config.index)
+        SELECTORS.get(config.selector)
+
+    def describe(self) -> dict[str, Any]:
+        """Return budget and config, without what a document decides or where the store lies."""
+        named = self._config(kv_memory=1, max_context=1).to_dict()
+        for left_out in ("kv_memory", "max_context"):
+            named.pop(left_out)
+        named["storage"].pop("directories")
+        return {"kind": "kvswap", "kv_memory": str(self.budget), **named}
+
+    def check(self, model: PreTrainedModel, *, document_tokens: int, room_tokens: int) -> None:
+        """Raise `BudgetError` or `ConfigError` if the budget or an index cannot serve the model."""
+        shape = read_shape(model)
+        full_bytes = shape.geometry.token_bytes * document_tokens
+        config = self._planned(full_bytes, document_tokens + room_tokens)
+        limit = context_limit(shape, config)
+        plan_cache(shape.geometry, config, batch_size=1, max_context=limit)
+
+    @contextmanager
+    def open(
+        self, model: PreTrainedModel, prefill: StoredPrefill, *, room_tokens: int
+    ) -> Iterator[Cache]:
+        """Give a `KVSwapCache`, the document stored in it as a prefill stores it."""
+        config = self._planned(prefill.nbytes, prefill.num_tokens + room_tokens)
+        with attach(model, config) as cache:
+            context = zip(range(prefill.num_layers), prefill.keys, prefill.values, strict=True)
+            refile(cache, context, prefill.num_tokens, queries=prefill.queries)
+            yield cache
+
+    def _planned(self, full_bytes: int, max_context: int) -> CacheConfig:
+        budget = max(1, self.budget.bytes_of(full_bytes))
+        return self._config(kv_memory=budget, max_context=max_context)
+
+    def _config(self, **planned: int) -> CacheConfig:
+        return CacheConfig.from_dict(
+            {"recall_floor": 0.0}  # the report says it
+            | dict(self.settings)
+            | planned
+            | {"storage": {"directories": [self.directory]}}
+        )

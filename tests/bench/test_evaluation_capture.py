@@ -1,0 +1,143 @@
+"""Laws of capturing: the stock model's keys and values, its own queries, and nothing left on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import kvswap
+from kvswap.bench.evaluation.capture import capture, kept_positions
+from kvswap.bench.evaluation.methods import stock_cache
+from kvswap.bench.evaluation.storing import load_prefill, save_prefill
+from kvswap.bench.synthetic import refile
+from kvswap.cache.session import CacheSession
+from kvswap.core.errors import ConfigError, UnsupportedModelError
+from tests.families import make_model
+
+IDS = torch.randint(3, 97, (1, 300), generator=torch.Generator().manual_seed(5))
+
+
+def read_stock(model, chunk):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for ids in IDS.split(chunk, dim=1):
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+@pytest.mark.parametrize("stock", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_keys_and_values_are_those_of_the_stock_model(family, stock):
+    model = make_model(family)
+    model.set_attn_implementation(stock)
+    found, expected = capture(model, IDS, chunk_tokens=128), read_stock(model, 128)
+    for keys, values, layer in zip(found.keys, found.values, expected.layers, strict=True):
+        assert torch.equal(keys, layer.keys[0])
+        assert torch.equal(values, layer.values[0])
+    assert found.nbytes == sum(x.keys.nbytes + x.values.nbytes for x in expected.layers)
+    assert model.config._attn_implementation == stock
+
+
+def test_queries_are_those_that_a_prefill_shows_to_an_index(tmp_path, monkeypatch):
+    model, shown = make_model("llama"), {}
+
+    def noting(_, layer_idx, query):
+        shown.setdefault(layer_idx, []).append(query.clone())
+
+    found = capture(model, IDS, chunk_tokens=128, every_tokens=7, last_tokens=20)
+    monkeypatch.setattr(CacheSession, "observe_queries", noting)
+    storage = kvswap.StorageConfig(directories=[tmp_path])
+    config = kvswap.CacheConfig(kv_memory="64MiB", storage=storage, prefill_chunk=100)
+    with kvswap.attach(model, config) as cache:
+        cache.prefill(IDS)
+    assert set(found.query_positions.tolist()) == {*range(0, 300, 7), *range(280, 300)}
+    for layer_idx, queries in enumerate(found.queries):
+        whole = torch.cat(shown[layer_idx], 1)
+        torch.testing.assert_close(queries, whole[:, found.query_positions], atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_change_nothing_and_progress_counts_tokens():
+    model, steps = make_model("llama"), []
+    whole = capture(model, IDS, chunk_tokens=1000)
+    parts = capture(model, IDS, chunk_tokens=70, on_progress=lambda *step: steps.append(step))
+    assert steps == [("document", done, 300) for done in (70, 140, 210, 280, 300)]
+    for name in ("keys", "values", "queries"):
+        for a, b in zip(getattr(whole, name), getattr(parts, name), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"), [(1, [0]), (3, [0, 1, 2]), (40, [0, 16, 32, 38, 39])]
+)
+def test_kept_positions_are_ascending_and_each_once(total, expected):
+    assert kept_positions(total, 16, 2 if total > 3 else 64).tolist() == expected
+
+
+def test_an_interrupted_capture_leaves_the_model_as_it_was():
+    model = make_model("llama")
+    stock = model.config._attn_implementation
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(model, IDS, on_progress=stop)
+    assert model.config._attn_implementation == stock
+    capture(model, IDS)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_next"])
+def test_layers_that_cannot_be_cropped_are_refused(family):
+    with pytest.raises(UnsupportedModelError, match="all of full attention"):
+        capture(make_model(family), IDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_prefill_is_the_same(tmp_path, dtype):
+    prefill = capture(make_model("llama").to(dtype), IDS)
+    save_prefill(prefill, tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    again = load_prefill(tmp_path / "a.safetensors")
+    assert again.num_tokens == 300
+    assert torch.equal(again.query_positions, prefill.query_positions)
+    for name in ("keys", "values", "queries"):
+        for a, b in zip(getattr(again, name), getattr(prefill, name), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_file_that_is_no_prefill_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ConfigError, match="must be a stored prefill"):
+        load_prefill(path)
+
+
+def test_full_attention_from_a_prefill_gives_the_same_logits():
+    model = make_model("llama")
+    cache, expected = stock_cache(model, capture(model, IDS)), read_stock(model, 1024)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        a = model(input_ids=ids, past_key_values=cache).logits
+        b = model(input_ids=ids, past_key_values=expected).logits
+    assert torch.equal(a, b)
+
+
+def test_refiling_shows_each_layer_its_queries_before_its_index_is_fitted(tmp_path, monkeypatch):
+    model, events = make_model("llama"), []
+    prefill = capture(model, IDS)
+    monkeypatch.setattr(
+        CacheSession,
+        "observe_queries",
+        lambda _, layer_idx, query: events.append((layer_idx, query)),
+    )
+    storage = kvswap.StorageConfig(directories=[tmp_path])
+    with kvswap.attach(model, kvswap.CacheConfig(kv_memory="64MiB", storage=storage)) as cache:
+        context = zip(range(4), prefill.keys, prefill.values, strict=True)
+        monkeypatch.setattr(
+            cache.session.__class__, "end_forward", lambda *_: events.append("stored")
+        )
+        refile(cache, context, 300, queries=prefill.queries)
+    assert [event[0] for event in events[:-1]] == [0, 1, 2, 3]
+    assert events[-1] == "stored"
+    assert all(query is prefill.queries[layer_idx] for layer_idx, query in events[:-1])
