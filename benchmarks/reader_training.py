@@ -43,7 +43,7 @@ def model_sizes(
 
 @torch.no_grad()
 def look_back(model: PreTrainedModel) -> None:
-    """Let three heads of the first layer begin by attending 1, 2 and 3 tokens back.
+    """Let more than half of the first layer's heads begin by attending 1, 2, 3, ... tokens back.
 
     One dimension of every embedding gets the same value; queries and keys made of it alone turn
     with the rotary frequencies, so their product peaks at the distance by which the query is turned
@@ -60,7 +60,8 @@ def look_back(model: PreTrainedModel) -> None:
             layer.self_attn.q_norm.weight.fill_(sharpness)
             layer.self_attn.k_norm.weight.fill_(sharpness)
     share = model.config.num_attention_heads // model.config.num_key_value_heads
-    for head, distance in enumerate((1, 2, 3)):
+    for head in range(model.config.num_attention_heads // 2 + 1):
+        distance = head + 1
         query = attention.q_proj.weight[head * size :]
         key = attention.k_proj.weight[head // share * size :]
         query[:size], key[:size] = 0, 0

@@ -43,16 +43,16 @@ NEEDLE, UUID_NEEDLE, CHAIN_LINE, LONGEST_QUESTION = 9, 11, 5, 180
 OWN = {"vocab_size": len(IDS), "eos": IDS[EOS]}
 
 
-ALL = ("one", "several", "several", "values", "values", "long", "trace", "facts", "facts")
+ALL = ("one", "several", "several", "values", "values", "long", "trace", *("facts",) * 4)
 STAGES = (
     Stage(32, 128, 200, 2e-3, 2e-3),
     Stage(64, 64, 100, 2e-3, 2e-3),
     Stage(128, 32, 200, 2e-3, 2e-3),
     Stage(128, 32, 150, 2e-3, 2e-3, ALL),
     Stage(256, 16, 200, 2e-3, 1.5e-3, ALL),
-    Stage(512, 8, 200, 1.5e-3, 1.2e-3, ALL, crowd_tokens=FARTHEST),
-    Stage(512, 8, 250, 1.2e-3, 7e-4, ALL, crowd_tokens=FARTHEST),
-    Stage(1024, 5, 150, 7e-4, 2e-4, ALL, crowd_tokens=FARTHEST),
+    Stage(512, 8, 250, 1.5e-3, 1.2e-3, ALL, crowd_tokens=FARTHEST),
+    Stage(512, 8, 350, 1.2e-3, 7e-4, ALL, crowd_tokens=FARTHEST),
+    Stage(1024, 5, 250, 7e-4, 1e-4, ALL, crowd_tokens=FARTHEST),
 )
 
 
@@ -102,16 +102,16 @@ def trace(tokens: int, room: int, rng: Generator) -> TaskDocument:
 
 
 def several(tokens: int, room: int, rng: Generator) -> TaskDocument:
-    """Needles of which a question names two or more, mostly few."""
+    """Needles of which a question names two or more."""
     most = max(2, min(20, tokens // NEEDLE, (room - 5) // 10))
-    keys = int(np.exp(rng.uniform(math.log(2), math.log(most + 1))))
-    return needles(tokens, room, rng, keys=keys)
+    return needles(tokens, room, rng, keys=int(rng.integers(2, most + 1)))
 
 
 def facts(tokens: int, room: int, rng: Generator) -> TaskDocument:
-    """Entities with properties: as many entities as there is room for."""
+    """Entities with properties, often many: as many entities as there is room for."""
     task = Extraction()
-    task.most = int(rng.integers(3, max(4, min(21, tokens // NEEDLE + 1, room // 9))))
+    most = max(3, min(20, tokens // NEEDLE, room // 9 - 1))
+    task.most = int(rng.integers(3, most + 1)) if rng.random() < 0.5 else most
     task.least = max(3, task.most - 2)
     num_questions = max(1, min(room // (8 * task.most + 5), tokens // (NEEDLE * task.most)))
     return _made(task, Words(number_words=int(rng.integers(16, 257))), tokens, num_questions, rng)
