@@ -150,6 +150,15 @@ def test_a_budget_that_holds_everything_answers_as_full_attention(asking, tmp_pa
                 assert (sample.output, sample.score) == (full.output, full.score)
 
 
+def test_an_index_of_queries_and_head_groups_are_served(asking, tmp_path):
+    settings = SMALL | {"index": "kqsvd", "head_groups": 2, "recall_every": 1}
+    budget = Budget.parse("2MiB")
+    method = KVSwap(name="kqsvd", budget=budget, directory=tmp_path, settings=settings)
+    plan = make_plan(asking, samples=1, questions=1)
+    ((_, sample),) = run(asking, tmp_path, plan, [method]).samples.items()
+    assert {layer_idx for layer_idx, _ in sample.recall} <= {0, 1, 2, 3}
+
+
 def test_answers_do_not_depend_on_who_else_answers(asking, whole, tmp_path):
     disk = run(asking, tmp_path, methods=methods_in(tmp_path)[1:])
     assert [s.output for s in disk.samples.values()] == [
