@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvswap.bench.eviction.reading import observed_queries
+from kvswap.bench.noting import QueryNotes, noting
 from kvswap.bench.prefill import StoredPrefill
 
 
@@ -13,16 +13,17 @@ from kvswap.bench.prefill import StoredPrefill
 def prefill_of(model: PreTrainedModel, ids: torch.Tensor, *, window: int = 48) -> StoredPrefill:
     """Read a document, and keep every eighth query and the last ``window``."""
     cache = DynamicCache(config=model.config)
-    with observed_queries(model) as queries:
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
     num_tokens = ids.shape[1]
     at = torch.arange(num_tokens)
     at = at[(at % 8 == 7) | (at >= num_tokens - window)]
+    notes = QueryNotes(model.config.num_hidden_layers, at)
+    with noting(model, notes):
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
     return StoredPrefill(
         num_tokens=num_tokens,
         keys=tuple(layer.keys[0] for layer in cache.layers),
         values=tuple(layer.values[0] for layer in cache.layers),
-        queries=tuple(queries[layer_idx][0][:, at] for layer_idx in range(len(cache.layers))),
+        queries=notes.queries(type(model).__name__),
         query_positions=at,
     )
 

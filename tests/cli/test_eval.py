@@ -9,6 +9,7 @@ import pytest
 
 from kvswap.bench.evaluation import run as evaluation
 from kvswap.bench.evaluation.plan import GROUPS
+from kvswap.bench.eviction import method_names
 from kvswap.bench.tasks import task_names
 from kvswap.predict import index_names
 from tests.cli.processes import words
@@ -16,6 +17,7 @@ from tests.cli.processes import words
 METHOD_TYPES = {
     "method": str,
     "settings": dict,
+    "loses_information": bool,
     "tasks": dict,
     "all_tasks": dict,
     "memory_parts": dict,
@@ -112,6 +114,23 @@ def test_several_indexes_answer_side_by_side(kvswap, options):
     assert found["methods"][0]["all_tasks"]["points_below_full"] is None
 
 
+def test_baselines_are_marked_as_losing_information(kvswap, options, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    asked = options | {"--kv-memory": "1/1"}
+    more = ("--no-full", "--baseline", "snapkv", "--baseline", "snapkv:tuned")
+    found = eval_json(kvswap, asked, *more)
+    disk, *baselines = found["methods"]
+    assert not disk["loses_information"]
+    assert [method["method"] for method in baselines] == ["snapkv", "snapkv:tuned"]
+    assert all(method["loses_information"] for method in baselines)
+    assert [method["settings"]["setting"] for method in baselines] == ["published", "tuned"]
+    result = kvswap("eval", *words(asked), *more)  # from the file
+    assert "snapkv:tuned*" in result.out
+    assert "lowrank*" not in result.out
+    assert "* loses information: " in result.out
+    assert "loses information" not in kvswap("eval", *words(asked), "--no-full").out
+
+
 def test_dtype_is_as_asked(kvswap, options):
     found = eval_json(kvswap, options | {"--dtype": "bfloat16"}, "--no-full")
     assert found["settings"]["dtype"] == "bfloat16"
@@ -143,6 +162,14 @@ REFUSED = {
     "task": (("--tasks", "guess"), f"task must be one of {KNOWN_TASKS}, got 'guess'"),
     "no task": (("--tasks", ","), "tasks must name a task or more"),
     "index": (("--index", "guess"), f"index must be one of {', '.join(index_names())}"),
+    "baseline": (
+        ("--baseline", "guess"),
+        f"eviction method must be one of {', '.join(method_names())}, got 'guess'",
+    ),
+    "baseline setting": (
+        ("--baseline", "snapkv:best"),
+        "setting must be one of published, tuned, got 'best'",
+    ),
     "selector": (("--selector", "guess"), "selector must be one of "),
     "budget": (("--kv-memory", "much"), "--kv-memory must be a size such as 256MiB or a share"),
     "small budget": (("--kv-memory", "1KiB"), "kv_memory must be at least"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -33,6 +34,15 @@ class StoredPrefill:
     def num_layers(self) -> int:
         """Layers of the model."""
         return len(self.keys)
+
+    def to(self, device: torch.device) -> StoredPrefill:
+        """Return it with keys, values and queries on a device; positions stay where they are."""
+        return replace(
+            self,
+            keys=tuple(each.to(device) for each in self.keys),
+            values=tuple(each.to(device) for each in self.values),
+            queries=tuple(each.to(device) for each in self.queries),
+        )
 
     @property
     def nbytes(self) -> int:

@@ -28,6 +28,8 @@ class EvalRequest:
         Tokens of a document, questions of a task, those of a document, and what they are made from.
     index : tuple of str
         One cache on disk is evaluated for each.
+    baseline : tuple of str
+        Eviction methods beside them, as ``snapkv`` or ``snapkv:tuned``.
     selector, kv_memory, language, dtype : str
     settings, data : dict of str to str
         Further settings by name, and files by task.
@@ -47,6 +49,7 @@ class EvalRequest:
     questions: int
     seed: int
     index: tuple[str, ...]
+    baseline: tuple[str, ...]
     selector: str
     kv_memory: str
     language: str
@@ -77,6 +80,12 @@ class EvalRequest:
     default=("lowrank",),
     metavar="NAME",
     help="As lowrank:64+rot4; given again, another one beside it.  [default: lowrank]",
+)
+@click.option(
+    "--baseline",
+    multiple=True,
+    metavar="NAME",
+    help="Eviction with the same memory, as snapkv or snapkv:tuned; given again, another one.",
 )
 @click.option("--selector", default="topk", show_default=True, metavar="NAME")
 @click.option(

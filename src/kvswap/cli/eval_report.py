@@ -17,6 +17,10 @@ _CAPTION = (
     "Scores of 100; in brackets the points below full attention on the same questions, with the"
     " middle 95 % when questions are resampled."
 )
+_LOSES = (
+    "* loses information: what it evicts of a document is gone for good. It is given the same"
+    " memory; the time that it takes to evict is not in its tokens/s."
+)
 _COSTS = (
     "tokens/s: generated tokens over the time of generate(), the questions' own forwards"
     " included. Bytes read: over all tokens of questions and answers."
@@ -36,15 +40,22 @@ def print_report(report: Report) -> None:
 def _scores(report: Report) -> Table:
     asked = report.settings
     title = f"{asked['context_tokens']:,} tokens of context, seed {asked['seed']}"
-    table = Table(title=title, caption=_CAPTION, caption_justify="left")
+    caption = _CAPTION
+    if any(method.loses_information for method in report.methods):
+        caption += f"\n{_LOSES}"
+    table = Table(title=title, caption=caption, caption_justify="left")
     table.add_column("task")
     for method in report.methods:
-        table.add_column(method.method, justify="right")
+        table.add_column(_name(method), justify="right")
     for task in report.tasks:
         table.add_row(task, *(_cell(method, method.tasks.get(task)) for method in report.methods))
     table.add_section()
     table.add_row("mean of tasks", *(_cell(method, method.all_tasks) for method in report.methods))
     return table
+
+
+def _name(method: MethodReport) -> str:
+    return f"{method.method}*" if method.loses_information else method.method
 
 
 def _cell(method: MethodReport, score: Score | None) -> str:
@@ -61,7 +72,7 @@ def _costs(report: Report) -> Table:
     table = Table(caption=_COSTS, caption_justify="left")
     table.add_column("")
     for method in report.methods:
-        table.add_column(method.method, justify="right")
+        table.add_column(_name(method), justify="right")
     parts = dict.fromkeys(part for method in report.methods for part in method.memory_parts)
     rows = {
         "KV memory": [_memory(method) for method in report.methods],

@@ -12,6 +12,7 @@ from kvswap.bench.evaluation import (
     Asking,
     Budget,
     Evaluation,
+    Evicted,
     FullAttention,
     KVSwap,
     Method,
@@ -108,7 +109,7 @@ def make_plan(request: EvalRequest, tokenizer: Any) -> Plan:
 
 
 def make_methods(request: EvalRequest) -> list[Method]:
-    """Return who answers: full attention, then a cache on disk for each index.
+    """Return who answers: full attention, a cache on disk for each index, then the baselines.
 
     Raises
     ------
@@ -128,6 +129,7 @@ def make_methods(request: EvalRequest) -> list[Method]:
         name = index if request.selector == "topk" else f"{index} {request.selector}"
         settings = shared | {"index": index}
         methods.append(KVSwap(name=name, budget=budget, directory=directory, settings=settings))
+    methods += [Evicted(name=name, budget=budget) for name in request.baseline]
     return methods
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvswap.bench.evaluation.asking import Asking
 from kvswap.bench.evaluation.budget import Budget
 from kvswap.bench.evaluation.capture import capture
+from kvswap.bench.evaluation.evicted import Evicted
 from kvswap.bench.evaluation.methods import FULL, FullAttention, KVSwap, Method
 from kvswap.bench.evaluation.plan import Plan, choose_language
 from kvswap.bench.evaluation.report import Report, summarise
@@ -16,6 +17,7 @@ __all__ = [
     "Asking",
     "Budget",
     "Evaluation",
+    "Evicted",
     "FullAttention",
     "KVSwap",
     "Method",

@@ -64,7 +64,11 @@ class Asking:
 
     def question_ids(self, question: TaskQuestion) -> Tensor:
         """Return the tokens of a question's prompt [1, num_tokens], int64."""
-        ids = self.tokenizer(question.prompt, add_special_tokens=False)["input_ids"]
+        return self.text_ids(question.prompt)
+
+    def text_ids(self, text: str) -> Tensor:
+        """Return the tokens of a text [1, num_tokens], int64, without special ones."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor([ids], dtype=torch.long)
 
     def ask(self, cache: Cache, document: Tensor, question: TaskQuestion) -> Output:

@@ -6,69 +6,20 @@ queries, which key indexes may be fitted to, and leaves the attention itself to 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    DynamicCache,
-    PreTrainedModel,
-)
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
+from kvswap.bench.noting import QueryNotes, noting
 from kvswap.bench.prefill import StoredPrefill
 from kvswap.core.config import Progress
 from kvswap.core.errors import UnsupportedModelError
-from kvswap.hf.attention import stock_function
 from kvswap.hf.geometry import read_shape
+
+__all__ = ["QueryNotes", "capture", "check_model", "kept_positions", "noting"]
 
 EVERY_TOKENS, LAST_TOKENS = 16, 64
 """Queries kept of a document: one of so many tokens, and the last ones."""
-
-_STOCK = {"kvswap_noting": "sdpa", "kvswap_noting_plain": "eager"}
-_ACTIVE = threading.local()  # whose forward this thread runs
-
-
-class QueryNotes:
-    """Queries of some positions, noted layer by layer as a document is read in chunks.
-
-    Parameters
-    ----------
-    num_layers : int
-    positions : Tensor [num_kept], int64
-        Ascending.
-    """
-
-    def __init__(self, num_layers: int, positions: Tensor) -> None:
-        self.positions = positions
-        self._seen = [0] * num_layers  # tokens so far, by layer
-        self._parts: list[list[Tensor]] = [[] for _ in range(num_layers)]
-
-    def note(self, layer_idx: int, query: Tensor) -> None:
-        """Take the queries [1, num_heads, q_len, head_dim] of a layer's next tokens."""
-        first = self._seen[layer_idx]
-        end = self._seen[layer_idx] = first + query.shape[2]
-        mine = self.positions[(self.positions >= first) & (self.positions < end)] - first
-        self._parts[layer_idx].append(query[0][:, mine.to(query.device)].cpu())
-
-    def queries(self, model_class: str) -> tuple[Tensor, ...]:
-        """Return them by layer, [num_heads, num_kept, head_dim].
-
-        Raises
-        ------
-        UnsupportedModelError
-            If some layer's attention did not go through the function.
-        """
-        for layer_idx, parts in enumerate(self._parts):
-            if sum(part.shape[1] for part in parts) != len(self.positions):
-                raise UnsupportedModelError(
-                    model_class, f"layer {layer_idx} hides its queries from transformers' interface"
-                )
-        return tuple(torch.cat(parts, 1) for parts in self._parts)
 
 
 def capture(
@@ -106,11 +57,10 @@ def capture(
     """
     check_model(model)
     total = ids.shape[1]
-    notes = QueryNotes(
-        read_shape(model).num_layers, kept_positions(total, every_tokens, last_tokens)
-    )
+    positions = kept_positions(total, every_tokens, last_tokens)
+    notes = QueryNotes(read_shape(model).num_layers, positions)
     cache = DynamicCache(config=model.config)
-    with torch.no_grad(), _noting(model, notes):
+    with torch.no_grad(), noting(model, notes):
         for chunk in ids.split(chunk_tokens, dim=1):
             model(
                 input_ids=chunk.to(model.device),
@@ -125,7 +75,7 @@ def capture(
         keys=tuple(layer.keys[0].cpu() for layer in cache.layers),
         values=tuple(layer.values[0].cpu() for layer in cache.layers),
         queries=notes.queries(type(model).__name__),
-        query_positions=notes.positions,
+        query_positions=positions,
     )
 
 
@@ -146,33 +96,3 @@ def kept_positions(num_tokens: int, every_tokens: int, last_tokens: int) -> Tens
     """Return the places [num_kept], int64, ascending, of the queries that are kept."""
     spread = torch.arange(0, num_tokens, every_tokens)
     return torch.cat((spread, torch.arange(max(0, num_tokens - last_tokens), num_tokens))).unique()
-
-
-@contextmanager
-def _noting(model: PreTrainedModel, notes: QueryNotes) -> Iterator[None]:
-    stock = model.config._attn_implementation
-    _register()
-    model.set_attn_implementation("kvswap_noting_plain" if stock == "eager" else "kvswap_noting")
-    _ACTIVE.notes = notes
-    try:
-        yield
-    finally:
-        _ACTIVE.notes = None
-        model.set_attn_implementation(stock)
-
-
-def _register() -> None:
-    for name, stock in _STOCK.items():
-        AttentionInterface.register(name, _noting_attention(stock))
-        AttentionMaskInterface.register(name, AttentionMaskInterface()[stock])
-
-
-def _noting_attention(stock: str) -> Callable[..., Any]:
-    def attention(module: nn.Module, query: Tensor, *inputs: Any, **kwargs: Any) -> Any:
-        notes = getattr(_ACTIVE, "notes", None)
-        layer_idx = getattr(module, "layer_idx", None)
-        if notes is not None and layer_idx is not None:
-            notes.note(layer_idx, query)
-        return stock_function(stock, module)(module, query, *inputs, **kwargs)
-
-    return attention

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvswap.bench.evaluation.budget import Budget
@@ -41,8 +42,8 @@ class Method(ABC):
     @abstractmethod
     def open(
         self, model: PreTrainedModel, prefill: StoredPrefill, *, room_tokens: int
-    ) -> AbstractContextManager[Cache]:
-        """Give a cache that holds the document, to be passed to unmodified ``generate``.
+    ) -> AbstractContextManager[Any]:
+        """Give a cache that holds the document, or anything that `cache_for` gives caches from.
 
         Parameters
         ----------
@@ -54,21 +55,33 @@ class Method(ABC):
             Most tokens that follow the document; the cache is cropped back after each question.
         """
 
+    def cache_for(self, opened: Any, question_ids: Tensor) -> AbstractContextManager[Cache]:
+        """Give the cache that a question is asked of, to be passed to unmodified ``generate``.
+
+        Parameters
+        ----------
+        opened : Any
+            From `open`; by default the cache itself, for every question.
+        question_ids : Tensor [1, num_tokens], int64
+            What ``generate`` will read after the document.
+        """
+        return nullcontext(opened)
+
     def check(  # noqa: B027  (most have nothing to say)
         self, model: PreTrainedModel, *, document_tokens: int, room_tokens: int
     ) -> None:
         """Raise what `open` would, before a document is read; by default nothing."""
 
-    def memory(self, cache: Cache) -> dict[str, int]:
-        """Return the bytes that a cache keeps in memory now, by part.
+    def memory(self, opened: Any) -> dict[str, int]:
+        """Return the bytes that are kept in memory now for what `open` gave, by part.
 
-        By default what its ``memory_report`` says, if it has one, else its keys and values.
+        By default what a cache's ``memory_report`` says, if it has one, else its keys and values.
         """
-        report = getattr(cache, "memory_report", None)
+        report = getattr(opened, "memory_report", None)
         if report is not None:
             sums = ("total", "budget", "on_device")
             return {part: nbytes for part, nbytes in report().items() if part not in sums}
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in opened.layers)
         return {"keys_and_values": held}
 
 

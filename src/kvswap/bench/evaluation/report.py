@@ -46,6 +46,8 @@ class MethodReport:
     method : str
     settings : dict
         As it describes itself.
+    loses_information : bool
+        Whether it forgets some of the document for good, as eviction does.
     tasks : dict of str to Score
     all_tasks : Score
         The mean over tasks.
@@ -64,6 +66,7 @@ class MethodReport:
 
     method: str
     settings: dict[str, Any]
+    loses_information: bool
     tasks: dict[str, Score]
     all_tasks: Score
     memory_parts: dict[str, int]
@@ -140,6 +143,7 @@ def _summarise_method(
     return MethodReport(
         method=name,
         settings=results.methods[name],
+        loses_information=results.methods[name].get("loses_information", False),
         tasks=scores,
         all_tasks=_over_tasks(list(scores.values()), means),
         memory_parts=largest.memory_parts if largest else {},

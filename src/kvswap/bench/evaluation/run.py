@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache
@@ -117,19 +118,20 @@ class Evaluation:
         path = self._prefill_path(place)
         prefill = self._prefill(place, path)
         for method in left:
-            with method.open(self._asking.model, prefill, room_tokens=room) as cache:
-                self._ask_all(place, method, cache)
-                self._end(place, method, cache, prefill)
+            with method.open(self._asking.model, prefill, room_tokens=room) as opened:
+                self._ask_all(place, method, opened)
+                self._end(place, method, prefill, memory_parts=method.memory(opened))
         if not self._keeps:
             path.unlink(missing_ok=True)
 
-    def _ask_all(self, place: _Place, method: Method, cache: Cache) -> None:
+    def _ask_all(self, place: _Place, method: Method, opened: Any) -> None:
         """Ask all, also what was answered before an interruption: answers may hang together."""
         document, task = place.document, self._plan.task(place.document.task)
         for number, question in enumerate(document.questions):
-            before = _Counts.of(cache)
-            said = self._asking.ask(cache, place.ids, question)
-            bytes_read, tokens_read, recall = before.until(cache)
+            with method.cache_for(opened, self._asking.question_ids(question)) as cache:
+                before = _Counts.of(cache)
+                said = self._asking.ask(cache, place.ids, question)
+                bytes_read, tokens_read, recall = before.until(cache)
             sample = Sample(
                 task=document.task,
                 document=place.number,
@@ -149,7 +151,9 @@ class Evaluation:
             self._done += 1
             self._tell()
 
-    def _end(self, place: _Place, method: Method, cache: Cache, prefill: StoredPrefill) -> None:
+    def _end(
+        self, place: _Place, method: Method, prefill: StoredPrefill, *, memory_parts: dict[str, int]
+    ) -> None:
         self._results.end(
             Reading(
                 task=place.document.task,
@@ -158,7 +162,7 @@ class Evaluation:
                 document_tokens=prefill.num_tokens,
                 questions=len(place.document.questions),
                 full_kv_bytes=prefill.nbytes,
-                memory_parts=method.memory(cache),
+                memory_parts=memory_parts,
             )
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -206,11 +207,22 @@ def make_method(name: str, setting: str = PUBLISHED, **changes: Any) -> Eviction
     ConfigError
         If nothing has that name, which lists what there is; or an argument is out of its range.
     """
+    return _METHODS.get(name)(**{**arguments_of(name, setting), **changes})
+
+
+def arguments_of(name: str, setting: str = PUBLISHED) -> dict[str, Any]:
+    """Return all arguments of a method in one of its settings.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such method or setting; the message lists what there is.
+    """
     cls = _METHODS.get(name)
     if setting not in SETTINGS:
         raise ConfigError(f"setting must be one of {', '.join(SETTINGS)}, got {setting!r}")
-    arguments = dict(cls.tuned) if setting == TUNED else {}
-    return cls(**{**arguments, **changes})
+    published = {each.name: each.default for each in signature(cls).parameters.values()}
+    return published | (dict(cls.tuned) if setting == TUNED else {})
 
 
 def check_at_least(least: int, **fields: int) -> None:

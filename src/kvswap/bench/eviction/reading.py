@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvswap.bench.eviction.base import EvictionMethod, LaterTokens, keep_all
 from kvswap.bench.eviction.cache import EvictedCache, own_masks
+from kvswap.bench.noting import QueryNotes, noting
 from kvswap.bench.prefill import StoredPrefill
 from kvswap.core.errors import ConfigError
-from kvswap.hf.attention import NAMES
-
-# Transformers looks for its own names as parts of a name, so these hold none of them. A model
-# that a cache on disk is attached to may be read too.
-_OBSERVING = {
-    "sdpa": "kvswap_observing",
-    "eager": "kvswap_observing_plain",
-    NAMES["sdpa"]: "kvswap_observing_attached",
-    NAMES["eager"]: "kvswap_observing_attached_plain",
-}
 
 
 class QuestionReader:
@@ -33,7 +19,6 @@ class QuestionReader:
     Parameters
     ----------
     model : PreTrainedModel
-        With sdpa or eager attention.
     prefill : StoredPrefill
     max_tokens : int
         Longest question.
@@ -72,9 +57,11 @@ class QuestionReader:
         """Read a question with the whole document."""
         if question_ids.ndim != 2 or question_ids.shape[0] != 1 or question_ids.shape[1] < 1:
             raise ConfigError(f"question_ids must be [1, tokens], got {list(question_ids.shape)}")
+        notes = QueryNotes(self._prefill.num_layers)
         try:
-            with observed_queries(self._model) as queries:
+            with noting(self._model, notes):
                 next_token = _forward(self._model, question_ids, self._whole)
+            queries = notes.queries(type(self._model).__name__)
             return _collect(self._whole, queries, question_ids.shape[1], next_token)
         finally:
             self._whole.reset()
@@ -89,14 +76,15 @@ class QuestionReader:
         for layer, keys, values in zip(cache.layers, asked.keys, asked.values, strict=True):
             layer.update(keys[None], values[None])
         token, ends = asked.next_token, _end_tokens(self._model)
-        with own_masks(self._model, cache), observed_queries(self._model) as queries:
+        notes = QueryNotes(self._prefill.num_layers)
+        with own_masks(self._model, cache), noting(self._model, notes):
             for step in range(method.lookahead_tokens):
                 if step and (token in ends or asked.next_token in ends):
                     break
                 ids = torch.tensor([[token]], device=self._model.device)
                 token = _forward(self._model, ids, cache)
-        for layer_idx, question in enumerate(asked.queries):
-            queries.setdefault(layer_idx, []).insert(0, question)
+        answered = notes.queries(type(self._model).__name__)
+        queries = tuple(torch.cat(layer, 1) for layer in zip(asked.queries, answered, strict=True))
         return _collect(cache, queries, asked.num_question_tokens, token)
 
 
@@ -107,12 +95,12 @@ def _forward(model: PreTrainedModel, ids: Tensor, cache: EvictedCache) -> int:
 
 
 def _collect(
-    cache: EvictedCache, queries: dict[int, list[Tensor]], num_question_tokens: int, token: int
+    cache: EvictedCache, queries: tuple[Tensor, ...], num_question_tokens: int, token: int
 ) -> LaterTokens:
     held = [layer.later() for layer in cache.layers]
     return LaterTokens(
         num_question_tokens=num_question_tokens,
-        queries=tuple(torch.cat(queries[layer_idx], 1) for layer_idx in range(len(held))),
+        queries=queries,
         keys=tuple(keys for keys, _ in held),
         values=tuple(values for _, values in held),
         next_token=token,
@@ -124,47 +112,3 @@ def _end_tokens(model: PreTrainedModel) -> tuple[int, ...]:
     if given is None:
         return ()
     return (given,) if isinstance(given, int) else tuple(given)
-
-
-@contextmanager
-def observed_queries(model: PreTrainedModel) -> Iterator[dict[int, list[Tensor]]]:
-    """Note every query that reaches attention, after RoPE, while this is entered.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        With sdpa or eager attention; its function is put back afterwards.
-
-    Yields
-    ------
-    dict of int to list of Tensor [num_heads, q_len, head_dim]
-        By layer, a tensor for each forward; of a batch only its first sequence.
-    """
-    stock = model.config._attn_implementation
-    if stock not in _OBSERVING:
-        known = ", ".join(_OBSERVING)
-        raise ConfigError(f"attention of the model must be one of {known}, got {stock!r}")
-    noted: dict[int, list[Tensor]] = {}
-
-    def attend(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        noted.setdefault(int(module.layer_idx), []).append(query[0].detach().clone())  # type: ignore[arg-type]
-        return _stock_function(stock, module)(module, query, *args, **kwargs)
-
-    name = _OBSERVING[stock]
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, AttentionMaskInterface()[stock])
-    model.set_attn_implementation(name)
-    try:
-        yield noted
-    finally:
-        model.set_attn_implementation(stock)
-
-
-def _stock_function(stock: str, module: nn.Module) -> Callable[..., Any]:
-    if stock == "eager":
-        function: Callable[..., Any] = vars(sys.modules[type(module).__module__])[
-            "eager_attention_forward"
-        ]
-        return function
-    chosen: Callable[..., Any] = AttentionInterface()[stock]
-    return chosen
