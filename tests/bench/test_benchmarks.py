@@ -22,10 +22,13 @@ FIELDS = {
     "date", "machine", "device", "cache_state", "command",
 }  # fmt: skip
 
+WITHOUT_DISK = ("quality/recall.py",)
+
 
 def call(script: str, tmp_path: Path, *options: str) -> str:
     """Run a benchmark in a process of its own and return what it printed."""
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--kv-dir", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "benchmarks" / script)]
+    command += [] if script in WITHOUT_DISK else ["--kv-dir", str(tmp_path)]
     done = subprocess.run(
         [*command, *options],
         capture_output=True,
@@ -212,3 +215,45 @@ def test_io_engine(tmp_path):
     assert [record["metric"] for record in records] == ["uring_cpu_ratio", "uring_wall_ratio"]
     for record in records:
         assert_whole(record)
+
+
+LLAMA = str(ROOT / "benchmarks" / "readers" / "llama")
+
+
+def test_recall(tmp_path):
+    records = run(
+        "quality/recall.py", tmp_path, "--reader", LLAMA, "--context", "1024", "--questions", "1",
+        "--tasks", "niah_multikey_1", "--index", "lowrank+rot4", "exact",
+    )  # fmt: skip
+    assert [record["metric"] for record in records] == ["recall_gap_2pct", "recall_gap_5pct"]
+    for record in records:
+        assert_whole(record)
+        assert -1e-6 <= record["value"] < 1
+        means = record["extra"]["by_layer"]
+        best, first = means["oracle"], means[record["config"]["index"]]
+        assert all(share <= most + 1e-6 for share, most in zip(first, best, strict=True))
+
+
+def test_methods_are_compared_from_the_same_prefills(tmp_path):
+    work = tmp_path / "work"
+    options = [
+        "--reader", LLAMA, "--context", "2048", "--samples", "2", "--questions", "2", "--seed", "3",
+        "--kv-memory", "1/2", "--dtype", "float32", "--work", str(work),
+    ]  # fmt: skip
+    options += ["--tasks", "niah_single_2", "extraction", "--recall", "1", "--methods", "all"]
+    printed = call("quality/compare.py", tmp_path, *options, "--results", str(work / "r.jsonl"))
+    records = [json.loads(line) for line in (work / "r.jsonl").read_text().splitlines()]
+    assert [record["metric"] for record in records] == [
+        "points_below_full_1_2",
+        "codec4_points_below_raw",
+        "default_minus_lowrank_points",
+        "methods_in_table",
+    ]
+    for record in records:
+        assert_whole(record)
+    assert records[-1]["value"] >= 10
+    assert "| snapkv †" in printed
+    before = (work / "llama-2048-1_2-float32-3.jsonl").read_bytes()
+    again = call("quality/compare.py", tmp_path, *options, "--results", str(work / "again.jsonl"))
+    assert again == printed  # nothing is asked twice
+    assert (work / "llama-2048-1_2-float32-3.jsonl").read_bytes() == before

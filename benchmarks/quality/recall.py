@@ -1,0 +1,290 @@
+"""How much of the true attention the groups of each index hold, beside an oracle's.
+
+Question: with 2 and 5 % of a document's groups, what share of the softmax mass do the groups hold
+that an index chooses with the real query, and what do the best groups of that number hold?
+
+Documents of the tasks are read exactly and their questions answered exactly with the gold answer,
+so that all sides are given the same queries. Mass is that of the document's tokens, a mean over the
+tokens of questions and answers, over query heads and over layers. The oracle ranks groups by their
+true mass, summed over heads. Nothing is pinned and nothing is kept from step to step.
+
+Usage::
+
+    python benchmarks/quality/recall.py --reader benchmarks/readers/llama --plot recall.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvswap.bench.evaluation.asking import Asking
+from kvswap.bench.evaluation.capture import capture
+from kvswap.bench.evaluation.methods import stock_cache
+from kvswap.bench.evaluation.plan import Plan
+from kvswap.bench.noting import QueryNotes, noting
+from kvswap.bench.prefill import StoredPrefill
+from kvswap.bench.reader import load_reader
+from kvswap.bench.recall_plot import check_plot, save_recall_plot
+from kvswap.bench.record import Record
+from kvswap.bench.tasks import Words
+from kvswap.core.config import CacheConfig, StorageConfig
+from kvswap.core.geometry import KVGeometry
+from kvswap.core.stats import LayerRecall
+from kvswap.hf.geometry import read_shape
+from kvswap.kernels.scores import reduce_heads
+from kvswap.predict import INDEXES, KeyIndex
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "recall.jsonl"
+TASKS = ("niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "extraction")
+ORACLE = "oracle"
+SHARES = (0.02, 0.05)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An index as it is tried: the largest of its rank and code within the bytes allowed."""
+
+    name: str
+    kind: type[KeyIndex]
+    rank: int
+    code: str
+
+    @property
+    def label(self) -> str:
+        """As `CacheConfig.index` takes it."""
+        return f"{self.name}:{self.rank}+{self.code}"
+
+
+class Masses:
+    """Attention mass by candidate, share and layer, and by document."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, float, int], list[list[float]]] = defaultdict(list)
+
+    def add(self, label: str, share: float, layer_idx: int, document: int, mass: float) -> None:
+        """Note the mass of one query token's groups, a mean over heads."""
+        lists = self._found[label, share, layer_idx]
+        while len(lists) <= document:
+            lists.append([])
+        lists[document].append(mass)
+
+    def of(self, label: str, share: float, layer_idx: int) -> list[float]:
+        """Return the mean of each document."""
+        return [statistics.fmean(found) for found in self._found[label, share, layer_idx] if found]
+
+
+def candidates(specs: list[str], geometry: KVGeometry, tokens: int, args) -> list[Candidate]:
+    """Read the indexes; one without a rank gets the largest that the allowed bytes hold."""
+    made = []
+    for spec in specs:
+        config = CacheConfig(kv_memory=1, storage=StorageConfig(directories=["."]), index=spec)
+        kind = INDEXES.get(config.index)
+        code = config.code or kind.codes[0]
+        rank = config.rank or largest_rank(kind, code, geometry, tokens, args)
+        if rank is None:
+            print(f"{spec}: none of its ranks fits", file=sys.stderr)
+            continue
+        made.append(Candidate(config.index, kind, rank, code))
+    return made
+
+
+def largest_rank(
+    kind: type[KeyIndex], code: str, geometry: KVGeometry, tokens: int, args
+) -> int | None:
+    """Return the largest rank whose index takes at most the share of the KV cache allowed."""
+    room = geometry.layer_token_bytes * tokens * args.index_share
+    size, groups = args.group_size, tokens // args.group_size
+    ranks = {*kind.ranks(geometry), *range(geometry.num_kv_heads * 2, geometry.key_dim + 1, 4)}
+    for rank in sorted(ranks, reverse=True):
+        try:
+            kind.check(geometry, rank=rank, code=code)
+        except ValueError:
+            continue
+        taken = kind.plan_bytes(geometry, group_size=size, num_groups=groups, rank=rank, code=code)
+        if taken <= room:
+            return rank
+    return None
+
+
+def flat(keys: Tensor) -> Tensor:
+    """[num_kv_heads, num_tokens, head_dim] to [num_tokens, num_kv_heads * head_dim]."""
+    return keys.transpose(0, 1).flatten(1)
+
+
+def make_index(
+    candidate: Candidate, geometry: KVGeometry, prefill: StoredPrefill, layer_idx: int, size: int
+) -> KeyIndex:
+    """Fit an index to a layer of a document and encode all whole groups of it."""
+    groups = prefill.num_tokens // size
+    keys = flat(prefill.keys[layer_idx][:, : groups * size])
+    index = candidate.kind(
+        geometry, group_size=size, num_groups=groups, rank=candidate.rank, code=candidate.code
+    )
+    if index.wants_queries:
+        index.observe_queries(prefill.queries[layer_idx])
+    index.observe(keys)
+    index.fit()
+    index.encode(np.arange(groups), keys)
+    return index
+
+
+def true_mass(query: Tensor, keys: Tensor, size: int, scaling: float) -> Tensor:
+    """Return each head's softmax mass by group: query [num_heads, 1, head_dim], [groups, heads]."""
+    shared = query.shape[0] // keys.shape[0]
+    rows = query.float().unflatten(0, (keys.shape[0], shared)).squeeze(2)
+    scores = torch.bmm(rows, keys.float().transpose(1, 2)).flatten(0, 1) * scaling
+    whole = keys.shape[1] // size * size
+    return torch.softmax(scores, 1)[:, :whole].unflatten(1, (-1, size)).sum(2).t()
+
+
+def answer_queries(asking: Asking, prefill: StoredPrefill, prompt: Tensor) -> tuple[Tensor, ...]:
+    """Return the queries of a question with its gold answer, by layer, attended to exactly."""
+    cache = stock_cache(asking.model, prefill)
+    notes = QueryNotes(prefill.num_layers, torch.arange(prompt.shape[1]))
+    with torch.no_grad(), noting(asking.model, notes):
+        asking.model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return notes.queries(type(asking.model).__name__)
+
+
+def measure_document(
+    asking: Asking, document, number: int, chosen: list[Candidate], masses: Masses, args
+) -> None:
+    """Add what one document's questions say."""
+    geometry, size = read_shape(asking.model).geometry, args.group_size
+    prefill = capture(asking.model, asking.document_ids(document.text))
+    scaling = geometry.head_dim**-0.5
+    asked = [
+        answer_queries(
+            asking,
+            prefill,
+            torch.cat((asking.question_ids(question), asking.text_ids(question.gold)), 1),
+        )
+        for question in document.questions
+    ]
+    for layer_idx in range(prefill.num_layers):
+        indexes = {
+            each.label: make_index(each, geometry, prefill, layer_idx, size) for each in chosen
+        }
+        groups = np.arange(prefill.num_tokens // size)
+        for queries in asked:
+            for query in queries[layer_idx].split(1, dim=1):
+                mass = true_mass(query, prefill.keys[layer_idx], size, scaling)
+                ranked = {
+                    name: reduce_heads(index.score_heads(query, groups, scaling=scaling))
+                    for name, index in indexes.items()
+                }
+                for name, scores in {ORACLE: mass.sum(1), **ranked}.items():
+                    for share in SHARES:
+                        best = scores.topk(max(1, round(share * len(groups)))).indices
+                        held = float(mass[best].sum(0).mean())
+                        masses.add(name, share, layer_idx, number, held)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the settings of a run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reader", type=Path, required=True)
+    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--documents", type=int, default=1, help="of each task")
+    parser.add_argument("--questions", type=int, default=4, help="of each document")
+    parser.add_argument("--index", nargs="+", default=["lowrank+rot4", "lowrank+bf16"])
+    parser.add_argument("--index-share", type=float, default=1 / 32, help="of full KV, at most")
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure every document, print a table, append the records."""
+    args = parse_arguments()
+    if args.plot:
+        check_plot(args.plot)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_reader(getattr(torch, args.dtype), directory=args.reader)
+    asking = Asking(model, tokenizer)
+    geometry = read_shape(model).geometry
+    chosen = candidates(args.index, geometry, args.context, args)
+    plan = Plan(
+        tasks=args.tasks,
+        language=Words(),
+        language_name="words",
+        context_tokens=args.context,
+        samples=args.documents * args.questions,
+        questions=args.questions,
+        seed=args.seed,
+    )
+    masses, number = Masses(), 0
+    for task in args.tasks:
+        for document in plan.documents(task):
+            measure_document(asking, document, number, chosen, masses, args)
+            number += 1
+            print(f"{task}: document {number}", file=sys.stderr, flush=True)
+    report(args, geometry, chosen, masses, number)
+
+
+def report(args, geometry: KVGeometry, chosen: list[Candidate], masses: Masses, number: int):
+    """Print and record the means by layer; the first index is the one that is claimed."""
+    layers = range(geometry.num_layers)
+    for share in SHARES:
+        by_layer = {
+            name: [statistics.fmean(masses.of(name, share, layer)) for layer in layers]
+            for name in (ORACLE, *(each.label for each in chosen))
+        }
+        for name, found in by_layer.items():
+            shown = " / ".join(f"{each:.3f}" for each in found)
+            print(f"{share:.0%} of the groups, {name}: {statistics.fmean(found):.4f} ({shown})")
+        first = chosen[0].label
+        gaps = [
+            statistics.fmean(
+                masses.of(ORACLE, share, layer)[at] - masses.of(first, share, layer)[at]
+                for layer in layers
+            )
+            for at in range(number)
+        ]
+        Record(
+            metric=f"recall_gap_{share * 100:.0f}pct",
+            unit="share",
+            samples=gaps,
+            value=statistics.fmean(gaps),
+            question="attention mass that the index's groups lose against the best of as many",
+            config={
+                "reader": args.reader.name,
+                "context": args.context,
+                "tasks": args.tasks,
+                "documents": number,
+                "questions": args.questions,
+                "dtype": args.dtype,
+                "group_size": args.group_size,
+                "index": first,
+                "index_share": args.index_share,
+            },
+            seed=args.seed,
+            device="none: nothing is read from a disk",
+            cache_state="not used",
+            extra={"by_layer": by_layer},
+        ).append(args.results)
+        if args.plot:
+            lines = {
+                name: [LayerRecall(layer, mean, number) for layer, mean in enumerate(found)]
+                for name, found in by_layer.items()
+            }
+            save_recall_plot(args.plot.with_stem(f"{args.plot.stem}_{share * 100:.0f}pct"), lines)
+
+
+if __name__ == "__main__":
+    main()

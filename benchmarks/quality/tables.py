@@ -1,0 +1,65 @@
+"""The table of methods as Markdown, and its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from kvswap.bench.evaluation import Report
+from kvswap.core.units import format_bytes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task of a reader and a seed: points below what it is set against, score, answers."""
+
+    reader: str
+    task: str
+    points: float
+    score: float
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        return asdict(self)
+
+
+def markdown(reports: Mapping[str, Report]) -> str:
+    """Return a table with a row for each method: means over readers and seeds."""
+    tasks = list(dict.fromkeys(task for report in reports.values() for task in report.tasks))
+    head = ["method", *tasks, "all", "recall", "KV memory", "of full", "read a token", "tokens/s"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    names = dict.fromkeys(each.method for report in reports.values() for each in report.methods)
+    for name in names:
+        found = [each for report in reports.values() for each in report.methods]
+        mine = [each for each in found if each.method == name]
+        cells = [
+            _mean([each.tasks[task].mean for each in mine if task in each.tasks]) for task in tasks
+        ]
+        recalls = [each.recall for each in mine if each.recall is not None]
+        loses = any(each.settings.get("loses_information") for each in mine)
+        lines.append(
+            _row(
+                [
+                    f"{name} †" if loses else name,
+                    *cells,
+                    _mean([each.all_tasks.mean for each in mine]),
+                    f"{fmean(recalls):.3f}" if recalls else "",
+                    format_bytes(round(fmean(each.kv_memory_bytes for each in mine))),
+                    f"{fmean(each.kv_memory_bytes / each.full_kv_bytes for each in mine):.3f}",
+                    format_bytes(round(fmean(each.bytes_read_per_token for each in mine))),
+                    f"{fmean(each.tokens_per_s for each in mine):.0f}",
+                ]
+            )
+        )
+    return "\n".join([*lines, "", "† what is not kept is lost."])
+
+
+def _mean(shares: list[float]) -> str:
+    return f"{100 * fmean(shares):.1f}" if shares else ""
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
