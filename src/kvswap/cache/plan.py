@@ -5,8 +5,8 @@ The rules, in order; where heads are split into groups, each group of a layer is
 1. Group size: the smallest power of two, at least 4 tokens, whose record fills a block.
 2. A budget that holds every group keeps every group; nothing is estimated then.
 3. Otherwise the index takes the best of its candidates that fits half of what the fixed
-   parts leave (`KeyIndex.ranks`: by default a quarter, an eighth, ... of the key's length, at
-   most 128), in the first of its codes: 4 bits.
+   parts leave (`KeyIndex.ranks`: by default half of the key's length, at most 128, or a part of
+   that), in the first of its codes: 4 bits.
 4. Selected tokens: what the selector states (a share of the context), or 1/64 of the context,
    in [448, 2048], halved as far as 128 while slots for them do not fit.
 5. Of the rest, staging buffers grow to 1/32 of the budget each, at most 8 MiB; what is left

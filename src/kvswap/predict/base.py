@@ -73,12 +73,16 @@ class KeyIndex(ABC):
     def ranks(cls, geometry: KVGeometry) -> tuple[int, ...]:
         """Return the ranks that a plan tries, best first; the last is the least that works.
 
-        By default a quarter, an eighth, ... of the key's length, at most 128.
+        By default half of the key's length, at most 128, three quarters of that, half of that,
+        and so on, each even.
         """
-        rank = max(min(_MIN_RANK, geometry.key_dim), min(_MAX_RANK, geometry.key_dim // 4))
-        ranks = [max(1, rank // 2 * 2)]
-        while ranks[-1] // 2 >= _MIN_RANK:
-            ranks.append(ranks[-1] // 2 // 2 * 2)
+        rank = max(min(_MIN_RANK, geometry.key_dim), min(_MAX_RANK, geometry.key_dim // 2))
+        ranks: dict[int, None] = {max(1, rank // 2 * 2): None}
+        while rank > _MIN_RANK:
+            for smaller in (rank * 3 // 4, rank // 2):
+                if smaller >= _MIN_RANK:
+                    ranks[smaller // 2 * 2] = None
+            rank //= 2
         return tuple(ranks)
 
     @classmethod

@@ -31,12 +31,11 @@ from kvswap.predict.projection import fit_workspace_bytes, leading_basis
 if TYPE_CHECKING:
     from kvswap.kernels.gpu.index import DeviceScanner
 
-_LEAST_BLOCK_TOKENS = 2048  # scored at once; more where fitting takes the memory anyway
-_BLOCK_QUERIES = 8
+_LEAST_BLOCK_TOKENS = 512  # scored at once; more where fitting takes the memory anyway
 _FEW_GROUPS = 16  # encoded one by one: for more a matrix product is faster
 # As csrc/kernels/api.h numbers them.
 _NATIVE_CODES = {"rot4": 0, "int8": 1, "bf16": 2, "rot2": 3, "rot1": 4}
-_WIDE_TOKENS = 512  # tokens held in float32 at once while fitting and encoding
+_WIDE_TOKENS = 256  # tokens held in float32 at once while fitting and encoding
 
 
 @register_index("lowrank")
@@ -222,11 +221,9 @@ class LowRankIndex(KeyIndex):
 
     def _score_plainly(self, query: Tensor, groups: np.ndarray, scaling: float) -> Tensor:
         projected = self._project(query) * scaling
-        per_pass = max(1, _BLOCK_QUERIES // query.shape[0])
         best: Tensor | None = None
-        for first in range(0, query.shape[1], per_pass):
-            block = projected[first : first + per_pass].flatten(0, 1)
-            reduced = self._reduce_heads(self._score_groups(block, groups))
+        for token in projected:
+            reduced = self._reduce_heads(self._score_groups(token, groups))
             best = reduced if best is None else torch.maximum(best, reduced)
         assert best is not None
         return best
@@ -291,12 +288,11 @@ def _fit_bytes(geometry: KVGeometry, rank: int) -> int:
 
 def _token_scratch_bytes(geometry: KVGeometry, rank: int, code: str) -> int:
     """Products in integers and floats, one more of them in flight; the codes, plain and split."""
-    columns = max(_BLOCK_QUERIES, geometry.num_heads)
-    return 12 * columns + 4 * CODES[code](rank).token_bytes + 3 * 8
+    return 12 * geometry.num_heads + 4 * CODES[code](rank).token_bytes + 3 * 8
 
 
 def _group_scratch_bytes(geometry: KVGeometry) -> int:
-    return 12 * max(_BLOCK_QUERIES, geometry.num_heads)
+    return 12 * geometry.num_heads
 
 
 def _block_tokens(
