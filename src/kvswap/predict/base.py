@@ -16,7 +16,7 @@ from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.codes import CODES
 from kvswap.kernels.scores import reduce_heads
 
-_MAX_RANK, _MIN_RANK = 128, 8
+_MAX_RANK, _FINE_RANK, _MIN_RANK = 128, 64, 8
 
 
 class KeyIndex(ABC):
@@ -73,16 +73,14 @@ class KeyIndex(ABC):
     def ranks(cls, geometry: KVGeometry) -> tuple[int, ...]:
         """Return the ranks that a plan tries, best first; the last is the least that works.
 
-        By default half of the key's length, at most 128, three quarters of that, half of that,
-        and so on, each even.
+        By default half of the key's length, at most 128, then a half of that, and so on to 64;
+        below, where a scan takes little time, each multiple of 8, which waste no byte of a code.
         """
         rank = max(min(_MIN_RANK, geometry.key_dim), min(_MAX_RANK, geometry.key_dim // 2))
-        ranks: dict[int, None] = {max(1, rank // 2 * 2): None}
-        while rank > _MIN_RANK:
-            for smaller in (rank * 3 // 4, rank // 2):
-                if smaller >= _MIN_RANK:
-                    ranks[smaller // 2 * 2] = None
-            rank //= 2
+        ranks = [max(1, rank // 2 * 2)]
+        while ranks[-1] > _MIN_RANK:
+            smaller = ranks[-1] // 2 // 2 * 2 if ranks[-1] > _FINE_RANK else ranks[-1] - 1
+            ranks.append(max(_MIN_RANK, smaller if smaller >= _FINE_RANK else smaller // 8 * 8))
         return tuple(ranks)
 
     @classmethod
