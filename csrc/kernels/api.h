@@ -80,9 +80,9 @@ struct CodedTokens {
 constexpr int kTileTokens = 16;
 constexpr int kMaxQueries = 16;  // scored together
 
-enum class Code : int { rot4 = 0, int8 = 1, bf16 = 2, rot2 = 3, rot1 = 4 };
+enum class Code : int { rot4 = 0, int8 = 1, bf16 = 2, rot2 = 3, rot1 = 4, band = 5 };
 
-// Bits of a coefficient on a grid; 0 for codes that have none.
+// Bits of every coefficient on a grid; 0 for codes that have no grid, or more than one.
 static constexpr int grid_bits(Code code) {
   switch (code) {
     case Code::rot4: return 4;
@@ -91,6 +91,8 @@ static constexpr int grid_bits(Code code) {
     default: return 0;
   }
 }
+
+static constexpr bool has_scale(Code code) { return code != Code::bf16 && code != Code::band; }
 
 // A byte of grid codes holds one coefficient of each plane, the first in its lowest bits: planes
 // are equal parts of the coefficients, in order, of which the last ones may be short.
@@ -108,12 +110,14 @@ static constexpr int grid_top(Code code) { return (1 << grid_bits(code)) - 1; }
 struct TileScore {
   const uint8_t* codes;  // the tile
   int64_t chunks;        // of four bytes of a token
+  int64_t wide_chunks;   // for band: the first so many have four bits, the others two
   int num_quads;         // at most kMaxQueries / 4
   // Grids: [planes][chunks][kMaxQueries] of four int8.
+  // band: a grid of its wide chunks, then one of the others.
   // int8: [chunks][kMaxQueries] of four int8. bf16: [chunks][kMaxQueries] of two bfloat16.
   const uint32_t* query;
   const int32_t* start;   // [kMaxQueries]: product sums begin here; not for bf16
-  const uint16_t* scale;  // [16] float16, a token each; not for bf16
+  const uint16_t* scale;  // [16] float16, a token each; not for bf16 and band
   int group_size;         // 1, 2, 4, 8 or 16
   float* out;
 };

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "kernels/bands.h"
 #include "kernels/half.h"
 
 namespace kvswap {
@@ -40,6 +41,20 @@ void round_grid(const float* x, int64_t rank, Code kind, float gaussian_step, Co
         static_cast<uint8_t>(static_cast<int>(code + half) << shift);
   }
   out.scale = to_f16(std::min(products / squares, kScaleLimit));
+}
+
+// Coefficients are in steps of their grids already.
+void round_bands(const float* x, const float* offsets, int64_t rank, Coded& out) {
+  for (const Band& band : bands_of(Code::band, rank)) {
+    const auto half = static_cast<float>((band.top() + 1) / 2);
+    uint8_t* bytes = out.bytes.data() + 4 * band.first_chunk;
+    for (int64_t j = 0; j < band.count; ++j) {
+      const int64_t i = band.first + j;
+      const float code = std::clamp(std::floor(x[i] - offsets[i]), -half, half - 1);
+      const int shift = static_cast<int>(j / band.length()) * band.bits;
+      bytes[j % band.length()] |= static_cast<uint8_t>(static_cast<int>(code + half) << shift);
+    }
+  }
 }
 
 void round_int8(const float* x, int64_t rank, Coded& out) {
@@ -90,6 +105,7 @@ void encode_groups(const CodedKeys& keys, uint8_t* codes, uint16_t* scales, cons
         case Code::rot1: round_grid(x.data(), keys.rank, Code::rot1, kGaussianStep1, coded); break;
         case Code::int8: round_int8(x.data(), keys.rank, coded); break;
         case Code::bf16: round_bf16(x.data(), keys.rank, coded); break;
+        case Code::band: round_bands(x.data(), keys.offsets, keys.rank, coded); break;
       }
       const int64_t token = ids[i / keys.group_size] * keys.group_size + i % keys.group_size;
       put(keys, codes, token, coded);

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "common/parallel.h"
+#include "kernels/bands.h"
 #include "kernels/half.h"
 
 namespace kvswap {
@@ -48,19 +49,24 @@ void place(const CodedKeys& keys, Queries& queries, int q, const float* coeffici
   float top = 0;
   for (int64_t j = 0; j < keys.rank; ++j) top = std::max(top, std::fabs(coefficients[j]));
   const float scale = top > 0 ? top / 127 : 1.0f;
-  const int64_t length = plane_length(keys.code, keys.rank);
-  int32_t sum = 0;
-  for (int64_t j = 0; j < keys.rank; ++j) {
-    const auto rounded = static_cast<int8_t>(std::nearbyint(coefficients[j] / scale));
-    const int64_t at = j % length, chunk = at / 4 + j / length * (keys.width / 4);
-    word(chunk)[at % 4] = static_cast<char>(rounded);
-    sum += rounded;
-    squares += static_cast<float>(rounded * rounded);
+  int32_t sum = 0, twice = 0;  // of the coefficients; of them times what grids begin at
+  for (const Band& band : bands_of(keys.code, keys.rank)) {
+    int32_t of_band = 0;
+    for (int64_t j = 0; j < band.count; ++j) {
+      const auto rounded =
+          static_cast<int8_t>(std::nearbyint(coefficients[band.first + j] / scale));
+      const int64_t at = j % band.length(), plane = j / band.length();
+      word(band.first_words + plane * band.chunks + at / 4)[at % 4] = static_cast<char>(rounded);
+      of_band += rounded;
+      squares += static_cast<float>(rounded * rounded);
+    }
+    sum += of_band;
+    twice += of_band * (keys.code == Code::int8 ? 256 : band.top());
   }
   queries.scale[q] = scale;
   queries.sum[q] = sum;
   queries.norm[q] = scale * std::sqrt(squares);
-  queries.start[q] = grid_bits(keys.code) ? -(sum * grid_top(keys.code) >> 1) : -sum * 128;
+  queries.start[q] = -(twice >> 1);
 }
 
 }  // namespace
@@ -75,7 +81,9 @@ Queries prepare(const CodedKeys& keys, const QueryView& query, int64_t first, fl
   std::fill_n(made.start, kMaxQueries, 0);
   std::fill_n(made.sum, kMaxQueries, 0);
   std::fill_n(made.norm, kMaxQueries, 0.0f);
-  const int64_t chunks = planes_of(keys.code) * keys.width / 4;
+  const Bands bands = bands_of(keys.code, keys.rank);
+  made.wide_chunks = bands.each[0].chunks;
+  const int64_t chunks = keys.code == Code::bf16 ? keys.width / 4 : bands.words;
   made.words.assign(static_cast<size_t>(chunks * kMaxQueries), 0);
   parallel(std::min(threads, made.count), [&](int thread, int total) {
     std::vector<float> coefficients(static_cast<size_t>(keys.rank));
@@ -92,6 +100,7 @@ void score_tiles(const CodedKeys& keys, const Queries& queries, int64_t first, i
                  float* out) {
   TileScore a;
   a.chunks = keys.width / 4;
+  a.wide_chunks = queries.wide_chunks;
   a.num_quads = queries.quads;
   a.query = queries.words.data();
   a.start = queries.start;

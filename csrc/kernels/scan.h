@@ -11,10 +11,11 @@ namespace kvswap {
 struct CodedKeys {
   Code code;
   const uint8_t* codes;     // [tiles][width / 4][16][4]
-  const uint16_t* scales;   // [tiles][16] float16; null for bf16
+  const uint16_t* scales;   // [tiles][16] float16; null for bf16 and band
   const Bf16* basis;        // [kv_heads * head_dim][rank], of keys
   const Bf16* query_basis;  // and of queries; often the same
   int64_t width, rank, group_size, num_groups, kv_heads, head_dim;
+  const float* offsets = nullptr;  // [rank], of keys' coefficients; for band alone
 };
 
 // [num_heads, q_len, head_dim] with strides in elements, the last one 1.

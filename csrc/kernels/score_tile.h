@@ -11,21 +11,32 @@ namespace kvswap {
 namespace {
 
 // One plane's products with every query, of grid codes.
-template <class Tile, Code kCode, int kPlane, int kQueries>
+template <class Tile, int kBits, int kPlane, int kQueries>
 void add_plane(typename Tile::Codes codes, const uint32_t* query, typename Tile::Sum* sums) {
-  const auto plane = Tile::template plane<grid_bits(kCode), kPlane>(codes);
+  const auto plane = Tile::template plane<kBits, kPlane>(codes);
   for (int q = 0; q < kQueries; ++q) {
     sums[q] = Tile::dot_small(sums[q], plane, Tile::spread(query[q]));
   }
 }
 
-template <class Tile, Code kCode, int kQueries, int... kPlanes>
+template <class Tile, int kBits, int kQueries, int... kPlanes>
 void add_planes(typename Tile::Codes codes, const uint32_t* query, int64_t plane_words,
                 typename Tile::Sum* sums, std::integer_sequence<int, kPlanes...>) {
-  (add_plane<Tile, kCode, kPlanes, kQueries>(codes, query + kPlanes * plane_words, sums), ...);
+  (add_plane<Tile, kBits, kPlanes, kQueries>(codes, query + kPlanes * plane_words, sums), ...);
 }
 
-// Integer codes: product sums of every token and query, as floats times the token's scale.
+// Chunks whose coefficients have so many bits each.
+template <class Tile, int kBits, int kQueries>
+void add_grid(const uint8_t* codes, int64_t chunks, const uint32_t* query,
+              typename Tile::Sum* sums) {
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    add_planes<Tile, kBits, kQueries>(Tile::load(codes + chunk * 64), query + chunk * kMaxQueries,
+                                      chunks * kMaxQueries, sums,
+                                      std::make_integer_sequence<int, 8 / kBits>());
+  }
+}
+
+// Integer codes: product sums of every token and query, as floats times the token's scale if any.
 template <class S, class Tile, Code kCode, int kQueries>
 void multiply(const TileScore& a, int first, typename S::Reg (*out)[kQueries]) {
   constexpr int kParts = Tile::kParts, kBytes = 64 / Tile::kParts;
@@ -33,20 +44,28 @@ void multiply(const TileScore& a, int first, typename S::Reg (*out)[kQueries]) {
   for (int part = 0; part < kParts; ++part) {
     typename Tile::Sum sums[kQueries];
     for (int q = 0; q < kQueries; ++q) sums[q] = Tile::start(a.start[first + q]);
-    for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
-      const uint32_t* word = query + chunk * kMaxQueries;
-      const auto codes = Tile::load(a.codes + chunk * 64 + part * kBytes);
-      if constexpr (grid_bits(kCode) > 0) {
-        add_planes<Tile, kCode, kQueries>(codes, word, a.chunks * kMaxQueries, sums,
-                                          std::make_integer_sequence<int, planes_of(kCode)>());
-      } else {
+    const uint8_t* codes = a.codes + part * kBytes;
+    if constexpr (kCode == Code::band) {
+      const int64_t wide = a.wide_chunks;
+      add_grid<Tile, 4, kQueries>(codes, wide, query, sums);
+      add_grid<Tile, 2, kQueries>(codes + wide * 64, a.chunks - wide,
+                                  query + 2 * wide * kMaxQueries, sums);
+    } else if constexpr (grid_bits(kCode) > 0) {
+      add_grid<Tile, grid_bits(kCode), kQueries>(codes, a.chunks, query, sums);
+    } else {
+      for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+        const auto bytes = Tile::load(codes + chunk * 64);
+        const uint32_t* word = query + chunk * kMaxQueries;
         for (int q = 0; q < kQueries; ++q) {
-          sums[q] = Tile::dot(sums[q], codes, Tile::spread(word[q]));
+          sums[q] = Tile::dot(sums[q], bytes, Tile::spread(word[q]));
         }
       }
     }
-    const auto scale = S::load(reinterpret_cast<const F16*>(a.scale) + part * S::kLanes);
-    for (int q = 0; q < kQueries; ++q) out[part][q] = S::mul(Tile::to_float(sums[q]), scale);
+    for (int q = 0; q < kQueries; ++q) out[part][q] = Tile::to_float(sums[q]);
+    if constexpr (has_scale(kCode)) {
+      const auto scale = S::load(reinterpret_cast<const F16*>(a.scale) + part * S::kLanes);
+      for (int q = 0; q < kQueries; ++q) out[part][q] = S::mul(out[part][q], scale);
+    }
   }
 }
 
@@ -113,6 +132,7 @@ void score_tile(Code code, const TileScore& a) {
     case Code::rot2: return score_code<S, Tile, Code::rot2>(a);
     case Code::rot1: return score_code<S, Tile, Code::rot1>(a);
     case Code::int8: return score_code<S, Tile, Code::int8>(a);
+    case Code::band: return score_code<S, Tile, Code::band>(a);
     case Code::bf16: return score_code<S, Tile, Code::bf16>(a);
   }
 }

@@ -64,7 +64,7 @@ BAD_CACHE = [
     ("recall_floor", 1.5, "must be a number in [0, 1], got 1.5"),
     ("recall_floor", float("nan"), "must be a number in [0, 1], got nan"),
     ("recall_floor", "high", "must be a number in [0, 1], got 'high'"),
-    ("code", "int3", "must be one of bf16, int8, rot4, rot2, rot1, pq8, raw, got 'int3'"),
+    ("code", "int3", "must be one of bf16, int8, rot4, rot2, rot1, band, pq8, raw, got 'int3'"),
     ("index", None, "must be a name, got None"),
     ("selector", ["topk"], "must be a name, got ['topk']"),
     ("reduce", "min", "must be one of max, mean, mass, got 'min'"),

@@ -9,6 +9,8 @@ from kvswap.core.config import CODES as CONFIG_CODES
 from kvswap.core.errors import ConfigError
 from kvswap.kernels.codes import CODES
 
+SCALED = sorted(name for name in CODES if not CODES[name].needs_fit)
+
 
 @pytest.mark.parametrize(
     ("name", "error"),
@@ -28,7 +30,7 @@ def test_relative_error_of_scores_stays_below_the_codes_own(name, error, rank):
     assert ((scores - exact).norm() / exact.norm()).item() < error
 
 
-@pytest.mark.parametrize("name", sorted(CODES))
+@pytest.mark.parametrize("name", SCALED)
 def test_zero_tokens_score_zero_and_huge_ones_stay_finite(name):
     code = CODES[name](16)
     coefficients = torch.stack([torch.zeros(16), torch.full((16,), 1e6)])
@@ -64,7 +66,7 @@ def test_scores_of_a_token_do_not_depend_on_its_neighbours_or_the_other_queries(
     torch.testing.assert_close(part, whole[10:20, 3:5], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(CODES))
+@pytest.mark.parametrize("name", SCALED)
 @pytest.mark.parametrize("factor", [2.0**-10, 2.0**10])
 def test_scores_grow_with_the_coefficients(name, factor):
     code = CODES[name](32)
@@ -72,6 +74,30 @@ def test_scores_grow_with_the_coefficients(name, factor):
     scores = code.score(queries, *code.encode(coefficients))
     scaled = code.score(queries, *code.encode(coefficients * factor))
     torch.testing.assert_close(scaled / factor, scores, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 9, 24, 32, 46, 100])
+def test_the_banded_code_scores_as_the_middles_of_its_cells_do(rank):
+    code = CODES["band"](rank)
+    coefficients, queries = torch.randn(300, rank), torch.randn(5, rank)
+    wide = min(rank, -(-rank // 24) * 8)
+    ends = torch.tensor([7.5] * wide + [1.5] * (rank - wide))
+    steps = coefficients / code.steps
+    levels = (torch.floor(steps) + 0.5).clamp(-ends, ends)
+    stored, scales = code.encode(steps)
+    assert scales is None
+    assert stored.shape == (300, code.width)
+    found, expected = code.score(queries, stored, scales), levels @ queries.t()
+    # The offset made whole is one for all tokens, and comes off with their mean.
+    found, expected = found - found.mean(0), expected - expected.mean(0)
+    assert ((found - expected).norm() / expected.norm()).item() < 0.02
+
+
+@pytest.mark.parametrize("num_bytes", [4, 8, 12, 16, 24, 32, 64])
+def test_ranks_of_the_banded_code_can_fill_their_bytes(num_bytes):
+    code = CODES["band"](CODES["band"].rank_of(num_bytes))
+    assert code.width == code.token_bytes == num_bytes
+    assert CODES["band"](code.rank + 1).width > num_bytes
 
 
 def test_codes_are_named_as_the_config_names_them():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvswap.kernels.accelerator import Accelerator
+from kvswap.kernels.codes import CODES
 from kvswap.kernels.native import REFERENCE, forced
 from kvswap.predict.lowrank import LowRankIndex
 from kvswap.predict.topk import TopKSelector
@@ -15,10 +16,13 @@ from tests.kernels.test_native_index import (
     HEAD_DIM,
     SCALING,
     SIZES,
-    every_code,
     make,
     some_keys,
     some_query,
+)
+
+every_code = pytest.mark.parametrize(
+    "code", [code for code in CODES if LowRankIndex.serves_device_with(code)]
 )
 
 # Products of the bf16 reference are rounded; those of whole numbers are exact.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "kernels/bands.h"
 #include "kernels/encode.h"
 #include "kernels/scan.h"
 #include "random.h"
@@ -15,8 +16,10 @@ struct Shape {
 
   int64_t dim() const { return kv_heads * head_dim; }
   int64_t width() const {
-    const int64_t bytes = code == Code::bf16 ? 2 * rank : plane_length(code, rank);
-    return (bytes + 3) / 4 * 4;
+    if (code == Code::bf16) return (2 * rank + 3) / 4 * 4;
+    int64_t chunks = 0;
+    for (const Band& band : bands_of(code, rank)) chunks += band.chunks;
+    return 4 * chunks;
   }
   int64_t tiles() const { return (num_groups * group_size + kTileTokens - 1) / kTileTokens; }
 };
@@ -26,19 +29,23 @@ struct Index {
   std::vector<Bf16> basis, query_basis;
   std::vector<uint8_t> codes;
   std::vector<uint16_t> scales;
+  std::vector<float> offsets;
 
   Index(Random& random, const Shape& s)
       : shape(s),
         basis(basis_of(s.dim() * s.rank, [&] { return random.dyadic() / 2; })),
         query_basis(basis_of(s.dim() * s.rank, [&] { return random.dyadic() / 2; })),
         codes(static_cast<size_t>(s.tiles() * s.width() * kTileTokens), 0xa5),
-        scales(s.code == Code::bf16 ? 0 : static_cast<size_t>(s.tiles() * kTileTokens), 0x5a5a) {}
+        scales(has_scale(s.code) ? static_cast<size_t>(s.tiles() * kTileTokens) : 0, 0x5a5a),
+        offsets(s.code == Code::band ? static_cast<size_t>(s.rank) : 0) {
+    for (float& each : offsets) each = random.dyadic();
+  }
 
   CodedKeys keys() const {
-    return {shape.code,     codes.data(),       shape.code == Code::bf16 ? nullptr : scales.data(),
+    return {shape.code,     codes.data(),       has_scale(shape.code) ? scales.data() : nullptr,
             basis.data(),   query_basis.data(), shape.width(),
             shape.rank,     shape.group_size,   shape.num_groups,
-            shape.kv_heads, shape.head_dim};
+            shape.kv_heads, shape.head_dim,     offsets.data()};
   }
   uint8_t& byte(int64_t token, int64_t i) {
     const int64_t tile = token / kTileTokens * shape.width() * kTileTokens;
@@ -47,7 +54,7 @@ struct Index {
   }
   // Keys [ids * group_size][dim] into codes.
   void encode(const Numbers& tokens, const std::vector<int64_t>& ids) {
-    encode_groups(keys(), codes.data(), shape.code == Code::bf16 ? nullptr : scales.data(),
+    encode_groups(keys(), codes.data(), has_scale(shape.code) ? scales.data() : nullptr,
                   tokens.bytes.data(), tokens.dtype, ids.data(), static_cast<int64_t>(ids.size()));
   }
   // What the codes of a token stand for.
@@ -60,14 +67,15 @@ struct Index {
         x = plain(Bf16{static_cast<uint16_t>(bits)});
         continue;
       }
-      const double scale = from_f16(scales[static_cast<size_t>(token)]);
-      if (shape.code == Code::int8) {
-        x = (byte(token, j) - 128) * scale;
-      } else {
-        const int64_t length = plane_length(shape.code, shape.rank);
-        const int top = grid_top(shape.code);
-        const auto shift = static_cast<int>(j / length) * grid_bits(shape.code);
-        x = (((byte(token, j % length) >> shift) & top) - top / 2.0) * scale;
+      const double scale =
+          has_scale(shape.code) ? from_f16(scales[static_cast<size_t>(token)]) : 1.0;
+      for (const Band& band : bands_of(shape.code, shape.rank)) {
+        const int64_t in_band = j - band.first;
+        if (in_band < 0 || in_band >= band.count) continue;
+        const int held = byte(token, 4 * band.first_chunk + in_band % band.length());
+        const auto shift = static_cast<int>(in_band / band.length()) * band.bits;
+        const double middle = shape.code == Code::int8 ? 128 : band.top() / 2.0;
+        x = (((held >> shift) & band.top()) - middle) * scale;
       }
     }
     return made;

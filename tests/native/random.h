@@ -46,8 +46,11 @@ class Random {
   uint64_t state_;
 };
 
-constexpr std::initializer_list<Code> kAllCodes{Code::rot4, Code::rot2, Code::rot1, Code::int8,
-                                                Code::bf16};
+constexpr std::initializer_list<Code> kAllCodes{Code::rot4, Code::rot2, Code::rot1,
+                                                Code::int8, Code::bf16, Code::band};
+// Those that spans go with.
+constexpr std::initializer_list<Code> kSpannedCodes{Code::rot4, Code::rot2, Code::rot1, Code::int8,
+                                                    Code::bf16};
 
 inline size_t item_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 

@@ -134,7 +134,7 @@ void check_best(const std::vector<float>& flat, const std::vector<float>& found,
 
 TEST(no_key_lies_farther_from_its_centre_than_the_radius) {
   Random random(40);
-  for (const Code code : kAllCodes) {
+  for (const Code code : kSpannedCodes) {
     for (const int64_t group_size : {1, 4, 16, 64}) {
       for (const float apart : {0.0f, 0.1f, 1.0f}) {
         Spanned made = some_spanned(random, code, group_size, 3, apart);
@@ -151,7 +151,7 @@ TEST(no_key_lies_farther_from_its_centre_than_the_radius) {
 
 TEST(spans_are_made_anew_where_a_group_is_encoded_and_only_there) {
   Random random(41);
-  for (const Code code : kAllCodes) {
+  for (const Code code : kSpannedCodes) {
     Spanned made = some_spanned(random, code, 4, 40, 0.1f);
     const Shape& shape = made.index.shape;
     const std::vector<float> before = made.radii;
@@ -169,7 +169,7 @@ TEST(spans_are_made_anew_where_a_group_is_encoded_and_only_there) {
 }
 
 TEST(two_levels_find_the_best_groups_of_one) {
-  for (const Code code : kAllCodes) {
+  for (const Code code : kSpannedCodes) {
     Random random(42);
     for (const int64_t group_size : {1, 8, 32}) {
       const float apart = random.one_of({0.0f, 0.05f, 1.0f});

@@ -13,7 +13,7 @@ struct Input {
   std::vector<int32_t> start;
   std::vector<uint16_t> scale;
   Code code;
-  int64_t chunks;
+  int64_t chunks, wide;
   int quads, group_size;
 
   Input(Random& random, Code kind, int64_t num_chunks, int num_quads, int size)
@@ -24,7 +24,9 @@ struct Input {
         quads(num_quads),
         group_size(size) {
     codes.resize(static_cast<size_t>(chunks * 4 * kTileTokens));
-    query.resize(static_cast<size_t>(planes_of(code) * chunks * kMaxQueries));
+    wide = code == Code::band ? random.between(1, chunks) : 0;
+    const int64_t words = code == Code::band ? 4 * chunks - 2 * wide : planes_of(code) * chunks;
+    query.resize(static_cast<size_t>(words * kMaxQueries));
     if (code == Code::bf16) {
       fill_halves(random, codes.data(), codes.size() / 2);
       fill_halves(random, reinterpret_cast<uint8_t*>(query.data()), query.size() * 2);
@@ -49,7 +51,7 @@ struct Input {
 
   std::vector<float> run(const Kernels& kernels) const {
     std::vector<float> out(static_cast<size_t>(quads * 4 * (kTileTokens / group_size)), kNan);
-    TileScore a{codes.data(), chunks,       quads,      query.data(),
+    TileScore a{codes.data(), chunks,       wide,       quads,     query.data(),
                 start.data(), scale.data(), group_size, out.data()};
     kernels.score_tile(code, a);
     return out;
@@ -99,13 +101,23 @@ TEST(a_score_is_the_start_and_all_products_times_the_scale) {
               return static_cast<int8_t>(four >> (byte % 4 * 8) & 255);
             };
             const int held = input.codes[static_cast<size_t>(byte / 4 * 64 + token * 4 + byte % 4)];
-            const int bits = grid_bits(code), mask = bits ? grid_top(code) : 255;
-            for (int plane = 0; plane < planes_of(code); ++plane) {
-              sum += ((held >> (bits * plane)) & mask) * word(byte / 4 + plane * input.chunks);
+            const int64_t chunk = byte / 4;
+            const bool is_narrow = code == Code::band && chunk >= input.wide;
+            int bits = grid_bits(code) ? grid_bits(code) : 8;
+            int64_t first = 0, chunks = input.chunks;
+            if (code == Code::band) {
+              bits = is_narrow ? 2 : 4;
+              chunks = is_narrow ? input.chunks - input.wide : input.wide;
+              first = is_narrow ? input.wide : 0;  // words before, less chunks before
+            }
+            for (int plane = 0; plane < 8 / bits; ++plane) {
+              const int digit = (held >> (bits * plane)) & ((1 << bits) - 1);
+              sum += digit * word(first + chunk + plane * chunks);
             }
           }
-          const float expected =
-              static_cast<float>(sum) * from_f16(input.scale[static_cast<size_t>(token)]);
+          const float scale =
+              has_scale(code) ? from_f16(input.scale[static_cast<size_t>(token)]) : 1.0f;
+          const float expected = static_cast<float>(sum) * scale;
           const int place = q / 4 * 4 * kTileTokens + token * 4 + q % 4;
           CHECK_NEAR(found[static_cast<size_t>(place)], expected, 0);
         }

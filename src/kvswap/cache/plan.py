@@ -242,7 +242,7 @@ class _Shape:
         """Candidate ranks, best first."""
         if self.config.rank is not None:
             return [self.config.rank]
-        return list(self.index.ranks(self.geometry))
+        return list(self.index.ranks_with(self.geometry, self.code))
 
     def budgets(self) -> list[int]:
         """Candidate numbers of selected groups, of the layer with most; largest first."""
@@ -372,7 +372,7 @@ class _DeviceShape(_Shape):
     @property
     def device_parts(self) -> tuple[str, ...]:
         """Names of the parts on a device."""
-        index = ("index",) if self.index.serves_device else ()
+        index = ("index",) if self.index.serves_device_with(self.code) else ()
         return (*index, *self._parts_beside(0), "slots", "rolling", "landing", "device_workspace")
 
     @property

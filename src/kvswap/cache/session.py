@@ -199,7 +199,7 @@ class CacheSession:
             for _ in range(self.geometry.num_layers if plan.rank else 0)
         ]
         if self.accelerator is not None:
-            for index in self.indexes if kind.serves_device else ():
+            for index in self.indexes if kind.serves_device_with(plan.code) else ():
                 index.move(self.accelerator)
         self.selection = GroupSelection(
             self.config,

@@ -14,7 +14,7 @@ from kvswap.core.errors import ConfigError
 from kvswap.core.geometry import RECORD_CODECS
 from kvswap.core.units import parse_bytes
 
-CODES = ("bf16", "int8", "rot4", "rot2", "rot1")
+CODES = ("bf16", "int8", "rot4", "rot2", "rot1", "band")
 OWN_CODES = ("pq8", "raw")
 """Codes that single indexes have: numbers of centroids, and keys as they are."""
 
@@ -176,7 +176,7 @@ class CacheConfig:
         others. **Answers then depend on timing**, and on the machine.
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads of a head group.
-    code : {"bf16", "int8", "rot4", "rot2", "rot1"}, optional
+    code : {"bf16", "int8", "rot4", "rot2", "rot1", "band"}, optional
         How a coefficient is stored. Some indexes have a code of their own: "pq8", "raw".
     projection : path, optional
         A calibrated projection (`kvswap calibrate`), for one head group. Default: fitted to the

@@ -106,8 +106,14 @@ def _with_projection(model: PreTrainedModel, shape: ModelShape, config: CacheCon
     """Take the rank from a calibrated projection, after checking whose it is."""
     if config.projection is None:
         return config
-    if not INDEXES.get(config.index).takes_basis:
+    kind = INDEXES.get(config.index)
+    if not kind.takes_basis:
         raise ConfigError(f"projection must be left out for the {config.index} index")
+    code = config.code or kind.codes[0]
+    if code in kind.codes and not kind.takes_basis_with(code):
+        raise ConfigError(
+            f"projection must be left out with the {code} code, got {config.projection!r}"
+        )
     projection = Projection.load(config.projection)
     if projection.fingerprint != fingerprint(model):
         raise ConfigError(f"projection was calibrated for another model: {config.projection}")

@@ -5,6 +5,9 @@ token's energy evenly over them, so that one scale a token serves all. The grids
 and one bits are the best uniform ones for a Gaussian, which keeps scoring in integers: of four
 bits the error is a fifth above the best of any grid, of two a hundredth, of one it is the best.
 
+The banded code does without rotation and scale: its coefficients are principal components, each
+on a grid of its own deviation, and the leading ones have more bits.
+
 References
 ----------
 HIGGS, https://arxiv.org/abs/2411.17525 and TurboQuant, https://arxiv.org/abs/2504.19874: grids
@@ -14,6 +17,7 @@ after a rotation. J. Max, Quantizing for minimum distortion, IRE Trans. IT-6, 19
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,10 +42,19 @@ class Code(ABC):
     ----------
     rank : int
         Coefficients of a token.
+
+    Attributes
+    ----------
+    has_scale : bool
+        Whether a token has a scale of its own.
+    needs_fit : bool
+        Whether coefficients must come centred, in order of variance and in steps of the code's
+        grid, as a fit to keys makes them and a projection alone cannot.
     """
 
     name: str
     has_scale: bool = True
+    needs_fit: bool = False
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -133,11 +146,66 @@ class Int8Code(Code):
         return products.mul_(query_scales).mul_(scales.float()[:, None])
 
 
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Coefficients of a few bits each, several in a byte.
+
+    They are cut into planes, equal parts in order, of which the last ones may be short: a byte
+    holds one coefficient of each, the first in its lowest bits.
+    """
+
+    bits: int
+    count: int
+
+    @property
+    def length(self) -> int:
+        """Coefficients of a plane."""
+        return ceil_div(self.count * self.bits, 8)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a token, whole chunks."""
+        return align_up(self.length, CHUNK_BYTES)
+
+    @property
+    def top(self) -> int:
+        """The highest code; levels are codes less half of it."""
+        return int(2**self.bits - 1)
+
+    @property
+    def slices(self) -> list[slice]:
+        """Coefficients of each plane, first to last."""
+        step = self.length
+        return [slice(i, min(i + step, self.count)) for i in range(0, self.count, step)]
+
+    def round(self, coefficients: Tensor) -> Tensor:
+        """Return the levels nearest to coefficients in steps: -0.5, 0.5, 1.5 ..."""
+        half = 2 ** (self.bits - 1)
+        return torch.floor(coefficients).clamp_(-half, half - 1).add_(0.5)
+
+    def pack(self, levels: Tensor) -> Tensor:
+        """Store levels [num_tokens, count]: uint8 [num_tokens, width]."""
+        codes = (levels + self.top / 2).to(torch.uint8)
+        packed = codes.new_zeros(len(codes), self.width)
+        for place, plane in enumerate(self.slices):
+            part = codes[:, plane]
+            packed[:, : part.shape[1]] |= part << (self.bits * place)
+        return packed
+
+    def products(self, packed: Tensor, query_codes: Tensor) -> Tensor:
+        """Multiply codes and rounded queries [num_queries, count], in int32."""
+        products: Tensor | None = None
+        for place, plane in enumerate(self.slices):
+            length = plane.stop - plane.start
+            part = (packed[:, :length] >> (self.bits * place)) & self.top
+            more = _int_product(part.view(torch.int8), query_codes[:, plane].t())
+            products = more if products is None else products.add_(more)
+        assert products is not None, "there is a coefficient"
+        return products
+
+
 class GridCode(Code):
     """A few bits a coefficient on a uniform Gaussian grid, and one scale a token.
-
-    Coefficients are cut into planes, equal parts in order, of which the last ones may be short:
-    a byte holds one coefficient of each, the first in its lowest bits.
 
     Attributes
     ----------
@@ -150,56 +218,40 @@ class GridCode(Code):
     bits: int
     gaussian_step: float
 
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self._planes = Planes(self.bits, rank)
+
     @property
     def plane_length(self) -> int:
         """Coefficients of a plane."""
-        return ceil_div(self.rank * self.bits, 8)
+        return self._planes.length
 
     @property
     def width(self) -> int:
         """Bytes stored for a token."""
-        return align_up(self.plane_length, CHUNK_BYTES)
-
-    @property
-    def planes(self) -> list[slice]:
-        """Coefficients of each plane, first to last."""
-        step = self.plane_length
-        return [slice(i, min(i + step, self.rank)) for i in range(0, self.rank, step)]
+        return self._planes.width
 
     def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
         """Round to the grid's levels; the scale is the one that fits them best."""
-        half = 2 ** (self.bits - 1)
         deviation = coefficients.norm(dim=1, keepdim=True) / self.rank**0.5
         step = (deviation * self.gaussian_step).clamp_(min=1e-20)
-        codes = torch.floor(coefficients / step).clamp_(-half, half - 1)
-        levels = codes + 0.5
+        levels = self._planes.round(coefficients / step)
         scales = (coefficients * levels).sum(1) / (levels * levels).sum(1)
-        codes = (codes + half).to(torch.uint8)
-        packed = codes.new_zeros(len(codes), self.width)
-        for place, plane in enumerate(self.planes):
-            part = codes[:, plane]
-            packed[:, : part.shape[1]] |= part << (self.bits * place)
-        return packed, _as_scale(scales)
+        return self._planes.pack(levels), _as_scale(scales)
 
     def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
         """Multiply planes in integers; the grid's offset, made whole, is added once a query."""
         assert scales is not None
         query_codes, query_scales = round_queries(queries)
-        top = 2**self.bits - 1
-        products: Tensor | None = None
-        for place, plane in enumerate(self.planes):
-            length = plane.stop - plane.start
-            part = (codes[:, :length] >> (self.bits * place)) & top
-            more = _int_product(part.view(torch.int8), query_codes[:, plane].t())
-            products = more if products is None else products.add_(more)
-        assert products is not None, "a rank is positive"
+        products = self._planes.products(codes, query_codes)
         products -= self.offsets(query_codes)
         scored = products.float().mul_(query_scales)
         return scored.mul_(scales.float()[:, None])
 
     def offsets(self, query_codes: Tensor) -> Tensor:
         """Return what the grid's middle adds to each query's products, int32 [num_queries]."""
-        return (query_codes.sum(1, dtype=torch.int32) * (2**self.bits - 1)) >> 1
+        return (query_codes.sum(1, dtype=torch.int32) * self._planes.top) >> 1
 
 
 class Rot4Code(GridCode):
@@ -231,6 +283,66 @@ class Rot1Code(GridCode):
     gaussian_step = GAUSSIAN_STEP_1BIT
 
 
+class BandCode(Code):
+    """Four bits for the leading coefficients, two for the others, no scale.
+
+    A third of the rank, rounded up to a multiple of eight, has four bits: about what reverse
+    water-filling gives to the principal components of keys. A rank of 24 k, or 8 more than that,
+    fills all its bytes, which are k eights, or k eights and four.
+    """
+
+    name = "band"
+    has_scale = False
+    needs_fit = True
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        wide = min(rank, align_up(ceil_div(rank, 3), 8))
+        self._bands = [Planes(4, wide)] + ([Planes(2, rank - wide)] if wide < rank else [])
+
+    @staticmethod
+    def rank_of(num_bytes: int) -> int:
+        """Return the rank that fills so many bytes, a multiple of four."""
+        return 3 * (num_bytes // 8 * 8) + (8 if num_bytes % 8 else 0)
+
+    @property
+    def width(self) -> int:
+        """Bytes stored for a token."""
+        return sum(band.width for band in self._bands)
+
+    @property
+    def steps(self) -> Tensor:
+        """Distance of each coefficient's levels in its own deviations, [rank], float32."""
+        of_bits = {4: GAUSSIAN_STEP_4BIT, 2: GAUSSIAN_STEP_2BIT}
+        return torch.cat([torch.full((band.count,), of_bits[band.bits]) for band in self._bands])
+
+    def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Round to the levels of each band's grid."""
+        parts = self._split(coefficients)
+        packed = [
+            band.pack(band.round(part)) for band, part in zip(self._bands, parts, strict=True)
+        ]
+        return torch.cat(packed, 1), None
+
+    def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
+        """Multiply band by band in integers; the offset of both grids is made whole."""
+        query_codes, query_scales = round_queries(queries)
+        offsets = torch.zeros(len(queries), dtype=torch.int32)
+        total: Tensor | None = None
+        first = 0
+        for band, part in zip(self._bands, self._split(query_codes), strict=True):
+            more = band.products(codes[:, first : first + band.width], part)
+            total = more if total is None else total.add_(more)
+            offsets += part.sum(1, dtype=torch.int32) * band.top
+            first += band.width
+        assert total is not None, "there is a band"
+        total -= offsets >> 1
+        return total.float().mul_(query_scales)
+
+    def _split(self, coefficients: Tensor) -> tuple[Tensor, ...]:
+        return coefficients.split([band.count for band in self._bands], dim=1)
+
+
 def round_queries(queries: Tensor) -> tuple[Tensor, Tensor]:
     """Round each query to eight bits: int8 [num_queries, rank] and float32 [num_queries]."""
     scales = queries.abs().amax(1) / 127
@@ -238,7 +350,7 @@ def round_queries(queries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CODES: dict[str, type[Code]] = {
-    code.name: code for code in (Bf16Code, Int8Code, Rot4Code, Rot2Code, Rot1Code)
+    code.name: code for code in (Bf16Code, Int8Code, Rot4Code, Rot2Code, Rot1Code, BandCode)
 }
 
 

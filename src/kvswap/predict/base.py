@@ -48,11 +48,12 @@ class KeyIndex(ABC):
         Whether every token is scored, so that with all coefficients scores follow the exact
         ones; else a few vectors stand for a group.
     takes_basis : bool
-        Whether `set_basis` can take the place of a fit.
+        Whether `set_basis` can take the place of a fit; `takes_basis_with` says it of a code.
     wants_queries : bool
         Whether its fit looks at queries too (`observe_queries`).
     serves_device : bool
         Whether it can lie on an accelerator (`move`); else it stays on the host.
+        `serves_device_with` says it of a code.
     device : torch.device
         Where it lies: keys and queries are brought there, scores are given there.
     """
@@ -82,6 +83,21 @@ class KeyIndex(ABC):
             smaller = ranks[-1] // 2 // 2 * 2 if ranks[-1] > _FINE_RANK else ranks[-1] - 1
             ranks.append(max(_MIN_RANK, smaller if smaller >= _FINE_RANK else smaller // 8 * 8))
         return tuple(ranks)
+
+    @classmethod
+    def ranks_with(cls, geometry: KVGeometry, code: str) -> tuple[int, ...]:
+        """Return `ranks` as they suit a code."""
+        return cls.ranks(geometry)
+
+    @classmethod
+    def takes_basis_with(cls, code: str) -> bool:
+        """Whether `set_basis` can take the place of a fit with this code."""
+        return cls.takes_basis
+
+    @classmethod
+    def serves_device_with(cls, code: str) -> bool:
+        """Whether it can lie on an accelerator with this code."""
+        return cls.serves_device
 
     @classmethod
     def check(cls, geometry: KVGeometry, *, rank: int, code: str) -> None:

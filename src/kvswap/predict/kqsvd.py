@@ -24,7 +24,7 @@ from torch import Tensor
 from kvswap.core.geometry import KVGeometry
 from kvswap.kernels.accelerator import Accelerator
 from kvswap.predict.base import KeyIndex, register_index
-from kvswap.predict.lowrank import LowRankIndex
+from kvswap.predict.lowrank import ANY_BASIS_CODES, LowRankIndex
 from kvswap.predict.moments import QueryMoments
 from kvswap.predict.projection import leading_basis
 
@@ -35,6 +35,7 @@ _RIDGE = 1e-2  # of the mean second moment of a coordinate
 class KQSVDIndex(LowRankIndex):
     """One layer's index fitted to queries and keys; see `KeyIndex` and the module's head."""
 
+    codes = ANY_BASIS_CODES
     has_query_basis = True
     takes_basis = False
     wants_queries = True

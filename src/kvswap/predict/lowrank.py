@@ -5,7 +5,8 @@ Paper: KVSwap, https://arxiv.org/abs/2511.11907, grouped prediction from compact
 Reproduced: one projection a layer over the joined KV heads, from an uncentred decomposition
 of post-RoPE keys; a score a token; a group scores as its best token does.
 Deviates: query heads are not averaged before the dot product, each scores alone and the best
-counts; coefficients may be stored in 8, 4, 2 or 1 bits after a rotation within the rank; the
+counts; coefficients may be stored in 8, 4, 2 or 1 bits after a rotation within the rank, or as
+principal components of centred keys in bands of 4 and 2 bits (predict/components.py); the
 projection is fitted to the prompt itself where none was calibrated.
 """
 
@@ -21,11 +22,12 @@ from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import KVGeometry
 from kvswap.core.units import align_up
 from kvswap.kernels.accelerator import Accelerator
-from kvswap.kernels.codes import CODES
+from kvswap.kernels.codes import CODES, BandCode
 from kvswap.kernels.native import DTYPE_CODES, native, query_view
 from kvswap.kernels.scores import group_maximum, reduce_heads
 from kvswap.kernels.tiles import TILE_TOKENS, put_codes, take_codes, tiled_zeros
 from kvswap.predict.base import KeyIndex, register_index
+from kvswap.predict.components import KeyMoments, fit_components
 from kvswap.predict.projection import fit_workspace_bytes, leading_basis
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 _LEAST_BLOCK_TOKENS = 512  # scored at once; more where fitting takes the memory anyway
 _FEW_GROUPS = 16  # encoded one by one: for more a matrix product is faster
 # As csrc/kernels/api.h numbers them.
-_NATIVE_CODES = {"rot4": 0, "int8": 1, "bf16": 2, "rot2": 3, "rot1": 4}
+_NATIVE_CODES = {"rot4": 0, "int8": 1, "bf16": 2, "rot2": 3, "rot1": 4, "band": 5}
+ANY_BASIS_CODES = ("rot4", "int8", "bf16", "rot2", "rot1")
+"""Codes that go with whatever projection there is."""
 _WIDE_TOKENS = 256  # tokens held in float32 at once while fitting and encoding
 
 
@@ -48,7 +52,7 @@ class LowRankIndex(KeyIndex):
         Whether queries are projected otherwise than keys are.
     """
 
-    codes = ("rot4", "int8", "bf16", "rot2", "rot1")
+    codes: ClassVar[tuple[str, ...]] = (*ANY_BASIS_CODES, "band")
     has_query_basis: ClassVar[bool] = False
     takes_basis = True
     serves_device = True
@@ -65,9 +69,14 @@ class LowRankIndex(KeyIndex):
         room = len(self._tiles) * TILE_TOKENS
         self._scales = torch.zeros(room, dtype=torch.float16) if self._code.has_scale else None
         self._basis = torch.zeros(geometry.key_dim, rank, dtype=torch.bfloat16)
-        own = self.has_query_basis
-        self._query_basis = torch.zeros_like(self._basis) if own else self._basis
+        self._own_queries = self._num_bases(code) == 2
+        self._query_basis = torch.zeros_like(self._basis) if self._own_queries else self._basis
+        # Of the banded code: the mean key, and what it is in coefficients.
+        is_centred = self._code.needs_fit
+        self._mean = torch.zeros(geometry.key_dim) if is_centred else None
+        self._offsets = torch.zeros(rank) if is_centred else None
         self._covariance: Tensor | None = None
+        self._key_moments: KeyMoments | None = None
         self._is_fitted = False
         tokens = _block_tokens(geometry, rank, code, num_groups, group_size)
         self._block_groups = max(1, tokens // group_size)
@@ -82,6 +91,7 @@ class LowRankIndex(KeyIndex):
             scales=0 if self._scales is None else self._scales.data_ptr(),
             basis=self._basis.data_ptr(),
             query_basis=self._query_basis.data_ptr(),
+            offsets=0 if self._offsets is None else self._offsets.data_ptr(),
             width=self._code.width,
             rank=self._code.rank,
             group_size=self._group_size,
@@ -96,20 +106,43 @@ class LowRankIndex(KeyIndex):
 
         self.device = accelerator.device
         self._tiles, self._basis = self._tiles.to(self.device), self._basis.to(self.device)
-        own = self.has_query_basis
+        own = self._own_queries
         self._query_basis = self._query_basis.to(self.device) if own else self._basis
         self._scales = None if self._scales is None else self._scales.to(self.device)
         self._scanner = None
         self._device_scanner = DeviceScanner(self._code, self._group_size, accelerator)
 
     @classmethod
+    def _num_bases(cls, code: str) -> int:
+        return 1 + (cls.has_query_basis or CODES[code].needs_fit)
+
+    @classmethod
+    def takes_basis_with(cls, code: str) -> bool:
+        """Whether `set_basis` can take the place of a fit: of codes that need no more."""
+        return cls.takes_basis and not CODES[code].needs_fit
+
+    @classmethod
+    def serves_device_with(cls, code: str) -> bool:
+        """Whether it can lie on an accelerator: the banded code is scored on the host."""
+        return cls.serves_device and not CODES[code].needs_fit
+
+    @classmethod
+    def ranks_with(cls, geometry: KVGeometry, code: str) -> tuple[int, ...]:
+        """Of the banded code ranks that fill the bytes of `ranks` in four bits."""
+        if code != BandCode.name:
+            return cls.ranks(geometry)
+        filled = (BandCode.rank_of(align_up(rank, 8) // 2) for rank in cls.ranks(geometry))
+        return tuple(min(rank, geometry.key_dim) for rank in filled)
+
+    @classmethod
     def plan_bytes(
         cls, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
     ) -> int:
-        """Codes of every group and the projections in bfloat16."""
+        """Codes of every group, the projections in bfloat16, and of the banded code the mean."""
         tokens = align_up(num_groups * group_size, TILE_TOKENS)
-        bases = (1 + cls.has_query_basis) * geometry.key_dim * rank * 2
-        return tokens * CODES[code](rank).token_bytes + bases
+        bases = cls._num_bases(code) * geometry.key_dim * rank * 2
+        mean = 4 * (geometry.key_dim + rank) * CODES[code].needs_fit
+        return tokens * CODES[code](rank).token_bytes + bases + mean
 
     @classmethod
     def workspace_bytes(
@@ -119,14 +152,15 @@ class LowRankIndex(KeyIndex):
         tokens = _block_tokens(geometry, rank, code, num_groups, group_size)
         block = min(tokens, num_groups * group_size) * _token_scratch_bytes(geometry, rank, code)
         score = block + num_groups * _group_scratch_bytes(geometry)
-        return max(_fit_bytes(geometry, rank), score)
+        moments = KeyMoments.nbytes_of(geometry.key_dim) * CODES[code].needs_fit
+        return max(_fit_bytes(geometry, rank) + moments, score)
 
     @property
     def nbytes(self) -> int:
-        """Codes, scales and projections."""
-        scales = self._scales.nbytes if self._scales is not None else 0
-        bases = (1 + self.has_query_basis) * self._basis.nbytes
-        return self._tiles.nbytes + scales + bases
+        """Codes, scales, projections and mean."""
+        bases = (1 + self._own_queries) * self._basis.nbytes
+        rest = (self._scales, self._mean, self._offsets)
+        return self._tiles.nbytes + bases + sum(held.nbytes for held in rest if held is not None)
 
     @property
     def is_fitted(self) -> bool:
@@ -139,7 +173,14 @@ class LowRankIndex(KeyIndex):
         return self._basis
 
     def observe(self, keys: Tensor) -> None:
-        """Add keys to the uncentred covariance."""
+        """Add keys to the uncentred covariance, or of the banded code to their moments."""
+        if self._code.needs_fit:
+            if self._key_moments is None and len(keys):
+                self._key_moments = KeyMoments(keys[0])
+            if self._key_moments is not None:
+                for block in keys.split(_WIDE_TOKENS):
+                    self._key_moments.add(block)
+            return
         if self._covariance is None:
             self._covariance = torch.zeros(keys.shape[1], keys.shape[1], device=self.device)
         for block in keys.split(_WIDE_TOKENS):
@@ -147,12 +188,27 @@ class LowRankIndex(KeyIndex):
             self._covariance.addmm_(wide.t(), wide)
 
     def fit(self) -> None:
-        """Take the leading eigenvectors and rotate them among themselves."""
-        if self._covariance is None:
+        """Take the leading eigenvectors and rotate them among themselves, or scale them."""
+        if self._covariance is None and self._key_moments is None:
             raise ConfigError("fit needs observed keys, got none")
+        if self._key_moments is not None:
+            self._fit_components(*self._key_moments.take())
+            return
+        assert self._covariance is not None
         bases = self._find_bases(self._covariance.cpu())
         self._covariance = None
         self._use(*bases)
+
+    def _fit_components(self, mean: Tensor, covariance: Tensor) -> None:
+        assert isinstance(self._code, BandCode)
+        assert self._mean is not None
+        assert self._offsets is not None
+        self._key_moments = None
+        steps = self._code.steps
+        made = fit_components(mean, covariance, steps=steps, dtype=self._basis.dtype)
+        self._mean.copy_(mean)
+        self._offsets.copy_(made.offsets)
+        self._use(made.basis, made.query_basis)
 
     def _find_bases(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """Return the projections of keys and of queries; the covariance may be changed."""
@@ -161,6 +217,11 @@ class LowRankIndex(KeyIndex):
 
     def set_basis(self, basis: Tensor) -> None:
         """Use a projection made elsewhere, [num_kv_heads * head_dim, rank]."""
+        if not self.takes_basis_with(self._code.name):
+            raise ConfigError(
+                f"projection must be left out with the {self._code.name} code, whose grids are"
+                " fitted to keys"
+            )
         if basis.shape != self._basis.shape:
             expected = list(self._basis.shape)
             raise ConfigError(f"projection must be {expected}, got {list(basis.shape)}")
@@ -168,7 +229,7 @@ class LowRankIndex(KeyIndex):
 
     def _use(self, basis: Tensor, query_basis: Tensor) -> None:
         self._basis.copy_(basis)
-        if self.has_query_basis:
+        if self._own_queries:
             self._query_basis.copy_(query_basis)
         self._is_fitted = True
 
@@ -184,7 +245,10 @@ class LowRankIndex(KeyIndex):
             ids = groups[first : first + step]
             begin = first * self._group_size
             wide = keys[begin : begin + len(ids) * self._group_size].float()
-            codes, scales = self._code.encode(wide @ basis)
+            coefficients = wide @ basis
+            if self._offsets is not None:
+                coefficients -= self._offsets
+            codes, scales = self._code.encode(coefficients)
             tokens = self._tokens_of(ids)
             put_codes(self._tiles, tokens, codes)
             if self._scales is not None and scales is not None:
@@ -196,7 +260,12 @@ class LowRankIndex(KeyIndex):
 
     def score_heads(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
         """Score each query head against every token; see `KeyIndex.score_heads`."""
-        return self._score_groups((self._project(query) * scaling).flatten(0, 1), groups)
+        scores = self._score_groups((self._project(query) * scaling).flatten(0, 1), groups)
+        if self._mean is not None:  # a constant a head, which matters here alone
+            means = self._mean.unflatten(0, (self._geometry.num_kv_heads, -1))
+            by_kv_head = query[:, 0].float().unflatten(0, (len(means), -1))
+            scores += (by_kv_head @ means[:, :, None]).flatten() * scaling
+        return scores
 
     def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
         """Score each query head against every token; see `KeyIndex.score`."""
@@ -256,10 +325,12 @@ class LowRankIndex(KeyIndex):
             "basis": self._basis.view(torch.uint16).cpu().numpy(),
             "tiles": self._tiles.cpu().numpy(),
         }
-        if self.has_query_basis:
+        if self._own_queries:
             arrays["query_basis"] = self._query_basis.view(torch.uint16).cpu().numpy()
-        if self._scales is not None:
-            arrays["scales"] = _plain_bytes(self._scales)
+        rest = {"scales": self._scales, "mean": self._mean, "offsets": self._offsets}
+        for name, held in rest.items():
+            if held is not None:
+                arrays[name] = _plain_bytes(held)
         return arrays if self._is_fitted else {}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
@@ -267,7 +338,8 @@ class LowRankIndex(KeyIndex):
         if not state:
             return
         kept = {"tiles": self._tiles, "scales": self._scales, "basis": self._basis}
-        if self.has_query_basis:
+        kept |= {"mean": self._mean, "offsets": self._offsets}
+        if self._own_queries:
             kept["query_basis"] = self._query_basis
         for name, held in kept.items():
             if held is None:

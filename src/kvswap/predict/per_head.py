@@ -21,7 +21,7 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.codes import CODES
 from kvswap.predict.base import KeyIndex
-from kvswap.predict.lowrank import LowRankIndex
+from kvswap.predict.lowrank import ANY_BASIS_CODES, LowRankIndex
 from kvswap.predict.projection import fit_workspace_bytes
 
 _WIDE_TOKENS = 512  # held in float32 at once while keys are observed
@@ -36,7 +36,7 @@ class PerHeadIndex(KeyIndex):
     A subclass says where the heads' projections come from.
     """
 
-    codes: ClassVar[tuple[str, ...]] = LowRankIndex.codes
+    codes: ClassVar[tuple[str, ...]] = ANY_BASIS_CODES
     serves_device = True
 
     def __init__(

@@ -92,8 +92,32 @@ def leading_basis(covariance: Tensor, rank: int) -> Tensor:
         Orthonormal columns. The rotation is fixed by the rank; it spreads a key's energy
         evenly over the coefficients, which coarse codes need.
 
-    Notes
-    -----
+    """
+    return _eigenvectors(covariance, rank)[0] @ rotation(rank, seed=rank)
+
+
+def leading_components(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the leading eigenvectors of a covariance, unrotated, and their eigenvalues.
+
+    Parameters
+    ----------
+    covariance : Tensor [dim, dim], float32
+    rank : int
+
+    Returns
+    -------
+    vectors : Tensor [dim, rank], float32
+    variances : Tensor [rank], float32
+        Largest first.
+    """
+    vectors, values = _eigenvectors(covariance, rank)
+    order = values.argsort(descending=True, stable=True)
+    return vectors[:, order], values[order]
+
+
+def _eigenvectors(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return leading eigenvectors and eigenvalues in some order.
+
     Where few directions of many are wanted a randomised decomposition with a fixed seed takes
     the place of the full one: a fifth of the memory and a tenth of the time.
     """
@@ -101,10 +125,10 @@ def leading_basis(covariance: Tensor, rank: int) -> Tensor:
     if 2 * wanted < len(covariance):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            leading = torch.svd_lowrank(covariance, q=wanted, niter=_ITERATIONS)[0][:, :rank]
-    else:
-        leading = torch.linalg.eigh(covariance).eigenvectors[:, -rank:]
-    return leading @ rotation(rank, seed=rank)
+            vectors, values, _ = torch.svd_lowrank(covariance, q=wanted, niter=_ITERATIONS)
+        return vectors[:, :rank], values[:rank]
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors[:, -rank:], values[-rank:]
 
 
 def fit_workspace_bytes(dim: int, rank: int) -> int:

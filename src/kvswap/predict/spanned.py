@@ -34,7 +34,7 @@ from kvswap.kernels.scores import reduce_heads, sampled_groups
 from kvswap.kernels.tiles import TILE_TOKENS, tiled_zeros
 from kvswap.predict.base import register_index
 from kvswap.predict.levels import Levels
-from kvswap.predict.lowrank import LowRankIndex
+from kvswap.predict.lowrank import ANY_BASIS_CODES, LowRankIndex
 
 _NONE = np.empty(0, np.int32)
 
@@ -42,6 +42,8 @@ _NONE = np.empty(0, np.int32)
 @register_index("lowrank_spans")
 class SpannedIndex(LowRankIndex):
     """One layer's low-rank index with spans; see `KeyIndex` and the module's head."""
+
+    codes = ANY_BASIS_CODES
 
     def __init__(
         self, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
