@@ -129,6 +129,17 @@ def test_what_is_selected_is_what_the_host_selects(code, tmp_path):
         assert_on_device(cache)
 
 
+def test_a_code_that_is_scored_on_the_host_alone_serves_a_device_too(tmp_path):
+    model, ids = small_model(), prompt(41).to(DEVICE)
+    expected = greedy(model, stock_cache(model), ids, 5)
+    with attached(model, tmp_path, **{**FEW_SLOTS, "code": "band"}) as cache:
+        assert torch.equal(greedy(model, cache, ids, 5), expected)
+        session = cache.session
+        assert {index.device for index in session.indexes} == {torch.device("cpu")}
+        assert all(index._device_scanner is None for index in session.indexes)
+        assert "index" not in session.plan.device_parts
+
+
 @pytest.mark.skipif(HAS_GPU, reason="a GPU's own stream is late by itself")
 def test_copies_that_come_as_late_as_they_may_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(import_module("kvswap.hf.attach"), "accelerator_of", LateAccelerator)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvswap.core.geometry import KVGeometry
-from kvswap.kernels.codes import CODES
 from kvswap.kernels.scores import SAMPLED_FROM, reduce_heads, sampled_groups
 from kvswap.kernels.tiles import TILE_TOKENS
 from kvswap.predict.spanned import SpannedIndex
@@ -19,7 +18,7 @@ from kvswap.predict.topk import TopKSelector
 HEAD_DIM = 16
 SCALING = 0.5
 RANK = 12
-every_code = pytest.mark.parametrize("code", tuple(CODES))
+every_code = pytest.mark.parametrize("code", SpannedIndex.codes)
 TOLERANCE = {"bf16": 8e-2, "int8": 3e-2, "rot4": 3e-2, "rot2": 3e-2, "rot1": 3e-2}
 
 

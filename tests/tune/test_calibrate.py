@@ -67,6 +67,14 @@ def test_a_saved_projection_serves_a_cache_without_a_fit(tmp_path):
         assert torch.equal(greedy(model, cache, ids, 15), tokens)
 
 
+def test_a_projection_is_refused_where_the_code_needs_more_than_one(tmp_path):
+    model, path = make_model("llama"), tmp_path / "projection.safetensors"
+    kvswap.calibrate(model, windows(), rank=8).save(path)
+    config = config_for(tmp_path, **{**EXACT, "code": "band"}, projection=path)
+    with pytest.raises(ConfigError, match="projection must be left out with the band code, got"):
+        kvswap.attach(model, config)
+
+
 def test_an_attached_model_is_calibrated_as_any_other(tmp_path):
     model = make_model("llama")
     expected = kvswap.calibrate(model, windows(), rank=8)
