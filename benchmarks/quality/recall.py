@@ -280,7 +280,10 @@ def report(args, geometry: KVGeometry, chosen: list[Candidate], masses: Masses, 
         ).append(args.results)
         if args.plot:
             lines = {
-                name: [LayerRecall(layer, mean, number) for layer, mean in enumerate(found)]
+                name: [
+                    LayerRecall(layer_idx=layer_idx, mean=mean, count=number)
+                    for layer_idx, mean in enumerate(found)
+                ]
                 for name, found in by_layer.items()
             }
             save_recall_plot(args.plot.with_stem(f"{args.plot.stem}_{share * 100:.0f}pct"), lines)

@@ -220,11 +220,13 @@ def test_io_engine(tmp_path):
 LLAMA = str(ROOT / "benchmarks" / "readers" / "llama")
 
 
-def test_recall(tmp_path):
+def test_recall(tmp_path, tmp_path_factory):
+    plots = tmp_path_factory.mktemp("plots")
     records = run(
         "quality/recall.py", tmp_path, "--reader", LLAMA, "--context", "1024", "--questions", "1",
-        "--tasks", "niah_multikey_1", "--index", "lowrank+rot4", "exact",
+        "--tasks", "niah_multikey_1", "--index", "lowrank+rot4", "--plot", str(plots / "recall.svg"),
     )  # fmt: skip
+    assert {plot.name for plot in plots.iterdir()} == {"recall_2pct.svg", "recall_5pct.svg"}
     assert [record["metric"] for record in records] == ["recall_gap_2pct", "recall_gap_5pct"]
     for record in records:
         assert_whole(record)
@@ -237,10 +239,12 @@ def test_recall(tmp_path):
 def test_methods_are_compared_from_the_same_prefills(tmp_path):
     work = tmp_path / "work"
     options = [
-        "--reader", LLAMA, "--context", "2048", "--samples", "2", "--questions", "2", "--seed", "3",
+        "--reader", LLAMA, "--context", "2048", "--samples", "1", "--questions", "1", "--seed", "3",
         "--kv-memory", "1/2", "--dtype", "float32", "--work", str(work),
     ]  # fmt: skip
-    options += ["--tasks", "niah_single_2", "extraction", "--recall", "1", "--methods", "all"]
+    methods = ["default", "default, records of 4 bits", "low rank of as many bytes", "Loki"]
+    methods += ["KVSwap, published", "Quest, tuned", "streamingllm", "snapkv", "snapkv:tuned"]
+    options += ["--tasks", "extraction", "--recall", "1", "--methods", *methods]
     printed = call("quality/compare.py", tmp_path, *options, "--results", str(work / "r.jsonl"))
     records = [json.loads(line) for line in (work / "r.jsonl").read_text().splitlines()]
     assert [record["metric"] for record in records] == [
