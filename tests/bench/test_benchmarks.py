@@ -224,7 +224,8 @@ def test_recall(tmp_path, tmp_path_factory):
     plots = tmp_path_factory.mktemp("plots")
     records = run(
         "quality/recall.py", tmp_path, "--reader", LLAMA, "--context", "1024", "--questions", "1",
-        "--tasks", "niah_multikey_1", "--index", "lowrank+rot4", "--plot", str(plots / "recall.svg"),
+        "--tasks", "niah_multikey_1", "--index", "lowrank+rot4",
+        "--plot", str(plots / "recall.svg"),
     )  # fmt: skip
     assert {plot.name for plot in plots.iterdir()} == {"recall_2pct.svg", "recall_5pct.svg"}
     assert [record["metric"] for record in records] == ["recall_gap_2pct", "recall_gap_5pct"]
