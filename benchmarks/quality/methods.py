@@ -54,7 +54,6 @@ ON_DISK: dict[str, dict[str, Any]] = {
 
 EVICTIONS = ("streamingllm", "h2o", "snapkv", "pyramidinfer", "keydiff", "laq")
 BASELINES = tuple(f"{name}{setting}" for name in EVICTIONS for setting in ("", ":tuned"))
-ORACLE = "exact keys (oracle, beyond the budget)"
 
 
 def names_of(asked: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -217,11 +218,11 @@ class KeyIndex(ABC):
             Logarithm of the largest share of a query head's attention that a group is expected
             to receive: higher matters more.
         """
-        best: Tensor | None = None
-        for token in query.split(1, dim=1):
-            scores = reduce_heads(self.score_heads(token, groups, scaling=scaling))
-            best = scores if best is None else torch.maximum(best, scores)
-        assert best is not None, "a query has a token"
+        tokens = query.split(1, dim=1)
+        by_token = (
+            reduce_heads(self.score_heads(token, groups, scaling=scaling)) for token in tokens
+        )
+        best = functools.reduce(torch.maximum, by_token)
         marked = self.always_read(groups)
         if marked is not None:
             best[marked] = 0.0

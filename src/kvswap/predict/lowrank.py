@@ -12,6 +12,7 @@ projection is fitted to the prompt itself where none was calibrated.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -289,13 +290,11 @@ class LowRankIndex(KeyIndex):
         return scores
 
     def _score_plainly(self, query: Tensor, groups: np.ndarray, scaling: float) -> Tensor:
-        projected = self._project(query) * scaling
-        best: Tensor | None = None
-        for token in projected:
-            reduced = self._reduce_heads(self._score_groups(token, groups))
-            best = reduced if best is None else torch.maximum(best, reduced)
-        assert best is not None
-        return best
+        by_token = (
+            self._reduce_heads(self._score_groups(token, groups))
+            for token in self._project(query) * scaling
+        )
+        return functools.reduce(torch.maximum, by_token)
 
     def _reduce_heads(self, scores: Tensor) -> Tensor:
         return reduce_heads(scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -40,9 +41,8 @@ def score_reduced(
     -------
     Tensor [n], float32
     """
-    best: Tensor | None = None
-    for token in query.split(1, dim=1):
-        scores = REDUCTIONS[reduce](index.score_heads(token, groups, scaling=scaling))
-        best = scores if best is None else torch.maximum(best, scores)
-    assert best is not None, "a query has a token"
-    return best
+    by_token = (
+        REDUCTIONS[reduce](index.score_heads(token, groups, scaling=scaling))
+        for token in query.split(1, dim=1)
+    )
+    return functools.reduce(torch.maximum, by_token)
