@@ -4,13 +4,14 @@ Question: how far below full attention does each method answer, task by task, wh
 memory, what does it read and how fast is it, when all of them may keep the same share of the KV
 cache?
 
-Documents are read once, exactly; questions and answers go through what each method selects or has
-kept. The engine that answers is the one that is timed. A run that was interrupted goes on with its
-samples; `--records` alone makes the records of the samples that are there.
+Documents are read once, exactly, for all methods and all shares; questions and answers go through
+what each method selects or has kept. The engine that answers is the one that is timed. A run that
+was interrupted goes on with its samples; `--records` alone makes the records of the samples that
+are there.
 
 Usage::
 
-    python benchmarks/quality/compare.py --reader benchmarks/readers/llama --kv-memory 1/16
+    python benchmarks/quality/compare.py --reader benchmarks/readers/llama --kv-memory 1/16 1/32
     python benchmarks/quality/compare.py --reader benchmarks/readers/llama --methods all
 """
 
@@ -19,12 +20,12 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from methods import CLAIMED, RECORDS_OF_4_BITS, SAME_BYTES, make_methods, names_of
+from methods import CLAIMED, RECORDS_OF_4_BITS, SAME_BYTES, label, make_methods, names_of
 from tables import Cell, markdown
 
 from kvswap.bench.evaluation import (
@@ -34,6 +35,7 @@ from kvswap.bench.evaluation import (
     Plan,
     Report,
     Results,
+    Score,
     summarise,
 )
 from kvswap.bench.reader import load_reader
@@ -44,6 +46,9 @@ from kvswap.hf.geometry import fingerprint
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality.jsonl"
 FACTS = ("extraction",)
 
+Reports = Mapping[tuple[str, int], Report]
+"""By the reader's name and seed."""
+
 
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
@@ -51,9 +56,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reader", type=Path, nargs="+", required=True, help="folders")
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--tasks", nargs="+", default=["all"])
-    parser.add_argument("--kv-memory", default="1/16", help="a share of full KV")
+    parser.add_argument(
+        "--kv-memory",
+        nargs="+",
+        default=["1/16"],
+        help="shares of full KV; beyond the first for the default setting alone",
+    )
     parser.add_argument("--methods", nargs="+", default=[CLAIMED], help="names, or all")
-    parser.add_argument("--samples", type=int, default=200, help="answers of each task")
+    parser.add_argument(
+        "--samples", type=int, default=200, help="answers of each task, over all seeds"
+    )
     parser.add_argument("--questions", type=int, default=20, help="of each document")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -61,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--kv-dir", type=Path, default=None)
     parser.add_argument("--work", type=Path, default=Path("quality"), help="folder for samples")
+    parser.add_argument("--keep-prefills", action="store_true", help="for a later run")
     parser.add_argument("--records", action="store_true", help="ask nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -68,8 +81,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def samples_path(args: argparse.Namespace, reader: Path, seed: int) -> Path:
     """Return the file of all answers of a reader and a seed."""
-    share = args.kv_memory.replace("/", "_")
-    return args.work / f"{reader.name}-{args.context}-{share}-{args.dtype}-{seed}.jsonl"
+    return args.work / f"{reader.name}-{args.context}-{args.dtype}-{seed}.jsonl"
 
 
 def run(args: argparse.Namespace, reader: Path, seed: int) -> Report:
@@ -80,7 +92,7 @@ def run(args: argparse.Namespace, reader: Path, seed: int) -> Report:
         language=Words(),
         language_name="words",
         context_tokens=args.context,
-        samples=args.samples,
+        samples=args.samples // len(args.seed),
         questions=args.questions,
         seed=seed,
     )
@@ -96,6 +108,7 @@ def run(args: argparse.Namespace, reader: Path, seed: int) -> Report:
                 methods,
                 results,
                 work=args.work / "prefills",
+                keeps_prefills=args.keep_prefills,
                 on_progress=_Telling(reader, seed),
             ).run()
         return summarise(results)
@@ -113,28 +126,43 @@ class _Telling:
             print(f"{self._name}: {done} of {total} answers", file=sys.stderr, flush=True)
 
 
-def below(reports: dict[str, Report], method: str, other: str = FULL) -> list[Cell]:
-    """Return by reader and task how many points a method is below another one."""
-    cells = []
-    for name, report in reports.items():
+def below(reports: Reports, method: str, other: str = FULL) -> list[Cell]:
+    """Return by reader and task how many points a method is below another one, over all seeds."""
+    found: dict[tuple[str, str], list[tuple[Score, Score]]] = {}
+    for (reader, _), report in reports.items():
         by_method = {each.method: each for each in report.methods}
         if method not in by_method or other not in by_method:
             continue
         for task, score in by_method[method].tasks.items():
-            points = 100 * (by_method[other].tasks[task].mean - score.mean)
-            cells.append(Cell(name, task, points, score.mean, score.samples))
-    return cells
+            if task in by_method[other].tasks:
+                pair = (by_method[other].tasks[task], score)
+                found.setdefault((reader, task), []).append(pair)
+    return [
+        Cell(
+            reader,
+            task,
+            points=100
+            * (_pooled([their for their, _ in pairs]) - _pooled([my for _, my in pairs])),
+            score=_pooled([my for _, my in pairs]),
+            samples=sum(my.samples for _, my in pairs),
+        )
+        for (reader, task), pairs in found.items()
+    ]
+
+
+def _pooled(scores: Sequence[Score]) -> float:
+    return sum(each.mean * each.samples for each in scores) / sum(each.samples for each in scores)
 
 
 def claim(
     args: argparse.Namespace,
-    reports: dict[str, Report],
+    reports: Reports,
     metric: str,
     question: str,
     cells: Sequence[Cell],
     value: float,
 ) -> None:
-    """Append a record whose samples are the tasks of every reader and seed."""
+    """Append a record whose samples are the tasks of every reader."""
     if not cells:
         return
     Record(
@@ -162,23 +190,25 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
     return named | {"reader": [reader.name for reader in args.reader]}
 
 
-_PLACES = ("kv_dir", "work", "results", "records", "threads")
+_PLACES = ("kv_dir", "work", "results", "records", "threads", "keep_prefills")
 
 
-def claims(args: argparse.Namespace, reports: dict[str, Report]) -> None:
+def claims(args: argparse.Namespace, reports: Reports, share: str) -> None:
     """Append a record of each claim that the methods asked bear on."""
-    share = args.kv_memory.replace("/", "_")
-    cells = below(reports, CLAIMED)
+    claimed, suffix = label(CLAIMED, share), share.replace("/", "_")
+    cells = below(reports, claimed)
     worst = max((cell.points for cell in cells), default=0.0)
     claim(
         args,
         reports,
-        f"points_below_full_{share}",
+        f"points_below_full_{suffix}",
         "how many points is the default setting below full attention on its worst task?",
         cells,
         worst,
     )
-    cells = below(reports, RECORDS_OF_4_BITS, CLAIMED)
+    if share != args.kv_memory[0]:
+        return
+    cells = below(reports, label(RECORDS_OF_4_BITS, share), claimed)
     claim(
         args,
         reports,
@@ -187,7 +217,8 @@ def claims(args: argparse.Namespace, reports: dict[str, Report]) -> None:
         cells,
         max((cell.points for cell in cells), default=0.0),
     )
-    cells = [cell for cell in below(reports, SAME_BYTES, CLAIMED) if cell.task in FACTS]
+    same_bytes = below(reports, label(SAME_BYTES, share), claimed)
+    cells = [cell for cell in same_bytes if cell.task in FACTS]
     claim(
         args,
         reports,
@@ -198,14 +229,14 @@ def claims(args: argparse.Namespace, reports: dict[str, Report]) -> None:
     )
 
 
-def table(args: argparse.Namespace, reports: dict[str, Report]) -> None:
+def table(args: argparse.Namespace, reports: Reports, share: str) -> None:
     """Print the table; where every method answered every task, append the record of it."""
-    print(markdown(reports))
-    asked = set(names_of(args.methods))
+    asked = {name: label(name, share) for name in names_of(args.methods)}
+    print(markdown(reports.values(), asked))
     whole = [
         name
-        for name in sorted(asked)
-        if all(_is_whole(report, name) for report in reports.values())
+        for name, labelled in sorted(asked.items())
+        if all(_is_whole(report, labelled) for report in reports.values())
     ]
     Record(
         metric="methods_in_table",
@@ -216,7 +247,11 @@ def table(args: argparse.Namespace, reports: dict[str, Report]) -> None:
         seed=args.seed[0],
         device=describe_device(args.kv_dir),
         cache_state="O_DIRECT where the file system allows it",
-        extra={"reports": {name: report.to_dict() for name, report in reports.items()}},
+        extra={
+            "reports": {
+                f"{name}, seed {seed}": report.to_dict() for (name, seed), report in reports.items()
+            }
+        },
     ).append(args.results)
 
 
@@ -233,12 +268,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.kv_dir, prefix="kvswap-bench-") as directory:
         args.kv_dir = Path(directory)
         reports = {
-            f"{reader.name}, seed {seed}": run(args, reader, seed)
+            (reader.name, seed): run(args, reader, seed)
             for reader in args.reader
             for seed in args.seed
         }
-        claims(args, reports)
-        table(args, reports)
+        for share in args.kv_memory:
+            claims(args, reports, share)
+        table(args, reports, args.kv_memory[0])
 
 
 if __name__ == "__main__":

@@ -72,31 +72,44 @@ def names_of(asked: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def label(name: str, share: str) -> str:
+    """Return what a method is called with a share of the memory of full attention."""
+    return name if name == FULL else f"{name} at {share}"
+
+
 def make_methods(args: argparse.Namespace, model: PreTrainedModel) -> list[Method]:
-    """Return the methods that were asked for and that the budget has room for."""
-    budget, geometry = Budget.parse(args.kv_memory), read_shape(model).geometry
-    methods: list[Method] = []
-    for name in names_of(args.methods):
-        if name == FULL:
-            methods.append(FullAttention())
-        elif name in BASELINES:
-            methods.append(Evicted(name=name, budget=budget))
-        else:
-            method = _on_disk(name, args, budget, geometry)
+    """Return the methods that were asked for with the first share, the default with all.
+
+    A method that the budget has no room for is left out, which is said.
+    """
+    geometry = read_shape(model).geometry
+    methods: list[Method] = [FullAttention()]
+    for share in args.kv_memory:
+        budget = Budget.parse(share)
+        for name in names_of(args.methods) if share == args.kv_memory[0] else (CLAIMED,):
+            if name == FULL:
+                continue
+            if name in BASELINES:
+                evicted = Evicted(name=name, budget=budget)
+                evicted.name = label(name, share)
+                methods.append(evicted)
+                continue
+            method = _on_disk(name, share, args, geometry)
             try:
                 method.check(model, document_tokens=args.context, room_tokens=256)
             except BudgetError as error:
-                print(f"{name} is left out: {error}")
+                print(f"{method.name} is left out: {error}")
                 continue
             methods.append(method)
     return methods
 
 
-def _on_disk(name: str, args: argparse.Namespace, budget: Budget, geometry: KVGeometry) -> KVSwap:
-    settings = {"recall_every": args.recall, **ON_DISK[name]}
+def _on_disk(name: str, share: str, args: argparse.Namespace, geometry: KVGeometry) -> KVSwap:
+    budget = Budget.parse(share)
+    settings: dict[str, Any] = {"recall_every": args.recall, **ON_DISK[name]}
     if name == SAME_BYTES:
         settings["rank"] = _rank_of_same_bytes(args, budget, geometry)
-    return KVSwap(name=name, budget=budget, directory=args.kv_dir, settings=settings)
+    return KVSwap(name=label(name, share), budget=budget, directory=args.kv_dir, settings=settings)
 
 
 def _rank_of_same_bytes(args: argparse.Namespace, budget: Budget, geometry: KVGeometry) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -13,7 +13,7 @@ from kvswap.core.units import format_bytes
 
 @dataclass(frozen=True)
 class Cell:
-    """A task of a reader and a seed: points below what it is set against, score, answers."""
+    """A task of a reader: points below what it is set against, score, answers."""
 
     reader: str
     task: str
@@ -26,15 +26,23 @@ class Cell:
         return asdict(self)
 
 
-def markdown(reports: Mapping[str, Report]) -> str:
-    """Return a table with a row for each method: means over readers and seeds."""
-    tasks = list(dict.fromkeys(task for report in reports.values() for task in report.tasks))
+def markdown(reports: Collection[Report], asked: Mapping[str, str]) -> str:
+    """Return a table with a row for each method asked: means over readers and seeds.
+
+    Parameters
+    ----------
+    reports : collection of Report
+    asked : mapping of str to str
+        What methods are called in the table, and in the reports.
+    """
+    tasks = list(dict.fromkeys(task for report in reports for task in report.tasks))
     head = ["method", *tasks, "all", "recall", "KV memory", "of full", "read a token", "tokens/s"]
     lines = [_row(head), _row(["---"] * len(head))]
-    names = dict.fromkeys(each.method for report in reports.values() for each in report.methods)
-    for name in names:
-        found = [each for report in reports.values() for each in report.methods]
-        mine = [each for each in found if each.method == name]
+    found = [each for report in reports for each in report.methods]
+    for name, labelled in asked.items():
+        mine = [each for each in found if each.method == labelled]
+        if not mine:
+            continue
         cells = [
             _mean([each.tasks[task].mean for each in mine if task in each.tasks]) for task in tasks
         ]

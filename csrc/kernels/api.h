@@ -92,7 +92,11 @@ static constexpr int grid_bits(Code code) {
   }
 }
 
-static constexpr bool has_scale(Code code) { return code != Code::bf16 && code != Code::band; }
+static constexpr bool has_scale(Code code) { return code != Code::bf16; }
+
+// The banded code has coefficients of so many bits each, one band after the other.
+constexpr int kBands = 3;
+constexpr int kBandBits[kBands] = {8, 4, 2};
 
 // A byte of grid codes holds one coefficient of each plane, the first in its lowest bits: planes
 // are equal parts of the coefficients, in order, of which the last ones may be short.
@@ -108,16 +112,16 @@ static constexpr int grid_top(Code code) { return (1 << grid_bits(code)) - 1; }
 // same four bytes of every token. Queries come in fours, and so do their scores: a tile's are
 // [quads][groups of the tile][4 queries].
 struct TileScore {
-  const uint8_t* codes;  // the tile
-  int64_t chunks;        // of four bytes of a token
-  int64_t wide_chunks;   // for band: the first so many have four bits, the others two
-  int num_quads;         // at most kMaxQueries / 4
+  const uint8_t* codes;         // the tile
+  int64_t chunks;               // of four bytes of a token
+  int64_t band_chunks[kBands];  // for band: so many of each band
+  int num_quads;                // at most kMaxQueries / 4
   // Grids: [planes][chunks][kMaxQueries] of four int8.
-  // band: a grid of its wide chunks, then one of the others.
-  // int8: [chunks][kMaxQueries] of four int8. bf16: [chunks][kMaxQueries] of two bfloat16.
+  // int8: [chunks][kMaxQueries] of four int8. band: as int8, then two grids. bf16:
+  // [chunks][kMaxQueries] of two bfloat16.
   const uint32_t* query;
   const int32_t* start;   // [kMaxQueries]: product sums begin here; not for bf16
-  const uint16_t* scale;  // [16] float16, a token each; not for bf16 and band
+  const uint16_t* scale;  // [16] float16, a token each; not for bf16
   int group_size;         // 1, 2, 4, 8 or 16
   float* out;
 };

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/api.h"
+#include "kernels/scan.h"
 
 namespace kvswap {
 
@@ -21,41 +21,36 @@ struct Band {
 };
 
 struct Bands {
-  Band each[2];
+  Band each[kBands];
   int count;
   int64_t words;  // of a query, in chunks
 
   const Band* begin() const { return each; }
   const Band* end() const { return each + count; }
-};
 
-// Of the banded code those that have four bits: a third, rounded up to a multiple of eight.
-static inline int64_t wide_count(int64_t rank) {
-  const int64_t third = (rank + 2) / 3, eights = (third + 7) / 8 * 8;
-  return eights < rank ? eights : rank;
-}
-
-// The bands of a code's coefficients; bfloat16 has none.
-static inline Bands bands_of(Code code, int64_t rank) {
-  Bands made{};
-  const auto add = [&](int bits, int64_t first, int64_t count) {
-    Band band{bits, first, count, 0, 0, made.words};
+  void add(int bits, int64_t num) {
+    Band band{bits, 0, num, 0, 0, words};
     band.chunks = (band.length() + 3) / 4;
-    if (made.count) {
-      const Band& last = made.each[made.count - 1];
+    if (count) {
+      const Band& last = each[count - 1];
+      band.first = last.first + last.count;
       band.first_chunk = last.first_chunk + last.chunks;
     }
-    made.words += band.planes() * band.chunks;
-    made.each[made.count++] = band;
-  };
-  if (code == Code::band) {
-    const int64_t wide = wide_count(rank);
-    add(4, 0, wide);
-    if (wide < rank) add(2, wide, rank - wide);
-  } else if (code == Code::int8) {
-    add(8, 0, rank);
-  } else if (code != Code::bf16) {
-    add(grid_bits(code), 0, rank);
+    words += band.planes() * band.chunks;
+    each[count++] = band;
+  }
+};
+
+// The bands of the coefficients, all of the banded code's even where they are empty; bfloat16 has
+// none.
+static inline Bands bands_of(const CodedKeys& keys) {
+  Bands made{};
+  if (keys.code == Code::band) {
+    for (int i = 0; i < kBands; ++i) made.add(kBandBits[i], keys.counts[i]);
+  } else if (keys.code == Code::int8) {
+    made.add(8, keys.rank);
+  } else if (keys.code != Code::bf16) {
+    made.add(grid_bits(keys.code), keys.rank);
   }
   return made;
 }

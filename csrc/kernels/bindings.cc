@@ -1,10 +1,12 @@
 #include "kernels/bindings.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <stdexcept>
 
@@ -47,8 +49,8 @@ void check_heads(int64_t num_heads, int64_t kv_heads) {
 class Scanner {
  public:
   Scanner(int code, uintptr_t codes, uintptr_t scales, uintptr_t basis, uintptr_t query_basis,
-          uintptr_t offsets, int64_t width, int64_t rank, int64_t group_size, int64_t num_groups,
-          int64_t kv_heads, int64_t head_dim)
+          uintptr_t offsets, uintptr_t steps, std::array<int64_t, kBands> counts, int64_t width,
+          int64_t rank, int64_t group_size, int64_t num_groups, int64_t kv_heads, int64_t head_dim)
       : codes_(pointer<uint8_t>(codes)),
         scales_(pointer<uint16_t>(scales)),
         keys_{static_cast<Code>(code),
@@ -62,7 +64,9 @@ class Scanner {
               num_groups,
               kv_heads,
               head_dim,
-              pointer<const float>(offsets)} {}
+              pointer<const float>(offsets),
+              pointer<const float>(steps),
+              {counts[0], counts[1], counts[2]}} {}
 
   void scan(uintptr_t query, int dtype, int64_t num_heads, int64_t q_len, int64_t head_stride,
             int64_t token_stride, float scaling, Ids ids, uintptr_t out) const {
@@ -321,12 +325,13 @@ void bind_kernels(nb::module_& m) {
         nb::arg("num_tokens"), nb::arg("num_heads"), nb::arg("head_dim"), nb::arg("dtype"),
         nb::arg("out"), "Rotate queries [num_tokens, num_heads, head_dim], by address.");
   nb::class_<Scanner>(m, "Scanner", "One layer's coded keys, by address.")
-      .def(nb::init<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t,
-                    int64_t, int64_t, int64_t, int64_t>(),
+      .def(nb::init<int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                    std::array<int64_t, kBands>, int64_t, int64_t, int64_t, int64_t, int64_t,
+                    int64_t>(),
            nb::arg("code"), nb::arg("codes"), nb::arg("scales"), nb::arg("basis"),
-           nb::arg("query_basis"), nb::arg("offsets"), nb::arg("width"), nb::arg("rank"),
-           nb::arg("group_size"), nb::arg("num_groups"), nb::arg("num_kv_heads"),
-           nb::arg("head_dim"))
+           nb::arg("query_basis"), nb::arg("offsets"), nb::arg("steps"), nb::arg("counts"),
+           nb::arg("width"), nb::arg("rank"), nb::arg("group_size"), nb::arg("num_groups"),
+           nb::arg("num_kv_heads"), nb::arg("head_dim"))
       .def("scan", &Scanner::scan, nb::arg("query"), nb::arg("dtype"), nb::arg("num_heads"),
            nb::arg("q_len"), nb::arg("head_stride"), nb::arg("token_stride"), nb::arg("scaling"),
            nb::arg("ids"), nb::arg("out"))

@@ -13,7 +13,8 @@ namespace kvswap {
 namespace {
 
 // As src/kvswap/kernels/codes.py has them.
-constexpr float kGaussianStep4 = 0.3352f, kGaussianStep2 = 0.9957f, kGaussianStep1 = 1.596f;
+constexpr float kGaussianStep8 = 0.0308f, kGaussianStep4 = 0.3352f, kGaussianStep2 = 0.9957f,
+                kGaussianStep1 = 1.596f;
 constexpr float kScaleLimit = 6.0e4f;
 constexpr int64_t kLeastTokens = 16;  // a thread's worth
 
@@ -43,18 +44,37 @@ void round_grid(const float* x, int64_t rank, Code kind, float gaussian_step, Co
   out.scale = to_f16(std::min(products / squares, kScaleLimit));
 }
 
-// Coefficients are in steps of their grids already.
-void round_bands(const float* x, const float* offsets, int64_t rank, Coded& out) {
-  for (const Band& band : bands_of(Code::band, rank)) {
+float gaussian_step(const Band& band) {
+  return band.bits == 8 ? kGaussianStep8 : band.bits == 4 ? kGaussianStep4 : kGaussianStep2;
+}
+
+// A token's deviation from those of all tokens is found first, then the scale that fits best.
+void round_bands(float* x, const CodedKeys& keys, Coded& out) {
+  const Bands bands = bands_of(keys);
+  float norm = 0;
+  for (const Band& band : bands) {
+    for (int64_t i = band.first; i < band.first + band.count; ++i) {
+      x[i] = (x[i] - keys.offsets[i]) / keys.steps[i];
+      norm += x[i] * gaussian_step(band) * x[i] * gaussian_step(band);
+    }
+  }
+  const float deviation =
+      std::max(std::sqrt(norm) / std::sqrt(static_cast<float>(keys.rank)), 1e-20f);
+  float products = 0, squares = 0;
+  for (const Band& band : bands) {
     const auto half = static_cast<float>((band.top() + 1) / 2);
     uint8_t* bytes = out.bytes.data() + 4 * band.first_chunk;
     for (int64_t j = 0; j < band.count; ++j) {
       const int64_t i = band.first + j;
-      const float code = std::clamp(std::floor(x[i] - offsets[i]), -half, half - 1);
+      const float code = std::clamp(std::floor(x[i] / deviation), -half, half - 1);
+      const float level = code + 0.5f, weight = keys.steps[i] * gaussian_step(band);
+      products += weight * x[i] * level;
+      squares += weight * level * level;
       const int shift = static_cast<int>(j / band.length()) * band.bits;
       bytes[j % band.length()] |= static_cast<uint8_t>(static_cast<int>(code + half) << shift);
     }
   }
+  out.scale = to_f16(std::clamp(products / squares, 0.0f, kScaleLimit));
 }
 
 void round_int8(const float* x, int64_t rank, Coded& out) {
@@ -105,7 +125,7 @@ void encode_groups(const CodedKeys& keys, uint8_t* codes, uint16_t* scales, cons
         case Code::rot1: round_grid(x.data(), keys.rank, Code::rot1, kGaussianStep1, coded); break;
         case Code::int8: round_int8(x.data(), keys.rank, coded); break;
         case Code::bf16: round_bf16(x.data(), keys.rank, coded); break;
-        case Code::band: round_bands(x.data(), keys.offsets, keys.rank, coded); break;
+        case Code::band: round_bands(x.data(), keys, coded); break;
       }
       const int64_t token = ids[i / keys.group_size] * keys.group_size + i % keys.group_size;
       put(keys, codes, token, coded);

@@ -27,7 +27,7 @@ void project_query(const CodedKeys& keys, const QueryView& query, int64_t index,
   std::fill_n(out, keys.rank, 0.0f);
   kernels().project(wide.data(), keys.head_dim,
                     keys.query_basis + kv_head * keys.head_dim * keys.rank, keys.rank, out);
-  for (int64_t i = 0; i < keys.rank; ++i) out[i] *= scaling;
+  for (int64_t i = 0; i < keys.rank; ++i) out[i] *= keys.steps ? scaling * keys.steps[i] : scaling;
 }
 
 // Puts coefficient j of query q where the tiles' bytes meet it.
@@ -50,7 +50,7 @@ void place(const CodedKeys& keys, Queries& queries, int q, const float* coeffici
   for (int64_t j = 0; j < keys.rank; ++j) top = std::max(top, std::fabs(coefficients[j]));
   const float scale = top > 0 ? top / 127 : 1.0f;
   int32_t sum = 0, twice = 0;  // of the coefficients; of them times what grids begin at
-  for (const Band& band : bands_of(keys.code, keys.rank)) {
+  for (const Band& band : bands_of(keys)) {
     int32_t of_band = 0;
     for (int64_t j = 0; j < band.count; ++j) {
       const auto rounded =
@@ -81,8 +81,8 @@ Queries prepare(const CodedKeys& keys, const QueryView& query, int64_t first, fl
   std::fill_n(made.start, kMaxQueries, 0);
   std::fill_n(made.sum, kMaxQueries, 0);
   std::fill_n(made.norm, kMaxQueries, 0.0f);
-  const Bands bands = bands_of(keys.code, keys.rank);
-  made.wide_chunks = bands.each[0].chunks;
+  const Bands bands = bands_of(keys);
+  for (int i = 0; i < kBands; ++i) made.band_chunks[i] = bands.each[i].chunks;
   const int64_t chunks = keys.code == Code::bf16 ? keys.width / 4 : bands.words;
   made.words.assign(static_cast<size_t>(chunks * kMaxQueries), 0);
   parallel(std::min(threads, made.count), [&](int thread, int total) {
@@ -100,7 +100,7 @@ void score_tiles(const CodedKeys& keys, const Queries& queries, int64_t first, i
                  float* out) {
   TileScore a;
   a.chunks = keys.width / 4;
-  a.wide_chunks = queries.wide_chunks;
+  std::copy_n(queries.band_chunks, kBands, a.band_chunks);
   a.num_quads = queries.quads;
   a.query = queries.words.data();
   a.start = queries.start;

@@ -13,7 +13,7 @@ namespace kvswap {
 struct Queries {
   int count;
   int quads;
-  int64_t wide_chunks;  // of a token, as `TileScore` has them
+  int64_t band_chunks[kBands];  // of a token, as `TileScore` has them
   std::vector<uint32_t> words;
   float scale[kMaxQueries];
   int32_t start[kMaxQueries];

@@ -11,11 +11,15 @@ namespace kvswap {
 struct CodedKeys {
   Code code;
   const uint8_t* codes;     // [tiles][width / 4][16][4]
-  const uint16_t* scales;   // [tiles][16] float16; null for bf16 and band
+  const uint16_t* scales;   // [tiles][16] float16; null for bf16
   const Bf16* basis;        // [kv_heads * head_dim][rank], of keys
   const Bf16* query_basis;  // and of queries; often the same
   int64_t width, rank, group_size, num_groups, kv_heads, head_dim;
-  const float* offsets = nullptr;  // [rank], of keys' coefficients; for band alone
+  // For band alone, [rank] each: what is taken off keys' coefficients, and the distance of the
+  // levels of each; and how many coefficients each band has, `rank` in all.
+  const float* offsets = nullptr;
+  const float* steps = nullptr;
+  int64_t counts[kBands] = {};
 };
 
 // [num_heads, q_len, head_dim] with strides in elements, the last one 1.

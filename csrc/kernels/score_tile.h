@@ -36,7 +36,20 @@ void add_grid(const uint8_t* codes, int64_t chunks, const uint32_t* query,
   }
 }
 
-// Integer codes: product sums of every token and query, as floats times the token's scale if any.
+// Chunks of a byte each coefficient.
+template <class Tile, int kQueries>
+void add_bytes(const uint8_t* codes, int64_t chunks, const uint32_t* query,
+               typename Tile::Sum* sums) {
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const auto bytes = Tile::load(codes + chunk * 64);
+    const uint32_t* word = query + chunk * kMaxQueries;
+    for (int q = 0; q < kQueries; ++q) {
+      sums[q] = Tile::dot(sums[q], bytes, Tile::spread(word[q]));
+    }
+  }
+}
+
+// Integer codes: product sums of every token and query, as floats times the token's scale.
 template <class S, class Tile, Code kCode, int kQueries>
 void multiply(const TileScore& a, int first, typename S::Reg (*out)[kQueries]) {
   constexpr int kParts = Tile::kParts, kBytes = 64 / Tile::kParts;
@@ -46,26 +59,20 @@ void multiply(const TileScore& a, int first, typename S::Reg (*out)[kQueries]) {
     for (int q = 0; q < kQueries; ++q) sums[q] = Tile::start(a.start[first + q]);
     const uint8_t* codes = a.codes + part * kBytes;
     if constexpr (kCode == Code::band) {
-      const int64_t wide = a.wide_chunks;
-      add_grid<Tile, 4, kQueries>(codes, wide, query, sums);
-      add_grid<Tile, 2, kQueries>(codes + wide * 64, a.chunks - wide,
-                                  query + 2 * wide * kMaxQueries, sums);
+      const int64_t *chunks = a.band_chunks, first_word = chunks[0] + 2 * chunks[1];
+      add_bytes<Tile, kQueries>(codes, chunks[0], query, sums);
+      add_grid<Tile, 4, kQueries>(codes + chunks[0] * 64, chunks[1],
+                                  query + chunks[0] * kMaxQueries, sums);
+      add_grid<Tile, 2, kQueries>(codes + (chunks[0] + chunks[1]) * 64, chunks[2],
+                                  query + first_word * kMaxQueries, sums);
     } else if constexpr (grid_bits(kCode) > 0) {
       add_grid<Tile, grid_bits(kCode), kQueries>(codes, a.chunks, query, sums);
     } else {
-      for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
-        const auto bytes = Tile::load(codes + chunk * 64);
-        const uint32_t* word = query + chunk * kMaxQueries;
-        for (int q = 0; q < kQueries; ++q) {
-          sums[q] = Tile::dot(sums[q], bytes, Tile::spread(word[q]));
-        }
-      }
+      add_bytes<Tile, kQueries>(codes, a.chunks, query, sums);
     }
     for (int q = 0; q < kQueries; ++q) out[part][q] = Tile::to_float(sums[q]);
-    if constexpr (has_scale(kCode)) {
-      const auto scale = S::load(reinterpret_cast<const F16*>(a.scale) + part * S::kLanes);
-      for (int q = 0; q < kQueries; ++q) out[part][q] = S::mul(out[part][q], scale);
-    }
+    const auto scale = S::load(reinterpret_cast<const F16*>(a.scale) + part * S::kLanes);
+    for (int q = 0; q < kQueries; ++q) out[part][q] = S::mul(out[part][q], scale);
   }
 }
 

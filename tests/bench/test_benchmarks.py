@@ -258,7 +258,7 @@ def test_methods_are_compared_from_the_same_prefills(tmp_path):
         assert_whole(record)
     assert records[-1]["value"] >= 10
     assert "| snapkv †" in printed
-    before = (work / "llama-2048-1_2-float32-3.jsonl").read_bytes()
+    before = (work / "llama-2048-float32-3.jsonl").read_bytes()
     again = call("quality/compare.py", tmp_path, *options, "--results", str(work / "again.jsonl"))
     assert again == printed  # nothing is asked twice
-    assert (work / "llama-2048-1_2-float32-3.jsonl").read_bytes() == before
+    assert (work / "llama-2048-float32-3.jsonl").read_bytes() == before

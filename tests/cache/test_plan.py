@@ -237,8 +237,8 @@ def test_a_rank_beyond_the_keys_is_refused_before_anything_is_made():
 
 def test_an_odd_rank_is_refused_where_the_code_wants_an_even_one():
     with pytest.raises(ConfigError, match="rank must be even for the rot4 code, got 7"):
-        plan(TINY, 2**30, 1, 4096, rank=7)
-    assert plan(TINY, 2**30, 1, 4096, rank=7, code="int8").rank == 7
+        plan(TINY, 2**30, 1, 4096, rank=7, code="rot4")
+    assert plan(TINY, 2**30, 1, 4096, rank=7).rank == 7
 
 
 def test_an_unknown_index_lists_the_known_ones():

@@ -260,7 +260,7 @@ def test_a_code_that_it_cannot_have_is_refused(name, code):
 @every_index
 def test_the_ranks_that_a_plan_tries_can_be_made(name, code):
     kind = INDEXES.get(name)
-    ranks = kind.ranks_with(GEOMETRY, code)
+    ranks = kind.ranks(GEOMETRY)
     sizes = [
         kind.plan_bytes(GEOMETRY, group_size=SIZE, num_groups=GROUPS, rank=rank, code=code)
         for rank in ranks

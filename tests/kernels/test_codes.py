@@ -76,28 +76,52 @@ def test_scores_grow_with_the_coefficients(name, factor):
     torch.testing.assert_close(scaled / factor, scores, atol=0.1, rtol=0.02)
 
 
-@pytest.mark.parametrize("rank", [1, 8, 9, 24, 32, 46, 100])
-def test_the_banded_code_scores_as_the_middles_of_its_cells_do(rank):
-    code = CODES["band"](rank)
-    coefficients, queries = torch.randn(300, rank), torch.randn(5, rank)
-    wide = min(rank, -(-rank // 24) * 8)
-    ends = torch.tensor([7.5] * wide + [1.5] * (rank - wide))
-    steps = coefficients / code.steps
-    levels = (torch.floor(steps) + 0.5).clamp(-ends, ends)
-    stored, scales = code.encode(steps)
-    assert scales is None
+COUNTS = [(8, (0, 8, 0)), (8, (4, 0, 0)), (17, (1, 8, 3)), (24, (0, 8, 32)), (32, (4, 16, 15))]
+
+
+@pytest.mark.parametrize(("rank", "counts"), COUNTS)
+def test_the_banded_code_scores_as_the_middles_of_its_cells_do(rank, counts):
+    grids = torch.tensor([0.0308, 0.3352, 0.9957]).repeat_interleave(torch.tensor(counts))
+    ends = torch.tensor([127.5, 7.5, 1.5]).repeat_interleave(torch.tensor(counts))
+    deviations = 1 / torch.arange(1, sum(counts) + 1)
+    code = CODES["band"](rank, counts, deviations)
+    coefficients = torch.randn(300, sum(counts)) * deviations * torch.rand(300, 1) * 30
+    queries = torch.randn(5, sum(counts))
+    apart = coefficients / deviations
+    own = apart.norm(dim=1, keepdim=True) / sum(counts) ** 0.5
+    middles = (torch.floor(apart / own / grids) + 0.5).clamp(-ends, ends) * grids * deviations
+    weighted = middles / deviations  # the scale fits best where errors weigh as deviations do
+    middles *= ((coefficients * weighted).sum(1) / (middles * weighted).sum(1))[:, None]
+    stored, scales = code.encode(coefficients)
     assert stored.shape == (300, code.width)
-    found, expected = code.score(queries, stored, scales), levels @ queries.t()
-    # The offset made whole is one for all tokens, and comes off with their mean.
-    found, expected = found - found.mean(0), expected - expected.mean(0)
+    found, expected = code.score(queries, stored, scales), middles @ queries.t()
     assert ((found - expected).norm() / expected.norm()).item() < 0.02
 
 
-@pytest.mark.parametrize("num_bytes", [4, 8, 12, 16, 24, 32, 64])
-def test_ranks_of_the_banded_code_can_fill_their_bytes(num_bytes):
-    code = CODES["band"](CODES["band"].rank_of(num_bytes))
-    assert code.width == code.token_bytes == num_bytes
-    assert CODES["band"](code.rank + 1).width > num_bytes
+@pytest.mark.parametrize("rank", [8, 24, 25, 64])
+@pytest.mark.parametrize("power", [0, 1, 4])
+def test_a_fit_gives_bits_to_what_varies_and_errs_less_than_four_bits_each(rank, power):
+    deviations = torch.arange(1, 257).float() ** -power
+    coefficients, queries = torch.randn(400, 256) * deviations, torch.randn(9, 256)
+    plain, fitted = CODES["band"](rank), CODES["band"].fitted(rank, deviations**2)
+    assert fitted.width == plain.width == -(-rank // 8) * 4
+    assert sum(fitted.counts) <= fitted.most_coefficients
+    exact, errors = coefficients @ queries.t(), []
+    for code in (fitted, CODES["band"](rank, plain.counts, deviations[:rank])):
+        kept = sum(code.counts)
+        scores = code.score(queries[:, :kept], *code.encode(coefficients[:, :kept]))
+        errors.append(float((scores - exact).norm()))
+    assert errors[0] <= 1.001 * errors[1]
+
+
+def test_a_fit_takes_no_more_coefficients_than_there_are():
+    assert sum(CODES["band"].fitted(32, torch.ones(5)).counts) == 5
+
+
+def test_counts_that_do_not_fit_the_bytes_are_refused():
+    for counts in ((0, 0, 0), (0, 16, 0), (9, 0, 0), (-4, 8, 0)):
+        with pytest.raises(ConfigError, match="counts must fill at most 4 bytes"):
+            CODES["band"](8, counts)
 
 
 def test_codes_are_named_as_the_config_names_them():

@@ -61,16 +61,36 @@ double slack(const Shape& shape, const std::vector<double>& x, size_t j) {
     top = std::max(top, std::fabs(each));
     squares += each * each;
   }
-  if (code == Code::band) {
-    const double outermost = static_cast<int64_t>(j) < wide_count(shape.rank) ? 7.5 : 1.5;
-    return std::max(0.5, std::fabs(one) - outermost) + 1e-6;
-  }
   if (code == Code::bf16) return std::fabs(one) / 256 + 1e-9;
   if (code == Code::int8) return top / 127 * 0.51 + 127 * top / 127 / 1024 + 1e-6;
   const double wide = code == Code::rot4 ? 0.3352 : code == Code::rot2 ? 0.9957 : 1.596;
   const double step = std::sqrt(squares / static_cast<double>(x.size())) * wide;
   const double outermost = (grid_top(code) - 1) / 2 * step;
   return std::max(step, std::fabs(one) - outermost) + step + 1e-6;  // the scale is a fit
+}
+
+// The banded code's levels and scale of a token whose projected key is `x`, by their formula.
+void check_bands(Index& index, const std::vector<double>& x, int64_t token) {
+  std::vector<double> grids, ends;
+  for (const Band& band : index.shape.bands()) {
+    const double grid = band.bits == 8 ? 0.0308 : band.bits == 4 ? 0.3352 : 0.9957;
+    grids.insert(grids.end(), static_cast<size_t>(band.count), grid);
+    ends.insert(ends.end(), static_cast<size_t>(band.count), band.top() / 2.0);
+  }
+  double squares = 0, products = 0, norms = 0;
+  const auto in_steps = [&](size_t j) { return x[j] / static_cast<double>(index.steps[j]); };
+  for (size_t j = 0; j < x.size(); ++j) squares += std::pow(in_steps(j) * grids[j], 2);
+  const double own = std::sqrt(squares / static_cast<double>(x.size()));
+  const double scale = from_f16(index.scales[static_cast<size_t>(token)]);
+  const auto found = index.decoded(token);
+  for (size_t j = 0; j < x.size() && own > 0; ++j) {
+    const double step = static_cast<double>(index.steps[j]), level = found[j] / (scale * step);
+    const double apart = std::fabs(in_steps(j) / own - level);
+    CHECK(apart < 0.5001 || std::fabs(std::fabs(level) - ends[j]) < 1e-3);
+    products += step * grids[j] * in_steps(j) * level;
+    norms += step * grids[j] * level * level;
+  }
+  if (own > 0) CHECK_NEAR(scale, products / norms, 1e-3 * products / norms);
 }
 
 }  // namespace
@@ -90,7 +110,12 @@ TEST(codes_stand_for_the_projected_keys) {
           for (int64_t t = 0; t < index.shape.group_size; ++t) {
             const auto expected =
                 projected(index, keys, static_cast<int64_t>(g) * index.shape.group_size + t);
-            const auto found = index.decoded(ids[g] * index.shape.group_size + t);
+            const int64_t token = ids[g] * index.shape.group_size + t;
+            if (code == Code::band) {
+              check_bands(index, expected, token);
+              continue;
+            }
+            const auto found = index.decoded(token);
             for (size_t j = 0; j < found.size(); ++j) {
               CHECK_NEAR(found[j], expected[j], slack(index.shape, expected, j));
             }

@@ -143,10 +143,9 @@ TEST(scores_are_those_of_the_formula) {
                       {"q_len", ask.q_len},
                       {"ids", static_cast<int64_t>(ask.ids.size())}};
           const std::vector<float> found = scan(index, ask, 0.25f);
-          // The offset of a grid is made whole: half a unit of query and key.
-          // That of the banded code is the same for all keys, and comes off with the rest.
-          const double of_grid = grid_bits(code) ? 8e-2 / grid_bits(code) : 1e-4;
-          const double tolerance = code == Code::band ? 1e-3 : of_grid;
+          // The offset of a grid, or of all bands, is made whole: half a unit of query and key.
+          const int bits = code == Code::band ? 1 : grid_bits(code);
+          const double tolerance = bits ? 8e-2 / bits : 1e-4;
           for (size_t i = 0; i < found.size(); ++i) CHECK_NEAR(found[i], expected[i], tolerance);
         });
       }

@@ -13,7 +13,7 @@ struct Input {
   std::vector<int32_t> start;
   std::vector<uint16_t> scale;
   Code code;
-  int64_t chunks, wide;
+  int64_t chunks, of_band[kBands];
   int quads, group_size;
 
   Input(Random& random, Code kind, int64_t num_chunks, int num_quads, int size)
@@ -24,8 +24,11 @@ struct Input {
         quads(num_quads),
         group_size(size) {
     codes.resize(static_cast<size_t>(chunks * 4 * kTileTokens));
-    wide = code == Code::band ? random.between(1, chunks) : 0;
-    const int64_t words = code == Code::band ? 4 * chunks - 2 * wide : planes_of(code) * chunks;
+    of_band[0] = random.between(0, chunks);
+    of_band[1] = random.between(0, chunks - of_band[0]);
+    of_band[2] = chunks - of_band[0] - of_band[1];
+    const int64_t of_bands = of_band[0] + 2 * of_band[1] + 4 * of_band[2];
+    const int64_t words = code == Code::band ? of_bands : planes_of(code) * chunks;
     query.resize(static_cast<size_t>(words * kMaxQueries));
     if (code == Code::bf16) {
       fill_halves(random, codes.data(), codes.size() / 2);
@@ -51,8 +54,9 @@ struct Input {
 
   std::vector<float> run(const Kernels& kernels) const {
     std::vector<float> out(static_cast<size_t>(quads * 4 * (kTileTokens / group_size)), kNan);
-    TileScore a{codes.data(), chunks,       wide,       quads,     query.data(),
-                start.data(), scale.data(), group_size, out.data()};
+    TileScore a{codes.data(), chunks,       {of_band[0], of_band[1], of_band[2]},
+                quads,        query.data(), start.data(),
+                scale.data(), group_size,   out.data()};
     kernels.score_tile(code, a);
     return out;
   }
@@ -102,13 +106,17 @@ TEST(a_score_is_the_start_and_all_products_times_the_scale) {
             };
             const int held = input.codes[static_cast<size_t>(byte / 4 * 64 + token * 4 + byte % 4)];
             const int64_t chunk = byte / 4;
-            const bool is_narrow = code == Code::band && chunk >= input.wide;
             int bits = grid_bits(code) ? grid_bits(code) : 8;
-            int64_t first = 0, chunks = input.chunks;
+            int64_t first = 0, chunks = input.chunks;  // words before, less chunks before
             if (code == Code::band) {
-              bits = is_narrow ? 2 : 4;
-              chunks = is_narrow ? input.chunks - input.wide : input.wide;
-              first = is_narrow ? input.wide : 0;  // words before, less chunks before
+              int band = 0;
+              int64_t before = 0;
+              for (; chunk >= before + input.of_band[band]; ++band) {
+                first += (8 / kBandBits[band] - 1) * input.of_band[band];
+                before += input.of_band[band];
+              }
+              bits = kBandBits[band];
+              chunks = input.of_band[band];
             }
             for (int plane = 0; plane < 8 / bits; ++plane) {
               const int digit = (held >> (bits * plane)) & ((1 << bits) - 1);

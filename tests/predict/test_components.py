@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvswap.core.errors import ConfigError
+from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import KVGeometry
 from kvswap.kernels.codes import CODES
 from kvswap.predict.components import KeyMoments
@@ -53,7 +53,7 @@ def spread_error(index: LowRankIndex, query: Tensor, keys: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize(("banded", "rotated"), [(24, 12), (24, 16), (32, 24)])
+@pytest.mark.parametrize(("banded", "rotated"), [(8, 8), (24, 24), (32, 64)])
 def test_bands_of_components_err_less_than_a_rotation_in_no_fewer_bytes(banded, rotated):
     assert CODES["band"](banded).token_bytes <= CODES["rot4"](rotated).token_bytes
     keys, query = falling_keys(), torch.randn(HEADS, 1, HEAD_DIM)
@@ -109,17 +109,24 @@ def test_a_basis_alone_is_refused_as_it_has_no_deviations():
         index.set_basis(torch.zeros(DIM, 24))
 
 
-@pytest.mark.parametrize("key_dim", [64, 256, 1024])
-def test_ranks_of_a_plan_waste_no_byte(key_dim):
-    geometry = KVGeometry(
-        num_layers=1, num_heads=2, num_kv_heads=2, head_dim=key_dim // 2, dtype="bfloat16"
-    )
-    ranks = LowRankIndex.ranks_with(geometry, "band")
-    assert list(ranks) == sorted(ranks, reverse=True)
-    for rank, plain in zip(ranks, LowRankIndex.ranks(geometry), strict=True):
-        code = CODES["band"](rank)
-        assert code.token_bytes == CODES["rot4"](plain).width
-        assert CODES["band"](rank + 1).width > code.width
+def test_where_bytes_are_few_the_host_has_the_banded_code_unless_one_is_named():
+    assert [LowRankIndex.default_code(rank) for rank in (8, 63, 64, 128)] == [
+        "band",
+        "band",
+        "rot4",
+        "rot4",
+    ]
+    assert LowRankIndex.default_code(24, takes_basis=True) == "rot4"
+    assert LowRankIndex.default_code(24, on_device=True) == "rot4"
+
+
+def test_a_state_whose_counts_do_not_fit_is_refused():
+    keys = falling_keys()
+    state = index_of(keys, "band", 24).state()
+    for wrong in (np.array([0, 0, 4096]), np.array([24]), np.array([0, 0, 0])):
+        index = LowRankIndex(GEOMETRY, group_size=1, num_groups=len(keys), rank=24, code="band")
+        with pytest.raises(CorruptStoreError, match="counts"):
+            index.load_state({**state, "counts": wrong})
 
 
 @pytest.mark.parametrize("rank", [24, 192])  # a few directions of many, and most of them

@@ -4,11 +4,12 @@ The rules, in order; where heads are split into groups, each group of a layer is
 
 1. Group size: the smallest power of two, at least 4 tokens, whose record fills a block.
 2. A budget that holds every group keeps every group; nothing is estimated then.
-3. Otherwise the index takes the best of its candidates that fits half of what the fixed
-   parts leave (`KeyIndex.ranks`: by default half of the key's length, at most 128, or a part of
-   that), in the first of its codes: 4 bits.
+3. Otherwise the index takes the best of its ranks (`KeyIndex.ranks`: by default half of the
+   key's length, at most 128, or a part of that) that fits beside slots for all selected tokens
+   and takes at most half of the budget, in the code that suits it (`KeyIndex.default_code`).
 4. Selected tokens: what the selector states (a share of the context), or 1/64 of the context,
-   in [448, 2048], halved as far as 128 while slots for them do not fit.
+   in [448, 2048]. Where not even a rank of 24 fits beside them, fewer are selected, as few as
+   128, before the rank is lower.
 5. Of the rest, staging buffers grow to 1/32 of the budget each, at most 8 MiB; what is left
    becomes slots of the reuse buffer.
 """
@@ -35,6 +36,7 @@ from kvswap.predict.selectors import make_selector
 _STAGING_BYTES = 8 * 2**20
 _LEAST_STAGING_ROWS = 4
 _LEAST_TOKENS = 128
+_GOOD_RANK = 24  # below, a scan finds too little for more tokens to help
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +164,8 @@ def plan_cache(
 class _Shape:
     """The quantities that all candidates share."""
 
+    on_device = False
+
     def __init__(
         self, geometry: KVGeometry, config: CacheConfig, batch_size: int, max_context: int
     ) -> None:
@@ -178,7 +182,6 @@ class _Shape:
         self.num_groups = self.context_groups * batch_size
         self.all_slots = self.num_groups
         self.index = INDEXES.get(config.index)
-        self.code = config.code or self.index.codes[0]
         self.most_staging = max(
             _LEAST_STAGING_ROWS,
             min(_STAGING_BYTES // self.layout.record_bytes, self.num_groups),
@@ -188,7 +191,7 @@ class _Shape:
     def _check(self) -> None:
         config, size = self.config, self.layout.group_size
         for rank in self.ranks():
-            self.index.check(self.geometry, rank=rank, code=self.code)
+            self.index.check(self.geometry, rank=rank, code=self.code_of(rank))
         pinned, budget = self._pinned_groups, _stated_tokens(config)
         layers = self.geometry.num_layers // config.head_groups
         if isinstance(budget, tuple) and len(budget) != layers:
@@ -210,20 +213,15 @@ class _Shape:
         config = self.config
         if config.rank is None and config.budget_tokens is None and config.num_slots is None:
             made.append(self._plan(0, self.context_groups, self.all_slots, _LEAST_STAGING_ROWS))
-        for rank in self.ranks():
-            for groups in self.budgets():
-                slots = config.num_slots or groups * self.batch_size
-                made.append(self._plan(rank, groups, slots, _LEAST_STAGING_ROWS))
+        for rank, groups in self._ladder():
+            slots = config.num_slots or groups * self.batch_size
+            made.append(self._plan(rank, groups, slots, _LEAST_STAGING_ROWS))
         return made
 
     def leaves_room(self, plan: CachePlan) -> bool:
-        """Whether the index takes at most half of what the fixed parts leave."""
-        if not plan.rank or plan.rank == self.ranks()[-1]:
-            return True
-        fixed = plan.total_bytes - plan.parts["index"] - plan.parts["slots"]
-        growth = (self.most_staging - plan.staging_rows) * self._staging_row_bytes
-        left = self.config.kv_memory_bytes - fixed
-        return plan.parts["index"] * 2 <= left - min(growth, self.config.kv_memory_bytes // 8)
+        """Whether the index takes at most half of the budget; the least rank may take more."""
+        is_least = plan.rank in (0, self.ranks()[-1])
+        return is_least or plan.parts["index"] * 2 <= self.config.kv_memory_bytes
 
     def filled(self, plan: CachePlan) -> CachePlan:
         """Give what the budget leaves to staging, up to its share, and then to slots."""
@@ -242,7 +240,21 @@ class _Shape:
         """Candidate ranks, best first."""
         if self.config.rank is not None:
             return [self.config.rank]
-        return list(self.index.ranks_with(self.geometry, self.code))
+        return list(self.index.ranks(self.geometry))
+
+    def code_of(self, rank: int) -> str:
+        """Return the code of the index: what the config says, or else what suits the rank."""
+        takes_basis = self.config.projection is not None
+        return self.config.code or self.index.default_code(
+            rank, takes_basis=takes_basis, on_device=self.on_device
+        )
+
+    def _ladder(self) -> list[tuple[int, int]]:
+        """Ranks and numbers of selected groups, best first: more memory never gives less rank."""
+        ranks, budgets = self.ranks(), self.budgets()
+        num_good = max(1, sum(rank >= _GOOD_RANK for rank in ranks))
+        steps = [(rank, budgets[0]) for rank in ranks[: num_good - 1]]
+        return steps + [(rank, groups) for rank in ranks[num_good - 1 :] for groups in budgets]
 
     def budgets(self) -> list[int]:
         """Candidate numbers of selected groups, of the layer with most; largest first."""
@@ -254,11 +266,12 @@ class _Shape:
             return [min(self.context_groups, max(stated, self._pinned_groups))]
         pinned = self.config.sink_tokens + self.config.recent_tokens + 2 * size
         tokens = max(448, min(2048, self.max_context // 64), 2 * pinned)
+        least = min(tokens, max(_LEAST_TOKENS, 2 * pinned))
         candidates: list[int] = []
-        while tokens >= max(_LEAST_TOKENS, 2 * pinned) or not candidates:
+        while tokens > least:
             candidates.append(min(self.context_groups, ceil_div(tokens, size)))
-            tokens //= 2
-        return candidates
+            tokens = tokens * 3 // 4
+        return [*candidates, min(self.context_groups, ceil_div(least, size))]
 
     def _layer_groups(self, groups: int) -> tuple[int, ...]:
         """Return what each layer selects: what the config says, or else so many."""
@@ -277,8 +290,7 @@ class _Shape:
         config, size = self.config, self.layout.group_size
         return ceil_div(config.sink_tokens, size) + ceil_div(config.recent_tokens, size)
 
-    @property
-    def device_parts(self) -> tuple[str, ...]:
+    def device_parts(self, rank: int) -> tuple[str, ...]:
         """Names of the parts on a device."""
         return ()
 
@@ -289,12 +301,12 @@ class _Shape:
             max_context=self.max_context,
             num_groups=self.num_groups,
             rank=rank,
-            code=self.code,
+            code=self.code_of(rank),
             layer_groups=self._layer_groups(budget_groups),
             num_slots=slots,
             staging_rows=staging_rows,
             parts=self._parts(rank, budget_groups, slots, staging_rows),
-            device_parts=self.device_parts,
+            device_parts=self.device_parts(rank),
         )
 
     @property
@@ -314,11 +326,12 @@ class _Shape:
         self, rank: int, budget_groups: int, slots: int, staging_rows: int
     ) -> dict[str, int]:
         layers, layout = self.geometry.num_layers, self.layout
-        kind = {"group_size": layout.group_size, "num_groups": self.num_groups}
+        kind: dict[str, Any] = {"group_size": layout.group_size, "num_groups": self.num_groups}
         index = workspace = 0
         if rank:
-            index = layers * self.index.plan_bytes(self.geometry, rank=rank, code=self.code, **kind)
-            workspace = self.index.workspace_bytes(self.geometry, rank=rank, code=self.code, **kind)
+            form = kind | {"rank": rank, "code": self.code_of(rank)}
+            index = layers * self.index.plan_bytes(self.geometry, **form)
+            workspace = self.index.workspace_bytes(self.geometry, **form)
         if rank and self.config.estimate_rest:
             workspace += RestEstimate.workspace_bytes(self.geometry, **kind)
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
@@ -369,10 +382,11 @@ class _DeviceShape(_Shape):
     Records land in a third staging buffer, and from there in one on the device.
     """
 
-    @property
-    def device_parts(self) -> tuple[str, ...]:
+    on_device = True
+
+    def device_parts(self, rank: int) -> tuple[str, ...]:
         """Names of the parts on a device."""
-        index = ("index",) if self.index.serves_device_with(self.code) else ()
+        index = ("index",) if self.index.serves_device_with(self.code_of(rank)) else ()
         return (*index, *self._parts_beside(0), "slots", "rolling", "landing", "device_workspace")
 
     @property

@@ -125,16 +125,17 @@ def _config(
     storage = replace(config.storage, directories=[directory])
     # A calibrated projection is in the saved index; its file may be gone.
     config = replace(config, storage=storage, projection=None)
-    if kv_memory is None:
-        return config
-    config = replace(config, kv_memory=kv_memory)
-    plan = plan_cache(
-        KVGeometry(**meta["geometry"]),
-        config,
-        batch_size=meta["batch_size"],
-        max_context=meta["max_context"],
-        on_device=on_device,
-    )
-    if meta["rank"] and plan.rank:  # the codes that were saved serve on, whatever rank would fit
+    if kv_memory is not None:
+        config = replace(config, kv_memory=kv_memory)
+        plan = plan_cache(
+            KVGeometry(**meta["geometry"]),
+            config,
+            batch_size=meta["batch_size"],
+            max_context=meta["max_context"],
+            on_device=on_device,
+        )
+        if not plan.rank:  # everything fits
+            return config
+    if meta["rank"]:  # the codes that were saved serve on, whatever would be taken now
         config = replace(config, rank=meta["rank"], code=meta["code"])
     return config

@@ -5,18 +5,21 @@ token's energy evenly over them, so that one scale a token serves all. The grids
 and one bits are the best uniform ones for a Gaussian, which keeps scoring in integers: of four
 bits the error is a fifth above the best of any grid, of two a hundredth, of one it is the best.
 
-The banded code does without rotation and scale: its coefficients are principal components, each
-on a grid of its own deviation, and the leading ones have more bits.
+The banded code does without the rotation: its coefficients are principal components, each on a
+grid of its own deviation, and the leading ones have more bits.
 
 References
 ----------
 HIGGS, https://arxiv.org/abs/2411.17525 and TurboQuant, https://arxiv.org/abs/2504.19874: grids
 after a rotation. J. Max, Quantizing for minimum distortion, IRE Trans. IT-6, 1960: the steps.
+A. Gersho and R. M. Gray, Vector Quantization and Signal Compression, 1992, chapter 8: how bits are
+allotted to components.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +31,8 @@ from kvswap.core.units import align_up, ceil_div
 CHUNK_BYTES = 4
 """A token's codes are a whole number of these; see `kvswap.kernels.tiles`."""
 
-# Max 1960, table II, in standard deviations: sixteen, four and two levels.
+# Max 1960, table II, in standard deviations: 256 (by its rule), sixteen, four and two levels.
+GAUSSIAN_STEP_8BIT = 0.0308
 GAUSSIAN_STEP_4BIT = 0.3352
 GAUSSIAN_STEP_2BIT = 0.9957
 GAUSSIAN_STEP_1BIT = 1.596
@@ -194,6 +198,10 @@ class Planes:
 
     def products(self, packed: Tensor, query_codes: Tensor) -> Tensor:
         """Multiply codes and rounded queries [num_queries, count], in int32."""
+        if self.bits == 8:  # not a signed number as it is
+            signed = (packed[:, : self.count] ^ 128).view(torch.int8)
+            more = query_codes.sum(1, dtype=torch.int32) << 7
+            return _int_product(signed, query_codes.t()) + more
         products: Tensor | None = None
         for place, plane in enumerate(self.slices):
             length = plane.stop - plane.start
@@ -283,64 +291,137 @@ class Rot1Code(GridCode):
     gaussian_step = GAUSSIAN_STEP_1BIT
 
 
-class BandCode(Code):
-    """Four bits for the leading coefficients, two for the others, no scale.
+_STEPS = {8: GAUSSIAN_STEP_8BIT, 4: GAUSSIAN_STEP_4BIT, 2: GAUSSIAN_STEP_2BIT}
+_DISTORTION = {8: 1.1e-4, 4: 0.01154, 2: 0.1188}  # of the variance, on those grids
+_LEAST_SHARE = 1e-6  # of the largest deviation: what varies less is stored as if it varied so
+_LEAST_DEVIATION = 1e-12
 
-    A third of the rank, rounded up to a multiple of eight, has four bits: about what reverse
-    water-filling gives to the principal components of keys. A rank of 24 k, or 8 more than that,
-    fills all its bytes, which are k eights, or k eights and four.
+
+class BandCode(Code):
+    """Eight bits for the leading coefficients, four for the next, two for others, and a scale.
+
+    Each coefficient is stored in proportion to its deviation over all tokens, and a token's
+    scale is how far it is from them. How many coefficients there are, and how many have which
+    bits, follows from their variances: what leaves the least error in the same bytes.
+
+    Parameters
+    ----------
+    rank : int
+        A token has as many bytes as so many coefficients of four bits, in whole chunks.
+    counts : tuple of int
+        Coefficients of eight, four and two bits; before a fit as if all had four.
+    deviations : Tensor [sum of counts], float32, optional
+        Of the coefficients; ones by default.
+
+    Attributes
+    ----------
+    steps : Tensor [sum of counts], float32
+        Distance of each coefficient's levels in a token of scale one.
     """
 
     name = "band"
-    has_scale = False
+    bits = (8, 4, 2)
     needs_fit = True
 
-    def __init__(self, rank: int) -> None:
+    def __init__(
+        self,
+        rank: int,
+        counts: tuple[int, int, int] | None = None,
+        deviations: Tensor | None = None,
+    ) -> None:
         super().__init__(rank)
-        wide = min(rank, align_up(ceil_div(rank, 3), 8))
-        self._bands = [Planes(4, wide)] + ([Planes(2, rank - wide)] if wide < rank else [])
+        self.counts = (0, rank, 0) if counts is None else counts
+        self._bands = [
+            Planes(bits, count) for bits, count in zip(self.bits, self.counts, strict=True)
+        ]
+        if (
+            min(self.counts) < 0
+            or not any(self.counts)
+            or sum(band.width for band in self._bands) > self.width
+        ):
+            raise ConfigError(f"counts must fill at most {self.width} bytes, got {self.counts}")
+        self.steps = self._grid() if deviations is None else deviations * self._grid()
 
-    @staticmethod
-    def rank_of(num_bytes: int) -> int:
-        """Return the rank that fills so many bytes, a multiple of four."""
-        return 3 * (num_bytes // 8 * 8) + (8 if num_bytes % 8 else 0)
+    @classmethod
+    def fitted(cls, rank: int, variances: Tensor) -> BandCode:
+        """Return the code for coefficients of these variances.
+
+        Parameters
+        ----------
+        rank : int
+        variances : Tensor [n], float32
+            Largest first, as many as there can be: `most_coefficients`, or all there are.
+        """
+        counts = _allot(cls(rank).width // CHUNK_BYTES, variances.double())
+        deviations = variances[: sum(counts)].clamp(min=0).sqrt()
+        least = max(float(deviations[0]) * _LEAST_SHARE, _LEAST_DEVIATION)
+        return cls(rank, counts, deviations.clamp_(min=least))
 
     @property
     def width(self) -> int:
         """Bytes stored for a token."""
-        return sum(band.width for band in self._bands)
+        return align_up(ceil_div(self.rank, 2), CHUNK_BYTES)
 
     @property
-    def steps(self) -> Tensor:
-        """Distance of each coefficient's levels in its own deviations, [rank], float32."""
-        of_bits = {4: GAUSSIAN_STEP_4BIT, 2: GAUSSIAN_STEP_2BIT}
-        return torch.cat([torch.full((band.count,), of_bits[band.bits]) for band in self._bands])
+    def num_coefficients(self) -> int:
+        """Coefficients of a token."""
+        return sum(self.counts)
+
+    @property
+    def most_coefficients(self) -> int:
+        """As many as a fit may give a token: all of two bits."""
+        return 4 * self.width
 
     def encode(self, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Round to the levels of each band's grid."""
-        parts = self._split(coefficients)
-        packed = [
-            band.pack(band.round(part)) for band, part in zip(self._bands, parts, strict=True)
-        ]
-        return torch.cat(packed, 1), None
+        """Round to the levels of each band's grid; the scale is the one that fits them best."""
+        grid = self._grid()
+        in_steps = coefficients / self.steps
+        deviation = (in_steps * grid).norm(dim=1, keepdim=True)
+        in_steps /= (deviation / self.num_coefficients**0.5).clamp_(min=1e-20)
+        levels = torch.cat([b.round(part) for b, part in self._by_band(in_steps)], 1)
+        scales = (coefficients * levels) @ grid  # weighted by the deviations
+        scales /= (levels * levels) @ (self.steps * grid)
+        packed = [band.pack(part) for band, part in self._by_band(levels)]
+        return _padded(torch.cat(packed, 1), self.width), _as_scale(scales.clamp_(min=0))
 
     def score(self, queries: Tensor, codes: Tensor, scales: Tensor | None) -> Tensor:
-        """Multiply band by band in integers; the offset of both grids is made whole."""
-        query_codes, query_scales = round_queries(queries)
+        """Multiply band by band in integers; the offset of all grids is made whole."""
+        assert scales is not None
+        query_codes, query_scales = round_queries(queries * self.steps)
+        total = torch.zeros(len(codes), len(queries), dtype=torch.int32)
         offsets = torch.zeros(len(queries), dtype=torch.int32)
-        total: Tensor | None = None
         first = 0
-        for band, part in zip(self._bands, self._split(query_codes), strict=True):
-            more = band.products(codes[:, first : first + band.width], part)
-            total = more if total is None else total.add_(more)
+        for band, part in self._by_band(query_codes):
+            total += band.products(codes[:, first : first + band.width], part)
             offsets += part.sum(1, dtype=torch.int32) * band.top
             first += band.width
-        assert total is not None, "there is a band"
         total -= offsets >> 1
-        return total.float().mul_(query_scales)
+        return total.float().mul_(query_scales).mul_(scales.float()[:, None])
 
-    def _split(self, coefficients: Tensor) -> tuple[Tensor, ...]:
-        return coefficients.split([band.count for band in self._bands], dim=1)
+    def _grid(self) -> Tensor:
+        """Distance of each coefficient's levels in its deviations, [num_coefficients]."""
+        steps = torch.tensor([_STEPS[bits] for bits in self.bits])
+        return steps.repeat_interleave(torch.tensor(self.counts))
+
+    def _by_band(self, coefficients: Tensor) -> Iterator[tuple[Planes, Tensor]]:
+        parts = coefficients.split(self.counts, dim=1)
+        return ((b, part) for b, part in zip(self._bands, parts, strict=True) if b.count)
+
+
+def _allot(chunks: int, variances: Tensor) -> tuple[int, int, int]:
+    """Return how many coefficients have eight, four and two bits for the least squared error."""
+    below = torch.cat((variances.new_zeros(1), variances.cumsum(0)))
+    best, found = float("inf"), (0, 0, 0)
+    for wide in range(chunks + 1):
+        for middle in range(chunks + 1 - wide):
+            ends = [0, 4 * wide, 4 * wide + 8 * middle, 16 * chunks - 12 * wide - 8 * middle]
+            ends = [min(end, len(variances)) for end in ends]
+            error = float(below[-1] - below[ends[-1]])
+            for factor, begin, end in zip(_DISTORTION.values(), ends, ends[1:], strict=False):
+                error += factor * float(below[end] - below[begin])
+            if error < best:
+                best, found = error, (ends[1], ends[2] - ends[1], ends[3] - ends[2])
+    return found
 
 
 def round_queries(queries: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.codes import CODES
 from kvswap.kernels.scores import reduce_heads
 
-_MAX_RANK, _FINE_RANK, _MIN_RANK = 128, 64, 8
+_MAX_RANK, _COARSE, _FINE_RANK, _MIN_RANK = 128, 32, 64, 8
 
 
 class KeyIndex(ABC):
@@ -75,20 +75,29 @@ class KeyIndex(ABC):
     def ranks(cls, geometry: KVGeometry) -> tuple[int, ...]:
         """Return the ranks that a plan tries, best first; the last is the least that works.
 
-        By default half of the key's length, at most 128, then a half of that, and so on to 64;
-        below, where a scan takes little time, each multiple of 8, which waste no byte of a code.
+        By default half of the key's length, at most 128, then each multiple of 32 below it, and
+        from 64 on of 8, which waste no byte of a code.
         """
         rank = max(min(_MIN_RANK, geometry.key_dim), min(_MAX_RANK, geometry.key_dim // 2))
         ranks = [max(1, rank // 2 * 2)]
         while ranks[-1] > _MIN_RANK:
-            smaller = ranks[-1] // 2 // 2 * 2 if ranks[-1] > _FINE_RANK else ranks[-1] - 1
-            ranks.append(max(_MIN_RANK, smaller if smaller >= _FINE_RANK else smaller // 8 * 8))
+            step = _COARSE if ranks[-1] > _FINE_RANK else _MIN_RANK
+            ranks.append(max(_MIN_RANK, (ranks[-1] - 1) // step * step))
         return tuple(ranks)
 
     @classmethod
-    def ranks_with(cls, geometry: KVGeometry, code: str) -> tuple[int, ...]:
-        """Return `ranks` as they suit a code."""
-        return cls.ranks(geometry)
+    def default_code(cls, rank: int, *, takes_basis: bool = False, on_device: bool = False) -> str:
+        """Return the code for a rank where none is named: by default the first.
+
+        Parameters
+        ----------
+        rank : int
+        takes_basis : bool
+            The index is given a projection, `set_basis`.
+        on_device : bool
+            It is to lie on an accelerator, where it can.
+        """
+        return cls.codes[0]
 
     @classmethod
     def takes_basis_with(cls, code: str) -> bool:

@@ -6,8 +6,8 @@ Reproduced: one projection a layer over the joined KV heads, from an uncentred d
 of post-RoPE keys; a score a token; a group scores as its best token does.
 Deviates: query heads are not averaged before the dot product, each scores alone and the best
 counts; coefficients may be stored in 8, 4, 2 or 1 bits after a rotation within the rank, or as
-principal components of centred keys in bands of 4 and 2 bits (predict/components.py); the
-projection is fitted to the prompt itself where none was calibrated.
+principal components of centred keys in bands of 8, 4 and 2 bits, which says more where bytes are
+few; the projection is fitted to the prompt itself where none was calibrated.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from kvswap.kernels.native import DTYPE_CODES, native, query_view
 from kvswap.kernels.scores import group_maximum, reduce_heads
 from kvswap.kernels.tiles import TILE_TOKENS, put_codes, take_codes, tiled_zeros
 from kvswap.predict.base import KeyIndex, register_index
-from kvswap.predict.components import KeyMoments, fit_components
-from kvswap.predict.projection import fit_workspace_bytes, leading_basis
+from kvswap.predict.components import KeyMoments
+from kvswap.predict.projection import fit_workspace_bytes, leading_basis, leading_components
 
 if TYPE_CHECKING:
     from kvswap.kernels.gpu.index import DeviceScanner
@@ -40,7 +40,8 @@ _FEW_GROUPS = 16  # encoded one by one: for more a matrix product is faster
 _NATIVE_CODES = {"rot4": 0, "int8": 1, "bf16": 2, "rot2": 3, "rot1": 4, "band": 5}
 ANY_BASIS_CODES = ("rot4", "int8", "bf16", "rot2", "rot1")
 """Codes that go with whatever projection there is."""
-_WIDE_TOKENS = 256  # tokens held in float32 at once while fitting and encoding
+_PLENTY = 64  # of a rank: no code of a token is that of fewer bytes and says as much
+_WIDE_TOKENS = 64  # tokens held in float32 at once while fitting and encoding
 
 
 @register_index("lowrank")
@@ -69,34 +70,43 @@ class LowRankIndex(KeyIndex):
         self._tiles = tiled_zeros(num_tokens, self._code.width)
         room = len(self._tiles) * TILE_TOKENS
         self._scales = torch.zeros(room, dtype=torch.float16) if self._code.has_scale else None
-        self._basis = torch.zeros(geometry.key_dim, rank, dtype=torch.bfloat16)
-        self._own_queries = self._num_bases(code) == 2
-        self._query_basis = torch.zeros_like(self._basis) if self._own_queries else self._basis
+        self._most = most = _most_coefficients(geometry, rank, code)
+        self._basis_room = torch.zeros(geometry.key_dim * most, dtype=torch.bfloat16)
+        self._basis = self._basis_room.view(-1, most)
+        own = self.has_query_basis
+        self._query_basis = torch.zeros_like(self._basis) if own else self._basis
         # Of the banded code: the mean key, and what it is in coefficients.
         is_centred = self._code.needs_fit
         self._mean = torch.zeros(geometry.key_dim) if is_centred else None
-        self._offsets = torch.zeros(rank) if is_centred else None
+        self._offsets = torch.zeros(most) if is_centred else None
+        self._steps_room = torch.zeros(most if is_centred else 0)
+        if isinstance(self._code, BandCode):
+            self._hold_steps(self._code)
         self._covariance: Tensor | None = None
         self._key_moments: KeyMoments | None = None
         self._is_fitted = False
         tokens = _block_tokens(geometry, rank, code, num_groups, group_size)
         self._block_groups = max(1, tokens // group_size)
-        self._scanner = self._make_scanner(num_groups)
+        self._num_groups = num_groups
+        self._scanner = self._make_scanner()
         self._device_scanner: DeviceScanner | None = None
 
-    def _make_scanner(self, num_groups: int) -> Any:
-        module = native()
+    def _make_scanner(self) -> Any:
+        module, code = native(), self._code
+        banded = code if isinstance(code, BandCode) else None
         return module and module.Scanner(
-            code=_NATIVE_CODES[self._code.name],
+            code=_NATIVE_CODES[code.name],
             codes=self._tiles.data_ptr(),
             scales=0 if self._scales is None else self._scales.data_ptr(),
             basis=self._basis.data_ptr(),
             query_basis=self._query_basis.data_ptr(),
             offsets=0 if self._offsets is None else self._offsets.data_ptr(),
-            width=self._code.width,
-            rank=self._code.rank,
+            steps=banded.steps.data_ptr() if banded else 0,
+            counts=banded.counts if banded else (0, 0, 0),
+            width=code.width,
+            rank=banded.num_coefficients if banded else code.rank,
             group_size=self._group_size,
-            num_groups=num_groups,
+            num_groups=self._num_groups,
             num_kv_heads=self._geometry.num_kv_heads,
             head_dim=self._geometry.head_dim,
         )
@@ -107,15 +117,11 @@ class LowRankIndex(KeyIndex):
 
         self.device = accelerator.device
         self._tiles, self._basis = self._tiles.to(self.device), self._basis.to(self.device)
-        own = self._own_queries
+        own = self.has_query_basis
         self._query_basis = self._query_basis.to(self.device) if own else self._basis
         self._scales = None if self._scales is None else self._scales.to(self.device)
         self._scanner = None
         self._device_scanner = DeviceScanner(self._code, self._group_size, accelerator)
-
-    @classmethod
-    def _num_bases(cls, code: str) -> int:
-        return 1 + (cls.has_query_basis or CODES[code].needs_fit)
 
     @classmethod
     def takes_basis_with(cls, code: str) -> bool:
@@ -128,21 +134,20 @@ class LowRankIndex(KeyIndex):
         return cls.serves_device and not CODES[code].needs_fit
 
     @classmethod
-    def ranks_with(cls, geometry: KVGeometry, code: str) -> tuple[int, ...]:
-        """Of the banded code ranks that fill the bytes of `ranks` in four bits."""
-        if code != BandCode.name:
-            return cls.ranks(geometry)
-        filled = (BandCode.rank_of(align_up(rank, 8) // 2) for rank in cls.ranks(geometry))
-        return tuple(min(rank, geometry.key_dim) for rank in filled)
+    def default_code(cls, rank: int, *, takes_basis: bool = False, on_device: bool = False) -> str:
+        """Four bits after a rotation; below a rank of 64, where it can be, the banded code."""
+        is_banded = rank < _PLENTY and not takes_basis and not on_device
+        return BandCode.name if is_banded and BandCode.name in cls.codes else cls.codes[0]
 
     @classmethod
     def plan_bytes(
         cls, geometry: KVGeometry, *, group_size: int, num_groups: int, rank: int, code: str
     ) -> int:
-        """Codes of every group, the projections in bfloat16, and of the banded code the mean."""
+        """Codes of every group, projections in bfloat16; of the banded code mean and steps."""
         tokens = align_up(num_groups * group_size, TILE_TOKENS)
-        bases = cls._num_bases(code) * geometry.key_dim * rank * 2
-        mean = 4 * (geometry.key_dim + rank) * CODES[code].needs_fit
+        most = _most_coefficients(geometry, rank, code)
+        bases = (1 + cls.has_query_basis) * geometry.key_dim * most * 2
+        mean = 4 * (geometry.key_dim + 2 * most) * CODES[code].needs_fit
         return tokens * CODES[code](rank).token_bytes + bases + mean
 
     @classmethod
@@ -154,13 +159,13 @@ class LowRankIndex(KeyIndex):
         block = min(tokens, num_groups * group_size) * _token_scratch_bytes(geometry, rank, code)
         score = block + num_groups * _group_scratch_bytes(geometry)
         moments = KeyMoments.nbytes_of(geometry.key_dim) * CODES[code].needs_fit
-        return max(_fit_bytes(geometry, rank) + moments, score)
+        return max(_fit_bytes(geometry, rank, code) + moments, score)
 
     @property
     def nbytes(self) -> int:
         """Codes, scales, projections and mean."""
-        bases = (1 + self._own_queries) * self._basis.nbytes
-        rest = (self._scales, self._mean, self._offsets)
+        bases = (1 + self.has_query_basis) * self._basis_room.nbytes
+        rest = (self._scales, self._mean, self._offsets, self._steps_room)
         return self._tiles.nbytes + bases + sum(held.nbytes for held in rest if held is not None)
 
     @property
@@ -201,15 +206,31 @@ class LowRankIndex(KeyIndex):
         self._use(*bases)
 
     def _fit_components(self, mean: Tensor, covariance: Tensor) -> None:
-        assert isinstance(self._code, BandCode)
         assert self._mean is not None
         assert self._offsets is not None
         self._key_moments = None
-        steps = self._code.steps
-        made = fit_components(mean, covariance, steps=steps, dtype=self._basis.dtype)
+        rank = self._code.rank
+        vectors, variances = leading_components(covariance, self._most)
+        code = BandCode.fitted(rank, variances)
+        basis = vectors[:, : code.num_coefficients].to(self._basis.dtype)
         self._mean.copy_(mean)
-        self._offsets.copy_(made.offsets)
-        self._use(made.basis, made.query_basis)
+        self._offsets[: basis.shape[1]] = mean @ basis.float()
+        self._take_code(code)
+        self._use(basis, basis)
+
+    def _take_code(self, code: BandCode) -> None:
+        """Use a code as it was fitted; its coefficients lie where there is room for the most."""
+        room = self._basis_room[: self._geometry.key_dim * code.num_coefficients]
+        self._basis = self._query_basis = room.view(-1, code.num_coefficients)
+        self._code = self._hold_steps(code)
+        if self._scanner is not None:
+            self._scanner = self._make_scanner()
+
+    def _hold_steps(self, code: BandCode) -> BandCode:
+        """Put a code's steps where there is room for the most."""
+        room = self._steps_room[: code.num_coefficients]
+        code.steps = room.copy_(code.steps)
+        return code
 
     def _find_bases(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """Return the projections of keys and of queries; the covariance may be changed."""
@@ -230,7 +251,7 @@ class LowRankIndex(KeyIndex):
 
     def _use(self, basis: Tensor, query_basis: Tensor) -> None:
         self._basis.copy_(basis)
-        if self._own_queries:
+        if self.has_query_basis:
             self._query_basis.copy_(query_basis)
         self._is_fitted = True
 
@@ -248,7 +269,7 @@ class LowRankIndex(KeyIndex):
             wide = keys[begin : begin + len(ids) * self._group_size].float()
             coefficients = wide @ basis
             if self._offsets is not None:
-                coefficients -= self._offsets
+                coefficients -= self._offsets[: basis.shape[1]]
             codes, scales = self._code.encode(coefficients)
             tokens = self._tokens_of(ids)
             put_codes(self._tiles, tokens, codes)
@@ -320,30 +341,21 @@ class LowRankIndex(KeyIndex):
 
     def state(self) -> dict[str, np.ndarray]:
         """Return projections, codes and scales as plain arrays."""
-        arrays = {
-            "basis": self._basis.view(torch.uint16).cpu().numpy(),
-            "tiles": self._tiles.cpu().numpy(),
-        }
-        if self._own_queries:
-            arrays["query_basis"] = self._query_basis.view(torch.uint16).cpu().numpy()
-        rest = {"scales": self._scales, "mean": self._mean, "offsets": self._offsets}
-        for name, held in rest.items():
-            if held is not None:
-                arrays[name] = _plain_bytes(held)
-        return arrays if self._is_fitted else {}
+        if not self._is_fitted:
+            return {}
+        arrays = {name: _plain(held).cpu().numpy() for name, held in self._kept().items()}
+        if isinstance(self._code, BandCode):
+            arrays["counts"] = np.array(self._code.counts, np.int64)
+        return arrays
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `state` gave."""
         if not state:
             return
-        kept = {"tiles": self._tiles, "scales": self._scales, "basis": self._basis}
-        kept |= {"mean": self._mean, "offsets": self._offsets}
-        if self._own_queries:
-            kept["query_basis"] = self._query_basis
-        for name, held in kept.items():
-            if held is None:
-                continue
-            target = held.view(torch.uint16 if name.endswith("basis") else torch.uint8)
+        if isinstance(self._code, BandCode):
+            self._take_code(self._code_of(state))
+        for name, held in self._kept().items():
+            target = _plain(held)
             if name not in state or state[name].shape != target.shape:
                 found = state[name].shape if name in state else "nothing"
                 expected = tuple(target.shape)
@@ -351,10 +363,41 @@ class LowRankIndex(KeyIndex):
             target.copy_(torch.from_numpy(state[name].copy()))
         self._is_fitted = True
 
+    def _kept(self) -> dict[str, Tensor]:
+        """Return what scores depend on, by name."""
+        kept: dict[str, Tensor | None] = {
+            "basis": self._basis,
+            "query_basis": self._query_basis if self.has_query_basis else None,
+            "tiles": self._tiles,
+            "scales": self._scales,
+            "mean": self._mean,
+            "offsets": self._offsets,
+            "steps": self._code.steps if isinstance(self._code, BandCode) else None,
+        }
+        return {name: held for name, held in kept.items() if held is not None}
 
-def _fit_bytes(geometry: KVGeometry, rank: int) -> int:
-    wide = _WIDE_TOKENS * (geometry.key_dim + 4 * rank) * 4
-    return fit_workspace_bytes(geometry.key_dim, rank) + wide
+    def _code_of(self, state: dict[str, np.ndarray]) -> BandCode:
+        """Return the banded code of which these are the arrays, its steps yet to be filled."""
+        counts = [int(count) for count in state.get("counts", np.empty(0))]
+        try:
+            wide, middle, narrow = counts
+            if sum(counts) <= self._most:
+                return BandCode(self._code.rank, (wide, middle, narrow))
+        except (ValueError, ConfigError):
+            pass
+        raise CorruptStoreError("index", "counts", expected=f"at most {self._most}", found=counts)
+
+
+def _most_coefficients(geometry: KVGeometry, rank: int, code: str) -> int:
+    made = CODES[code](rank)
+    most = made.most_coefficients if isinstance(made, BandCode) else rank
+    return min(most, geometry.key_dim)
+
+
+def _fit_bytes(geometry: KVGeometry, rank: int, code: str) -> int:
+    most = _most_coefficients(geometry, rank, code)
+    wide = _WIDE_TOKENS * (geometry.key_dim + 4 * most) * 4
+    return fit_workspace_bytes(geometry.key_dim, most) + wide
 
 
 def _token_scratch_bytes(geometry: KVGeometry, rank: int, code: str) -> int:
@@ -370,10 +413,11 @@ def _block_tokens(
     geometry: KVGeometry, rank: int, code: str, num_groups: int, group_size: int
 ) -> int:
     """Return how many tokens are scored at once: as many as the memory of a fit has room for."""
-    room = _fit_bytes(geometry, rank) - num_groups * _group_scratch_bytes(geometry)
+    room = _fit_bytes(geometry, rank, code) - num_groups * _group_scratch_bytes(geometry)
     tokens = room // _token_scratch_bytes(geometry, rank, code)
     return max(_LEAST_BLOCK_TOKENS, tokens) // group_size * group_size
 
 
-def _plain_bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.view(torch.uint8).cpu().numpy()
+def _plain(tensor: Tensor) -> Tensor:
+    """Look at a tensor as numbers that NumPy has: bfloat16 as 16 bits, all else as bytes."""
+    return tensor.view(torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint8)

@@ -8,7 +8,7 @@ from kvswap.bench.evaluation.capture import capture
 from kvswap.bench.evaluation.evicted import Evicted
 from kvswap.bench.evaluation.methods import FULL, FullAttention, KVSwap, Method
 from kvswap.bench.evaluation.plan import Plan, choose_language
-from kvswap.bench.evaluation.report import Report, summarise
+from kvswap.bench.evaluation.report import Report, Score, summarise
 from kvswap.bench.evaluation.results import Results
 from kvswap.bench.evaluation.run import Evaluation
 
@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "Report",
     "Results",
+    "Score",
     "capture",
     "choose_language",
     "summarise",
