@@ -6,7 +6,8 @@ that an index chooses with the real query, and what do the best groups of that n
 Documents of the tasks are read exactly and their questions answered exactly with the gold answer,
 so that all sides are given the same queries. Mass is that of the document's tokens, a mean over the
 tokens of questions and answers, over query heads and over layers. The oracle ranks groups by their
-true mass, summed over heads. Nothing is pinned and nothing is kept from step to step.
+true mass, summed over heads. Nothing is pinned and nothing is kept from step to step. The first
+index chooses with the query that is foreseen a layer earlier too, all layers but the first.
 
 Usage::
 
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from foreseen import foreseeing
 from torch import Tensor
 
 from kvswap.bench.evaluation.asking import Asking
@@ -64,6 +66,11 @@ class Candidate:
         return f"{self.name}:{self.rank}+{self.code}"
 
 
+def foreseen_label(label: str) -> str:
+    """Return what an index is called where it is asked with queries that were foreseen."""
+    return f"{label}, query foreseen"
+
+
 class Masses:
     """Attention mass by candidate, share and layer, and by document."""
 
@@ -88,23 +95,23 @@ def candidates(specs: list[str], geometry: KVGeometry, tokens: int, args) -> lis
     for spec in specs:
         config = CacheConfig(kv_memory=1, storage=StorageConfig(directories=["."]), index=spec)
         kind = INDEXES.get(config.index)
-        code = config.code or kind.codes[0]
-        rank = config.rank or largest_rank(kind, code, geometry, tokens, args)
+        rank = config.rank or largest_rank(kind, config.code, geometry, tokens, args)
         if rank is None:
             print(f"{spec}: none of its ranks fits", file=sys.stderr)
             continue
-        made.append(Candidate(config.index, kind, rank, code))
+        made.append(Candidate(config.index, kind, rank, config.code or kind.default_code(rank)))
     return made
 
 
 def largest_rank(
-    kind: type[KeyIndex], code: str, geometry: KVGeometry, tokens: int, args
+    kind: type[KeyIndex], named: str | None, geometry: KVGeometry, tokens: int, args
 ) -> int | None:
     """Return the largest rank whose index takes at most the share of the KV cache allowed."""
     room = geometry.layer_token_bytes * tokens * args.index_share
     size, groups = args.group_size, tokens // args.group_size
     ranks = {*kind.ranks(geometry), *range(geometry.num_kv_heads * 2, geometry.key_dim + 1, 4)}
     for rank in sorted(ranks, reverse=True):
+        code = named or kind.default_code(rank)
         try:
             kind.check(geometry, rank=rank, code=code)
         except ValueError:
@@ -146,13 +153,20 @@ def true_mass(query: Tensor, keys: Tensor, size: int, scaling: float) -> Tensor:
     return torch.softmax(scores, 1)[:, :whole].unflatten(1, (-1, size)).sum(2).t()
 
 
-def answer_queries(asking: Asking, prefill: StoredPrefill, prompt: Tensor) -> tuple[Tensor, ...]:
-    """Return the queries of a question with its gold answer, by layer, attended to exactly."""
+def answer_queries(
+    asking: Asking, prefill: StoredPrefill, prompt: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the queries of a question with its gold answer, real and foreseen ones by layer.
+
+    All are attended to exactly. The first layer's real ones stand for foreseen ones.
+    """
     cache = stock_cache(asking.model, prefill)
     notes = QueryNotes(prefill.num_layers, torch.arange(prompt.shape[1]))
-    with torch.no_grad(), noting(asking.model, notes):
+    geometry = read_shape(asking.model).geometry
+    with torch.no_grad(), noting(asking.model, notes), foreseeing(asking.model, geometry) as found:
         asking.model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return notes.queries(type(asking.model).__name__)
+    real = notes.queries(type(asking.model).__name__)
+    return [(query, found.get(layer_idx, query)) for layer_idx, query in enumerate(real)]
 
 
 def measure_document(
@@ -176,12 +190,18 @@ def measure_document(
         }
         groups = np.arange(prefill.num_tokens // size)
         for queries in asked:
-            for query in queries[layer_idx].split(1, dim=1):
+            for query, foreseen in zip(
+                *(each.split(1, 1) for each in queries[layer_idx]), strict=True
+            ):
                 mass = true_mass(query, prefill.keys[layer_idx], size, scaling)
                 ranked = {
                     name: reduce_heads(index.score_heads(query, groups, scaling=scaling))
                     for name, index in indexes.items()
                 }
+                first = next(iter(indexes))
+                ranked[foreseen_label(first)] = reduce_heads(
+                    indexes[first].score_heads(foreseen, groups, scaling=scaling)
+                )
                 for name, scores in {ORACLE: mass.sum(1), **ranked}.items():
                     for share in SHARES:
                         best = scores.topk(max(1, round(share * len(groups)))).indices
@@ -192,12 +212,12 @@ def measure_document(
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reader", type=Path, required=True)
+    parser.add_argument("--reader", type=Path, nargs="+", required=True)
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--documents", type=int, default=1, help="of each task")
     parser.add_argument("--questions", type=int, default=4, help="of each document")
-    parser.add_argument("--index", nargs="+", default=["lowrank+rot4", "lowrank+bf16"])
+    parser.add_argument("--index", nargs="+", default=["lowrank", "lowrank+bf16"])
     parser.add_argument("--index-share", type=float, default=1 / 32, help="of full KV, at most")
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
@@ -215,7 +235,45 @@ def main() -> None:
         check_plot(args.plot)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model, tokenizer = load_reader(getattr(torch, args.dtype), directory=args.reader)
+    found = {reader.name: measure_reader(reader, args) for reader in args.reader}
+    for share in SHARES:
+        report(args, share, found)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found with a reader: its indexes, the claimed one first."""
+
+    labels: tuple[str, ...]
+    num_layers: int
+    documents: int
+    masses: Masses
+
+    def by_layer(self, share: float) -> dict[str, list[float]]:
+        """Return the mean mass of each layer, the oracle's first."""
+        return {
+            name: [
+                statistics.fmean(self.masses.of(name, share, layer))
+                for layer in range(self.num_layers)
+            ]
+            for name in (ORACLE, *self.labels)
+        }
+
+    def gaps(self, share: float) -> list[float]:
+        """Return by document what the claimed index loses, a mean over layers."""
+        best, mine = (
+            [self.masses.of(name, share, layer) for layer in range(self.num_layers)]
+            for name in (ORACLE, self.labels[0])
+        )
+        return [
+            statistics.fmean(most[at] - held[at] for most, held in zip(best, mine, strict=True))
+            for at in range(self.documents)
+        ]
+
+
+def measure_reader(reader: Path, args: argparse.Namespace) -> Measured:
+    """Measure all documents with one reader."""
+    model, tokenizer = load_reader(getattr(torch, args.dtype), directory=reader)
     asking = Asking(model, tokenizer)
     geometry = read_shape(model).geometry
     chosen = candidates(args.index, geometry, args.context, args)
@@ -233,60 +291,57 @@ def main() -> None:
         for document in plan.documents(task):
             measure_document(asking, document, number, chosen, masses, args)
             number += 1
-            print(f"{task}: document {number}", file=sys.stderr, flush=True)
-    report(args, geometry, chosen, masses, number)
+            print(f"{reader.name}, {task}: document {number}", file=sys.stderr, flush=True)
+    labels = (*(each.label for each in chosen), foreseen_label(chosen[0].label))
+    return Measured(labels, geometry.num_layers, number, masses)
 
 
-def report(args, geometry: KVGeometry, chosen: list[Candidate], masses: Masses, number: int):
-    """Print and record the means by layer; the first index is the one that is claimed."""
-    layers = range(geometry.num_layers)
-    for share in SHARES:
-        by_layer = {
-            name: [statistics.fmean(masses.of(name, share, layer)) for layer in layers]
-            for name in (ORACLE, *(each.label for each in chosen))
-        }
-        for name, found in by_layer.items():
-            shown = " / ".join(f"{each:.3f}" for each in found)
-            print(f"{share:.0%} of the groups, {name}: {statistics.fmean(found):.4f} ({shown})")
-        first = chosen[0].label
-        gaps = [
-            statistics.fmean(
-                masses.of(ORACLE, share, layer)[at] - masses.of(first, share, layer)[at]
-                for layer in layers
-            )
-            for at in range(number)
-        ]
-        Record(
-            metric=f"recall_gap_{share * 100:.0f}pct",
-            unit="share",
-            samples=gaps,
-            value=statistics.fmean(gaps),
-            question="attention mass that the index's groups lose against the best of as many",
-            config={
-                "reader": args.reader.name,
-                "context": args.context,
-                "tasks": args.tasks,
-                "documents": number,
-                "questions": args.questions,
-                "dtype": args.dtype,
-                "group_size": args.group_size,
-                "index": first,
-                "index_share": args.index_share,
-            },
-            seed=args.seed,
-            device="none: nothing is read from a disk",
-            cache_state="not used",
-            extra={"by_layer": by_layer},
-        ).append(args.results)
+def report(args: argparse.Namespace, share: float, found: dict[str, Measured]) -> None:
+    """Print and record the means by layer; the worst reader is the one that is claimed."""
+    by_layer = {reader: measured.by_layer(share) for reader, measured in found.items()}
+    for reader, lines in by_layer.items():
+        for name, means in lines.items():
+            shown = " / ".join(f"{each:.3f}" for each in means)
+            mean = statistics.fmean(means)
+            print(f"{reader}, {share:.0%} of the groups, {name}: {mean:.4f} ({shown})")
         if args.plot:
-            lines = {
-                name: [
-                    LayerRecall(layer_idx=layer_idx, mean=mean, count=number)
-                    for layer_idx, mean in enumerate(found)
-                ]
-                for name, found in by_layer.items()
-            }
-            save_recall_plot(args.plot.with_stem(f"{args.plot.stem}_{share * 100:.0f}pct"), lines)
+            plot(args.plot.with_stem(f"{args.plot.stem}_{reader}_{share * 100:.0f}pct"), lines)
+    gaps = {reader: measured.gaps(share) for reader, measured in found.items()}
+    Record(
+        metric=f"recall_gap_{share * 100:.0f}pct",
+        unit="share",
+        samples=[gap for each in gaps.values() for gap in each],
+        value=max(statistics.fmean(each) for each in gaps.values()),
+        question="attention mass that the index's groups lose against the best of as many, on the"
+        " worst reader",
+        config={
+            "reader": list(found),
+            "context": args.context,
+            "tasks": args.tasks,
+            "documents": {reader: measured.documents for reader, measured in found.items()},
+            "questions": args.questions,
+            "dtype": args.dtype,
+            "group_size": args.group_size,
+            "index": {reader: measured.labels[0] for reader, measured in found.items()},
+            "index_share": args.index_share,
+        },
+        seed=args.seed,
+        device="none: nothing is read from a disk",
+        cache_state="not used",
+        extra={"by_layer": by_layer, "gaps": gaps},
+    ).append(args.results)
+
+
+def plot(path: Path, by_layer: dict[str, list[float]]) -> None:
+    """Draw the means by layer."""
+    lines = {
+        name: [
+            LayerRecall(layer_idx=layer_idx, mean=mean, count=1)
+            for layer_idx, mean in enumerate(found)
+        ]
+        for name, found in by_layer.items()
+    }
+    save_recall_plot(path, lines)
 
 
 if __name__ == "__main__":

@@ -227,14 +227,18 @@ def test_recall(tmp_path, tmp_path_factory):
         "--tasks", "niah_multikey_1", "--index", "lowrank+rot4",
         "--plot", str(plots / "recall.svg"),
     )  # fmt: skip
-    assert {plot.name for plot in plots.iterdir()} == {"recall_2pct.svg", "recall_5pct.svg"}
+    assert {plot.name for plot in plots.iterdir()} == {
+        "recall_llama_2pct.svg",
+        "recall_llama_5pct.svg",
+    }
     assert [record["metric"] for record in records] == ["recall_gap_2pct", "recall_gap_5pct"]
     for record in records:
         assert_whole(record)
         assert -1e-6 <= record["value"] < 1
-        means = record["extra"]["by_layer"]
-        best, first = means["oracle"], means[record["config"]["index"]]
-        assert all(share <= most + 1e-6 for share, most in zip(first, best, strict=True))
+        means, index = record["extra"]["by_layer"]["llama"], record["config"]["index"]["llama"]
+        for name in (index, f"{index}, query foreseen"):
+            pairs = zip(means[name], means["oracle"], strict=True)
+            assert all(share <= most + 1e-6 for share, most in pairs)
 
 
 def test_methods_are_compared_from_the_same_prefills(tmp_path):
