@@ -12,7 +12,7 @@
 namespace kvswap {
 namespace {
 
-// As src/kvswap/kernels/codes.py has them.
+// As src/kvswap/kernels/coding.py has them.
 constexpr float kGaussianStep8 = 0.0308f, kGaussianStep4 = 0.3352f, kGaussianStep2 = 0.9957f,
                 kGaussianStep1 = 1.596f;
 constexpr float kScaleLimit = 6.0e4f;

@@ -29,7 +29,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kvswap.kernels.codes import GAUSSIAN_STEP_4BIT
+from kvswap.kernels.coding import GAUSSIAN_STEP_4BIT
 
 CODEC_NUMBERS = {"raw": 0, "int8": 1, "rot4": 2}
 """As csrc/kernels/api.h numbers them."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvswap.core.units import ceil_div
-from kvswap.kernels.codes import CHUNK_BYTES
+from kvswap.kernels.coding import CHUNK_BYTES
 
 TILE_TOKENS = 16
 

@@ -23,7 +23,8 @@ from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import KVGeometry
 from kvswap.core.units import align_up
 from kvswap.kernels.accelerator import Accelerator
-from kvswap.kernels.codes import CODES, BandCode
+from kvswap.kernels.banded import BandCode
+from kvswap.kernels.codes import CODES
 from kvswap.kernels.native import DTYPE_CODES, native, query_view
 from kvswap.kernels.scores import group_maximum, reduce_heads
 from kvswap.kernels.tiles import TILE_TOKENS, put_codes, take_codes, tiled_zeros

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from kvswap.core.geometry import KVGeometry
 from kvswap.core.units import align_up, ceil_div
-from kvswap.kernels.codes import CODES, Code, GridCode
+from kvswap.kernels.codes import CODES, GridCode
+from kvswap.kernels.coding import Code
 from kvswap.kernels.native import DTYPE_CODES, query_view
 from kvswap.kernels.scores import reduce_heads, sampled_groups
 from kvswap.kernels.tiles import TILE_TOKENS, tiled_zeros

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kvswap.core.units import ceil_div
 from kvswap.kernels.accelerator import Accelerator, is_interpreting
-from kvswap.kernels.codes import CHUNK_BYTES, Code, GridCode, round_queries
+from kvswap.kernels.codes import GridCode
+from kvswap.kernels.coding import CHUNK_BYTES, Code, round_queries
 from kvswap.kernels.gpu.scan import scan_groups
 from kvswap.kernels.tiles import TILE_TOKENS
 
