@@ -26,7 +26,6 @@ ON_DISK: dict[str, dict[str, Any]] = {
     CLAIMED: {},
     RECORDS_OF_4_BITS: {"record_codec": "rot4"},
     "default, records of 8 bits": {"record_codec": "int8"},
-    "default, the rest estimated": {"estimate_rest": True},
     # As published: heads averaged, the prediction attended to as it is, 400 tokens in groups of 4.
     "KVSwap, published": {
         "index": "lowrank+bf16",

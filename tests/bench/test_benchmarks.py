@@ -201,14 +201,6 @@ def test_reader_quality(tmp_path):
     assert record["extra"]["right"]["memory"] >= 3
 
 
-def test_rest(tmp_path):
-    (record,) = run("quality/rest.py", tmp_path, "--quick")
-    assert_whole(record)
-    assert record["metric"] == "rest_output_error_ratio_2k_10pct"
-    assert 0 < record["value"] < 1
-    assert 0 < record["extra"]["rest_bytes"] < record["extra"]["index_bytes"]
-
-
 @pytest.mark.skipif(uring_error() is not None, reason=f"{uring_error()}")
 def test_io_engine(tmp_path):
     records = run("system/io_engine.py", tmp_path, "--quick")

@@ -42,7 +42,6 @@ fixed = st.fixed_dictionaries(
         "code": st.sampled_from(CODES),
         "on_device": st.just(True),
         "head_groups": st.just("all"),
-        "estimate_rest": st.just(True),
         "warm_window": st.sampled_from([1, 16]),
     },
 )
@@ -72,8 +71,7 @@ def test_parts_add_up_to_no_more_than_the_budget(shape, more):
     assert sum(made.parts.values()) == made.total_bytes <= budget
     names = {"index", "slots", "rolling", "tables", "staging", "workspace"}
     there = {"index", "slots", "rolling", "landing", "device_workspace"}
-    beside = {"rest"} if "estimate_rest" in fields else set()
-    beside |= {"window"} if {"estimate_rest", "warm_window"} & set(fields) else set()
+    beside = {"window"} if "warm_window" in fields else set()
     names, there = names | beside, there | beside
     assert set(made.parts) == names | (there if "on_device" in fields else set())
     there -= {"index"} if fields.get("code") == "band" else set()  # which is scored on the host

@@ -24,7 +24,6 @@ CONFIGS = {
     "three rows": {**SMALL, "max_batch": 3},
     "kept": {**SMALL, "keep": True},
     "warmed": {**SMALL, "warm_window": 5},
-    "the rest estimated": {**SMALL, "estimate_rest": True, "keep": True},
     "int8 records": {**SMALL, "record_codec": "int8"},
     "rot4 records": {"record_codec": "rot4", "max_context": 512, "kv_memory": "1MiB"},
     "planned by the library": {"max_context": 512, "kv_memory": "1MiB"},
@@ -104,7 +103,7 @@ def test_a_fork_that_passes_the_budget_is_refused_and_takes_nothing(tmp_path):
         check(cache)
 
 
-@pytest.mark.parametrize("name", ["everything in memory", "small", "kept", "the rest estimated"])
+@pytest.mark.parametrize("name", ["everything in memory", "small", "kept"])
 def test_the_smallest_budget_works_from_the_first_token_to_the_last(name, tmp_path):
     model = make_model("llama")
     settings = {**CONFIGS[name], "max_context": 150}
@@ -160,7 +159,7 @@ def test_closing_gives_the_memory_back_while_the_cache_object_lives(tmp_path):
     assert cache.memory_report()["total"] == cache.session.plan.total_bytes
 
 
-@pytest.mark.parametrize("beside", [{}, {"estimate_rest": True, "warm_window": 16}])
+@pytest.mark.parametrize("beside", [{}, {"warm_window": 16}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fitting_the_index_keeps_to_the_reported_workspace(dtype, beside, tmp_path):
     model = make_model("llama", dtype)

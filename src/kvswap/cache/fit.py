@@ -85,11 +85,9 @@ class IndexFitter:
             index.observe(_flat(keys).to(index.device))
         index.fit()
         place = 0
-        for keys, values in session.records.stream(layer_idx, groups):
+        for keys, _ in session.records.stream(layer_idx, groups):
             part = groups[place : place + keys.shape[1] // size]
             index.encode(part, _flat(keys).to(index.device))
-            if session.rest:
-                session.rest[layer_idx].encode(part, values)
             place += len(part)
 
 

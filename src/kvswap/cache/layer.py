@@ -17,7 +17,6 @@ from kvswap.kernels.records import pack_groups
 from kvswap.kernels.slots import SlotAttention, Tokens
 
 if TYPE_CHECKING:
-    from kvswap.cache.prefetch import Pending
     from kvswap.cache.session import CacheSession
 
 
@@ -134,7 +133,7 @@ class LayerCache:
         attention = session.attention
         if not isinstance(attention, SlotAttention) or not attention.decodes(query, params):
             return None
-        if session.rest or session.recall.is_due(layer_idx):
+        if session.recall.is_due(layer_idx):
             return None
         pending = session.selected(batch, layer_idx, [query[0]], scaling=params.scaling)
         if not pending.fits:
@@ -213,25 +212,6 @@ class LayerCache:
                 )
         session.attended(pending)
         session.recall.check(batch, self.layer_idx, rows, merges, params)
-        if session.rest:  # after recall, which is of what was read
-            self._add_rest(batch, rows, pending, merges, params)
-
-    def _add_rest(
-        self,
-        batch: SequenceBatch,
-        rows: list[RowInput],
-        pending: Pending,
-        merges: list[RunningMerge],
-        params: AttentionParams,
-    ) -> None:
-        """Let groups that are not selected count by an estimate."""
-        session, layer_idx = self._session, self.layer_idx
-        for row, given in enumerate(rows):
-            groups = batch.flushed_groups(layer_idx, row)
-            groups = groups[np.isin(groups, pending.groups[row], invert=True)]
-            if given.query.shape[1] and len(groups):
-                index, rest = session.indexes[layer_idx], session.rest[layer_idx]
-                merges[row].add(rest.partial(index, given.query, groups, params))
 
     def _check_rows(self, batch: SequenceBatch, rows: list[RowInput]) -> None:
         """Raise `InvalidKeysError` for what is not finite, before any of it is kept."""
@@ -311,8 +291,6 @@ class LayerCache:
             flat = keys.transpose(0, 1).flatten(1)
             index = session.indexes[self.layer_idx]
             index.encode(groups, flat.to(index.device))
-            if session.rest:
-                session.rest[self.layer_idx].encode(groups, values)
         if session.is_selecting:
             self._keep_in_memory(groups, keys, values)
 

@@ -20,10 +20,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from kvswap.cache.rest import RestEstimate
 from kvswap.cache.rolling import RollingBuffer
 from kvswap.cache.sequence import SequenceBatch
-from kvswap.cache.window import QueryWindow, window_tokens
+from kvswap.cache.window import QueryWindow
 from kvswap.core.config import CacheConfig
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
@@ -326,14 +325,12 @@ class _Shape:
         self, rank: int, budget_groups: int, slots: int, staging_rows: int
     ) -> dict[str, int]:
         layers, layout = self.geometry.num_layers, self.layout
-        kind: dict[str, Any] = {"group_size": layout.group_size, "num_groups": self.num_groups}
         index = workspace = 0
         if rank:
-            form = kind | {"rank": rank, "code": self.code_of(rank)}
+            form: dict[str, Any] = {"group_size": layout.group_size, "num_groups": self.num_groups}
+            form |= {"rank": rank, "code": self.code_of(rank)}
             index = layers * self.index.plan_bytes(self.geometry, **form)
             workspace = self.index.workspace_bytes(self.geometry, **form)
-        if rank and self.config.estimate_rest:
-            workspace += RestEstimate.workspace_bytes(self.geometry, **kind)
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
         # holders and stripe; its place in a sequence and in the saved one; what lies in gaps
         # that are read through.
@@ -355,16 +352,11 @@ class _Shape:
 
     def _parts_beside(self, rank: int) -> dict[str, int]:
         """Return the parts that only some configs have; 0 where every group is in memory."""
-        geometry, parts, tokens = self.geometry, {}, window_tokens(self.config)
-        if self.config.estimate_rest:
-            layer_bytes = RestEstimate.plan_bytes(
-                geometry, group_size=self.layout.group_size, num_groups=self.num_groups
-            )
-            parts["rest"] = geometry.num_layers * layer_bytes if rank else 0
-        if tokens:
-            window_bytes = QueryWindow.plan_bytes(geometry, tokens, self.batch_size)
-            parts["window"] = window_bytes if rank else 0
-        return parts
+        tokens = self.config.warm_window
+        if not tokens:
+            return {}
+        window_bytes = QueryWindow.plan_bytes(self.geometry, tokens, self.batch_size)
+        return {"window": window_bytes if rank else 0}
 
 
 def _stated_tokens(config: CacheConfig) -> int | tuple[int, ...] | None:

@@ -20,7 +20,6 @@ from kvswap.cache.prefetch import Pending, Prefetcher
 from kvswap.cache.recall import RecallSampler
 from kvswap.cache.records import RecordIO
 from kvswap.cache.residence import Residence
-from kvswap.cache.rest import RestEstimate
 from kvswap.cache.reuse import ReuseBuffer
 from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
@@ -40,7 +39,6 @@ from kvswap.storage.store import BlockStore
 # What holds memory, given back when a session closes.
 _HEAVY = (
     "indexes",
-    "rest",
     "warmer",
     "selection",
     "attention",
@@ -207,18 +205,10 @@ class CacheSession:
             group_size=self.layout.group_size,
             layer_groups=plan.layer_groups,
         )
-        self.rest = self._make_rest(plan) if self.config.estimate_rest and plan.rank else []
         self.warmer = Warmer(self)
         self.recall = RecallSampler(self)
         self.fitter = IndexFitter(self)
         self.fitter.load_projection()
-
-    def _make_rest(self, plan: CachePlan) -> list[RestEstimate]:
-        size, count = self.layout.group_size, plan.num_groups
-        return [
-            RestEstimate(self.geometry, group_size=size, num_groups=count, device=self.device)
-            for _ in range(self.geometry.num_layers)
-        ]
 
     @property
     def choice_groups(self) -> int:
@@ -231,12 +221,12 @@ class CacheSession:
         Returns
         -------
         dict of str to int
-            ``index, slots, rolling, tables, staging, workspace, total, budget``, and ``rest``
-            and ``window`` where the config has an estimate of the rest or queries kept to warm
-            with. Workspace is the most that fitting, scoring and unpacking take for a while; all
-            else is what the arrays take now. Before the first forward and after closing, what is
-            planned. With slots on a device, each part lies wholly on one side, so that ``landing``
-            and ``device_workspace`` are parts too, and ``on_device`` is the sum of those there.
+            ``index, slots, rolling, tables, staging, workspace, total, budget``, and ``window``
+            where the config has queries kept to warm with. Workspace is the most that fitting,
+            scoring and unpacking take for a while; all else is what the arrays take now. Before
+            the first forward and after closing, what is planned. With slots on a device, each part
+            lies wholly on one side, so that ``landing`` and ``device_workspace`` are parts too, and
+            ``on_device`` is the sum of those there.
         """
         parts = dict(self.plan.parts)
         if self.is_allocated and not self._is_closed:
@@ -250,11 +240,8 @@ class CacheSession:
                 "tables": tables,
                 "staging": self.records.nbytes,
             }
-            held = {
-                "rest": sum(rest.nbytes for rest in self.rest),
-                "window": self.warmer.window.nbytes,
-            }
-            parts |= {name: nbytes for name, nbytes in held.items() if name in parts}
+            if "window" in parts:
+                parts["window"] = self.warmer.window.nbytes
             if self.accelerator is not None:
                 parts = self._split_by_side(parts, batches)
         sums = {"total": sum(parts.values()), "budget": self.config.kv_memory_bytes}
@@ -573,8 +560,6 @@ class CacheSession:
         state = {f"placement.{k}": v for k, v in self.placement.state().items()}
         for layer_idx, index in enumerate(self.indexes):
             state |= {f"index.{layer_idx}.{k}": v for k, v in index.state().items()}
-        for layer_idx, rest in enumerate(self.rest):
-            state |= {f"rest.{layer_idx}.{k}": v for k, v in rest.state().items()}
         return state
 
     def resume(
@@ -584,8 +569,6 @@ class CacheSession:
         self.placement.load_state(_part(tables, "placement."))
         for layer_idx, index in enumerate(self.indexes):
             index.load_state(_part(tables, f"index.{layer_idx}."))
-        for layer_idx, rest in enumerate(self.rest):
-            rest.load_state(_part(tables, f"rest.{layer_idx}."))
         self.fitter.fitted_tokens = fitted_tokens
         self.sequences.resume(batch)
 

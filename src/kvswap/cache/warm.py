@@ -14,13 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from kvswap.cache.rest import SAMPLED_GROUPS
 from kvswap.cache.sequence import SequenceBatch
-from kvswap.cache.window import QueryWindow, window_tokens
-from kvswap.core.units import ceil_div
-from kvswap.kernels.attention import AttentionParams
+from kvswap.cache.window import QueryWindow
 
 if TYPE_CHECKING:
     from kvswap.cache.session import CacheSession
@@ -41,11 +36,11 @@ class Warmer:
 
     def __init__(self, session: CacheSession) -> None:
         self._session = session
-        tokens = window_tokens(session.config) if session.plan.rank else 0
+        tokens = session.config.warm_window if session.plan.rank else 0
         self.window = QueryWindow(tokens, session.plan.batch_size)
 
     def prefill_ended(self, batch: SequenceBatch) -> None:
-        """Calibrate the estimate of the rest, and fill slots; once a prefill.
+        """Fill slots; once a prefill.
 
         Raises
         ------
@@ -56,13 +51,9 @@ class Warmer:
         if not self.window.is_of(batch):
             return
         session = self._session
-        if session.rest and session.index_ready:
-            for layer_idx in range(session.geometry.num_layers):
-                self._calibrate(batch, layer_idx)
-        if session.config.warm_window:
-            for layer_idx in range(session.geometry.num_layers):
-                self._submit(batch, layer_idx)
-            session.finish_reads()
+        for layer_idx in range(session.geometry.num_layers):
+            self._submit(batch, layer_idx)
+        session.finish_reads()
         self.window.forget()
 
     def _submit(self, batch: SequenceBatch, layer_idx: int) -> None:
@@ -71,38 +62,7 @@ class Warmer:
         if held is None:
             return
         session, (queries, params) = self._session, held
-        queries = [query[:, -session.config.warm_window :] for query in queries]
         groups = session.selection.select(
             batch, layer_idx, queries, scaling=params.scaling, is_final=False
         )
         session.counters.groups_warmed += session.read_ahead(layer_idx, groups)
-
-    def _calibrate(self, batch: SequenceBatch, layer_idx: int) -> None:
-        held = self.window.queries(batch, layer_idx)
-        if held is None:
-            return
-        queries, params = held
-        for row, query in enumerate(queries):
-            if batch.flushed[layer_idx, row] and query.shape[1]:
-                self._calibrate_with(batch, layer_idx, row, query, params)
-                return
-
-    def _calibrate_with(
-        self,
-        batch: SequenceBatch,
-        layer_idx: int,
-        row: int,
-        query: Tensor,
-        params: AttentionParams,
-    ) -> None:
-        session = self._session
-        groups = batch.flushed_groups(layer_idx, row)
-        sample = groups[:: ceil_div(len(groups), SAMPLED_GROUPS)]
-        session.rest[layer_idx].calibrate(
-            session.indexes[layer_idx],
-            query,
-            sample,
-            (keys for keys, _ in session.records.stream(layer_idx, sample)),
-            params,
-            selected_share=session.plan.budget_groups / len(groups),
-        )

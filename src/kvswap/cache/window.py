@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 
 from kvswap.cache.sequence import SequenceBatch
-from kvswap.core.config import CacheConfig
 from kvswap.core.geometry import KVGeometry
 from kvswap.kernels.attention import AttentionParams
 from kvswap.kernels.records import DTYPES
-
-_CALIBRATION_TOKENS = 8
-"""Queries that `kvswap.cache.rest` is calibrated with where none are wanted for warming."""
-
-
-def window_tokens(config: CacheConfig) -> int:
-    """Return how many of a prefill's last queries a config wants kept."""
-    return max(config.warm_window, _CALIBRATION_TOKENS if config.estimate_rest else 0)
 
 
 class QueryWindow:
@@ -36,7 +27,7 @@ class QueryWindow:
     Notes
     -----
     Only the batch whose prefill came last has any. They are hints: what an interrupted forward
-    or a crop leaves in them changes what is read early and how well a rest is estimated.
+    or a crop leaves in them changes what is read early.
     """
 
     def __init__(self, num_tokens: int, num_rows: int) -> None:

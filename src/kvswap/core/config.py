@@ -185,10 +185,6 @@ class CacheConfig:
         Tokens a prefill forward handles at once.
     exact_append : bool
         Let forwards of several tokens after the prefill see the whole context.
-    estimate_rest : bool
-        Let groups that are not selected count by an estimate, from the key index and from
-        means of their values that stay in memory. Attention is no longer over exact keys and
-        values alone then.
     warm_window : int
         So many of a prefill's last queries say which groups are read before the first step
         asks for them; 0 for none. It costs their memory and a step's reads, which the first
@@ -224,7 +220,6 @@ class CacheConfig:
     projection: str | os.PathLike[str] | None = None
     prefill_chunk: int = 1024
     exact_append: bool = False
-    estimate_rest: bool = False
     warm_window: int = 0
     recall_every: int = 0
     recall_floor: float = 0.8
@@ -252,7 +247,6 @@ class CacheConfig:
         _one_of("correct_prediction", self.correct_prediction, (True, False))
         _one_of("deadline", self.deadline, (True, False))
         _one_of("exact_append", self.exact_append, (True, False))
-        _one_of("estimate_rest", self.estimate_rest, (True, False))
         size = self.group_size
         if size is not None and (size > 256 or size & (size - 1)):
             raise ConfigError(f"group_size must be a power of two in [1, 256], got {size}")
