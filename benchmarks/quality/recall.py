@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kvswap.bench.evaluation.asking import Asking
 from kvswap.bench.evaluation.capture import capture
-from kvswap.bench.evaluation.methods import stock_cache
+from kvswap.bench.evaluation.in_memory import stock_cache
 from kvswap.bench.evaluation.plan import Plan
 from kvswap.bench.noting import QueryNotes, noting
 from kvswap.bench.prefill import StoredPrefill

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 import kvswap
 from kvswap.bench.evaluation.capture import capture, kept_positions
-from kvswap.bench.evaluation.methods import stock_cache
+from kvswap.bench.evaluation.in_memory import stock_cache
 from kvswap.bench.evaluation.storing import load_prefill, save_prefill
 from kvswap.bench.synthetic import refile
 from kvswap.cache.session import CacheSession
@@ -113,14 +113,21 @@ def test_a_file_that_is_no_prefill_is_refused(tmp_path):
         load_prefill(path)
 
 
-def test_full_attention_from_a_prefill_gives_the_same_logits():
-    model = make_model("llama")
-    cache, expected = stock_cache(model, capture(model, IDS)), read_stock(model, 1024)
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        a = model(input_ids=ids, past_key_values=cache).logits
-        b = model(input_ids=ids, past_key_values=expected).logits
-    assert torch.equal(a, b)
+@pytest.mark.parametrize("room", [0, 4, 64])
+def test_full_attention_from_a_prefill_gives_the_same_logits(room):
+    model, prefill = make_model("llama"), capture(make_model("llama"), IDS)
+    cache, expected = stock_cache(model, prefill, room_tokens=room), read_stock(model, 1024)
+    for ids in (torch.tensor([[5, 6, 7]]), torch.tensor([[8]]), torch.tensor([[9, 10]])):
+        for _ in range(2):  # and again from where it was
+            with torch.no_grad():
+                a = model(input_ids=ids, past_key_values=cache).logits
+                b = model(input_ids=ids, past_key_values=expected).logits
+            assert torch.equal(a, b)
+            for each in (cache, expected):
+                each.crop(-ids.shape[1])
+            assert cache.get_seq_length() == IDS.shape[1]
+    for layer, keys in zip(cache.layers, prefill.keys, strict=True):
+        assert torch.equal(layer.keys[0], keys)
 
 
 def test_refiling_shows_each_layer_its_queries_before_its_index_is_fitted(tmp_path, monkeypatch):

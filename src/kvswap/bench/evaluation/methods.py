@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from kvswap.bench.evaluation.budget import Budget
+from kvswap.bench.evaluation.in_memory import stock_cache
 from kvswap.bench.prefill import StoredPrefill
 from kvswap.bench.synthetic import refile
 from kvswap.cache.plan import plan_cache
@@ -98,16 +99,8 @@ class FullAttention(Method):
     def open(
         self, model: PreTrainedModel, prefill: StoredPrefill, *, room_tokens: int
     ) -> Iterator[Cache]:
-        """Give a `DynamicCache`."""
-        yield stock_cache(model, prefill)
-
-
-def stock_cache(model: PreTrainedModel, prefill: StoredPrefill) -> DynamicCache:
-    """Return transformers' own cache with a document in it."""
-    cache = DynamicCache(config=model.config)
-    for layer_idx, (keys, values) in enumerate(zip(prefill.keys, prefill.values, strict=True)):
-        cache.update(keys[None].to(model.device), values[None].to(model.device), layer_idx)
-    return cache
+        """Give a `DynamicCache` with room for what follows."""
+        yield stock_cache(model, prefill, room_tokens=room_tokens)
 
 
 @dataclass(kw_only=True)

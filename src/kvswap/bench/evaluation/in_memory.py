@@ -1,0 +1,77 @@
+"""Transformers' own cache with a document in it, and room for what follows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from kvswap.bench.prefill import StoredPrefill
+
+
+class RoomLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer that new tokens are written into, where its base copies all that it holds for each.
+
+    Parameters
+    ----------
+    keys, values : Tensor [1, num_kv_heads, num_tokens, head_dim]
+        What it begins with.
+    room_tokens : int
+        Tokens that may follow; with more it grows as its base does.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, room_tokens: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._rooms = tuple(_with_room(tensor, room_tokens) for tensor in (keys, values))
+        self._look_at(keys.shape[2])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take new tokens [1, num_kv_heads, n, head_dim]; return all."""
+        held = self.keys.shape[2]
+        end = held + key_states.shape[2]
+        if end > self._rooms[0].shape[2]:
+            grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return grown
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, held:end] = states
+        self._look_at(end)
+        return self.keys, self.values
+
+    def _look_at(self, num_tokens: int) -> None:
+        self.keys, self.values = (room[:, :, :num_tokens] for room in self._rooms)
+
+
+def stock_cache(
+    model: PreTrainedModel, prefill: StoredPrefill, *, room_tokens: int = 0
+) -> DynamicCache:
+    """Return transformers' own cache with a document in it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    prefill : StoredPrefill
+        Copied to the model's device.
+    room_tokens : int
+        Tokens that are to follow.
+    """
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        RoomLayer(keys[None].to(model.device), values[None].to(model.device), room_tokens)
+        for keys, values in zip(prefill.keys, prefill.values, strict=True)
+    ]
+    return cache
+
+
+def _with_room(tensor: Tensor, room_tokens: int) -> Tensor:
+    rows, heads, held, dim = tensor.shape
+    room = torch.empty(
+        rows, heads, held + room_tokens, dim, dtype=tensor.dtype, device=tensor.device
+    )
+    room[:, :, :held] = tensor
+    return room
