@@ -117,8 +117,8 @@ struct TileScore {
   int64_t band_chunks[kBands];  // for band: so many of each band
   int num_quads;                // at most kMaxQueries / 4
   // Grids: [planes][chunks][kMaxQueries] of four int8.
-  // int8: [chunks][kMaxQueries] of four int8. band: as int8, then two grids. bf16:
-  // [chunks][kMaxQueries] of two bfloat16.
+  // int8: [chunks][kMaxQueries] of four int8. band: as int8, then two grids.
+  // bf16: [chunks][kMaxQueries] of two bfloat16.
   const uint32_t* query;
   const int32_t* start;   // [kMaxQueries]: product sums begin here; not for bf16
   const uint16_t* scale;  // [16] float16, a token each; not for bf16

@@ -24,13 +24,22 @@ struct Coded {
   uint16_t scale = 0;
 };
 
-void round_grid(const float* x, int64_t rank, Code kind, float gaussian_step, Coded& out) {
+constexpr float gaussian_step(int bits) {
+  switch (bits) {
+    case 8: return kGaussianStep8;
+    case 4: return kGaussianStep4;
+    case 2: return kGaussianStep2;
+    default: return kGaussianStep1;
+  }
+}
+
+void round_grid(const float* x, int64_t rank, Code kind, Coded& out) {
   const int64_t length = plane_length(kind, rank);
   const auto half = static_cast<float>((grid_top(kind) + 1) / 2);
   float norm = 0;
   for (int64_t i = 0; i < rank; ++i) norm += x[i] * x[i];
   const float deviation = std::sqrt(norm) / std::sqrt(static_cast<float>(rank));
-  const float step = std::max(deviation * gaussian_step, 1e-20f);
+  const float step = std::max(deviation * gaussian_step(grid_bits(kind)), 1e-20f);
   float products = 0, squares = 0;
   for (int64_t i = 0; i < rank; ++i) {
     const float code = std::clamp(std::floor(x[i] / step), -half, half - 1);
@@ -44,30 +53,27 @@ void round_grid(const float* x, int64_t rank, Code kind, float gaussian_step, Co
   out.scale = to_f16(std::min(products / squares, kScaleLimit));
 }
 
-float gaussian_step(const Band& band) {
-  return band.bits == 8 ? kGaussianStep8 : band.bits == 4 ? kGaussianStep4 : kGaussianStep2;
-}
-
 // A token's deviation from those of all tokens is found first, then the scale that fits best.
 void round_bands(float* x, const CodedKeys& keys, Coded& out) {
   const Bands bands = bands_of(keys);
   float norm = 0;
   for (const Band& band : bands) {
+    const float grid = gaussian_step(band.bits);
     for (int64_t i = band.first; i < band.first + band.count; ++i) {
       x[i] = (x[i] - keys.offsets[i]) / keys.steps[i];
-      norm += x[i] * gaussian_step(band) * x[i] * gaussian_step(band);
+      norm += x[i] * grid * x[i] * grid;
     }
   }
   const float deviation =
       std::max(std::sqrt(norm) / std::sqrt(static_cast<float>(keys.rank)), 1e-20f);
   float products = 0, squares = 0;
   for (const Band& band : bands) {
-    const auto half = static_cast<float>((band.top() + 1) / 2);
+    const float half = static_cast<float>((band.top() + 1) / 2), grid = gaussian_step(band.bits);
     uint8_t* bytes = out.bytes.data() + 4 * band.first_chunk;
     for (int64_t j = 0; j < band.count; ++j) {
       const int64_t i = band.first + j;
       const float code = std::clamp(std::floor(x[i] / deviation), -half, half - 1);
-      const float level = code + 0.5f, weight = keys.steps[i] * gaussian_step(band);
+      const float level = code + 0.5f, weight = keys.steps[i] * grid;
       products += weight * x[i] * level;
       squares += weight * level * level;
       const int shift = static_cast<int>(j / band.length()) * band.bits;
@@ -120,9 +126,9 @@ void encode_groups(const CodedKeys& keys, uint8_t* codes, uint16_t* scales, cons
       kernels().project(wide.data(), dim, keys.basis, keys.rank, x.data());
       coded.bytes.assign(static_cast<size_t>(keys.width), 0);
       switch (keys.code) {
-        case Code::rot4: round_grid(x.data(), keys.rank, Code::rot4, kGaussianStep4, coded); break;
-        case Code::rot2: round_grid(x.data(), keys.rank, Code::rot2, kGaussianStep2, coded); break;
-        case Code::rot1: round_grid(x.data(), keys.rank, Code::rot1, kGaussianStep1, coded); break;
+        case Code::rot4:
+        case Code::rot2:
+        case Code::rot1: round_grid(x.data(), keys.rank, keys.code, coded); break;
         case Code::int8: round_int8(x.data(), keys.rank, coded); break;
         case Code::bf16: round_bf16(x.data(), keys.rank, coded); break;
         case Code::band: round_bands(x.data(), keys, coded); break;

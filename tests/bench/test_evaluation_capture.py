@@ -130,6 +130,23 @@ def test_full_attention_from_a_prefill_gives_the_same_logits(room):
         assert torch.equal(layer.keys[0], keys)
 
 
+@pytest.mark.parametrize("kept", [1, 3, 5])
+def test_what_has_outgrown_its_room_is_cropped_like_the_stock_cache(kept):
+    model, prefill = make_model("llama"), capture(make_model("llama"), IDS)
+    caches = stock_cache(model, prefill, room_tokens=6), read_stock(model, 1024)
+    for ids in (torch.tensor([[5]]), torch.tensor([[6, 7, 8, 9, 10, 11, 12]])):
+        for cache in caches:
+            with torch.no_grad():
+                model(input_ids=ids, past_key_values=cache)
+    for cache in caches:
+        cache.crop(kept - 8)
+    logits = []
+    for cache in caches:
+        with torch.no_grad():
+            logits.append(model(input_ids=torch.tensor([[13]]), past_key_values=cache).logits)
+    assert torch.equal(*logits)
+
+
 def test_refiling_shows_each_layer_its_queries_before_its_index_is_fitted(tmp_path, monkeypatch):
     model, events = make_model("llama"), []
     prefill = capture(model, IDS)

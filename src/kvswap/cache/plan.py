@@ -327,8 +327,12 @@ class _Shape:
         layers, layout = self.geometry.num_layers, self.layout
         index = workspace = 0
         if rank:
-            form: dict[str, Any] = {"group_size": layout.group_size, "num_groups": self.num_groups}
-            form |= {"rank": rank, "code": self.code_of(rank)}
+            form: dict[str, Any] = {
+                "group_size": layout.group_size,
+                "num_groups": self.num_groups,
+                "rank": rank,
+                "code": self.code_of(rank),
+            }
             index = layers * self.index.plan_bytes(self.geometry, **form)
             workspace = self.index.workspace_bytes(self.geometry, **form)
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its

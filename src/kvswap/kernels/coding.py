@@ -52,6 +52,16 @@ class Code(ABC):
         """Bytes stored for a token without its scale; a multiple of `CHUNK_BYTES`."""
 
     @property
+    def num_coefficients(self) -> int:
+        """Coefficients of a token, as `encode` is given them: the rank, or more of fewer bits."""
+        return self.rank
+
+    @property
+    def most_coefficients(self) -> int:
+        """As many as a fit may give a token."""
+        return self.num_coefficients
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of a token, its scale included."""
         return self.width + (2 if self.has_scale else 0)

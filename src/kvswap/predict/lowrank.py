@@ -105,7 +105,7 @@ class LowRankIndex(KeyIndex):
             steps=banded.steps.data_ptr() if banded else 0,
             counts=banded.counts if banded else (0, 0, 0),
             width=code.width,
-            rank=banded.num_coefficients if banded else code.rank,
+            rank=code.num_coefficients,
             group_size=self._group_size,
             num_groups=self._num_groups,
             num_kv_heads=self._geometry.num_kv_heads,
@@ -210,9 +210,8 @@ class LowRankIndex(KeyIndex):
         assert self._mean is not None
         assert self._offsets is not None
         self._key_moments = None
-        rank = self._code.rank
         vectors, variances = leading_components(covariance, self._most)
-        code = BandCode.fitted(rank, variances)
+        code = BandCode.fitted(self._code.rank, variances)
         basis = vectors[:, : code.num_coefficients].to(self._basis.dtype)
         self._mean.copy_(mean)
         self._offsets[: basis.shape[1]] = mean @ basis.float()
@@ -390,9 +389,7 @@ class LowRankIndex(KeyIndex):
 
 
 def _most_coefficients(geometry: KVGeometry, rank: int, code: str) -> int:
-    made = CODES[code](rank)
-    most = made.most_coefficients if isinstance(made, BandCode) else rank
-    return min(most, geometry.key_dim)
+    return min(CODES[code](rank).most_coefficients, geometry.key_dim)
 
 
 def _fit_bytes(geometry: KVGeometry, rank: int, code: str) -> int:

@@ -91,7 +91,6 @@ def leading_basis(covariance: Tensor, rank: int) -> Tensor:
     Tensor [dim, rank], float32
         Orthonormal columns. The rotation is fixed by the rank; it spreads a key's energy
         evenly over the coefficients, which coarse codes need.
-
     """
     return _eigenvectors(covariance, rank)[0] @ rotation(rank, seed=rank)
 

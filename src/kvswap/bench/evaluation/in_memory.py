@@ -26,7 +26,7 @@ class RoomLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, keys: Tensor, values: Tensor, room_tokens: int) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self._rooms = tuple(_with_room(tensor, room_tokens) for tensor in (keys, values))
+        self._rooms = (_with_room(keys, room_tokens), _with_room(values, room_tokens))
         self._look_at(keys.shape[2])
 
     def update(
@@ -36,8 +36,8 @@ class RoomLayer(DynamicLayer):  # type: ignore[misc]
         held = self.keys.shape[2]
         end = held + key_states.shape[2]
         if end > self._rooms[0].shape[2]:
-            grown: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-            return grown
+            self._rooms = super().update(key_states, value_states, *args, **kwargs)
+            return self.keys, self.values
         for room, states in zip(self._rooms, (key_states, value_states), strict=True):
             room[:, :, held:end] = states
         self._look_at(end)
