@@ -139,6 +139,8 @@ def make_index(
     if index.wants_queries:
         index.observe_queries(prefill.queries[layer_idx])
     index.observe(keys)
+    if index.looks_twice:
+        index.observe_again(keys)
     index.fit()
     index.encode(np.arange(groups), keys)
     return index

@@ -141,8 +141,9 @@ struct Kernels {
   void (*score_tile)(Code, const TileScore&);
   // out[rank] += sum over i of x[i] * basis[i][rank]
   void (*project)(const float* x, int64_t count, const Bf16* basis, int64_t rank, float* out);
-  // Of each column: the largest scaled score, and the sum of exponentials relative to it.
-  void (*column_sums)(const ScoreRows&, float* largest, float* sum);
+  // Of each column: the largest scaled score, the sum of exponentials relative to it, and the sum
+  // of those times what they are the exponentials of.
+  void (*column_sums)(const ScoreRows&, float* largest, float* sum, float* product);
   // best[row][i] = the larger of itself and scaled scores less shift, over columns
   // i, i + best_length, i + 2 * best_length, ...
   void (*best_shifted)(const ScoreRows&, const float* shift, int64_t best_length, float* best);

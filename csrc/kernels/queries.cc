@@ -117,24 +117,48 @@ void score_tiles(const CodedKeys& keys, const Queries& queries, int64_t first, i
   }
 }
 
-QuerySums merge_columns(const Queries& queries, int64_t in_row, const std::vector<float>& tops,
-                        const std::vector<float>& sums) {
+void ColumnSums::resize(int64_t blocks, int64_t length) {
+  largest.resize(static_cast<size_t>(blocks * length));
+  sum.resize(largest.size());
+  product.resize(largest.size());
+}
+
+void ColumnSums::find(const ScoreRows& rows, int64_t block) {
+  const int64_t at = block * rows.length;
+  kernels().column_sums(rows, largest.data() + at, sum.data() + at, product.data() + at);
+}
+
+QuerySums merge_columns(const Queries& queries, int64_t in_row, const ColumnSums& columns) {
   QuerySums made;
   std::fill_n(made.largest, kMaxQueries, -std::numeric_limits<float>::infinity());
   const int64_t length = queries.quads * 4 * in_row;
-  const auto all = static_cast<int64_t>(tops.size());
-  for (int64_t column = 0; column < length; ++column) {
-    float& largest = made.largest[column / (4 * in_row) * 4 + column % 4];
-    for (int64_t i = column; i < all; i += length) {
-      largest = std::max(largest, tops[static_cast<size_t>(i)]);
-    }
+  const auto all = static_cast<int64_t>(columns.largest.size());
+  const auto query_of = [&](int64_t i) { return i % length / (4 * in_row) * 4 + i % 4; };
+  for (int64_t i = 0; i < all; ++i) {
+    float& largest = made.largest[query_of(i)];
+    largest = std::max(largest, columns.largest[static_cast<size_t>(i)]);
   }
-  for (int64_t column = 0; column < length; ++column) {
-    const int64_t q = column / (4 * in_row) * 4 + column % 4;
-    for (int64_t i = column; i < all; i += length) {
-      const auto at = static_cast<size_t>(i);
-      made.sum[q] += static_cast<double>(sums[at] * std::exp(tops[at] - made.largest[q]));
-    }
+  for (int64_t i = 0; i < all; ++i) {
+    const auto at = static_cast<size_t>(i);
+    if (columns.sum[at] == 0) continue;
+    const int64_t q = query_of(i);
+    const double less = columns.largest[at] - made.largest[q], factor = std::exp(less);
+    made.sum[q] += factor * columns.sum[at];
+    made.product[q] += factor * (columns.product[at] + less * columns.sum[at]);
+  }
+  return made;
+}
+
+Shifts shifts_of(const Queries& queries, const QuerySums& sums, int64_t selected) {
+  Shifts made;
+  std::fill_n(made.share, kMaxQueries, std::numeric_limits<float>::infinity());
+  std::copy_n(made.share, kMaxQueries, made.claim);
+  const double room = std::log(static_cast<double>(std::max<int64_t>(1, selected)));
+  for (int64_t q = 0; q < queries.count; ++q) {
+    const double sum = sums.sum[q], log_sum = std::log(sum);
+    const double over = std::max(0.0, log_sum - sums.product[q] / sum - room);
+    made.share[q] = sums.largest[q] + static_cast<float>(log_sum);
+    made.claim[q] = made.share[q] + static_cast<float>(kOutvoted * over);
   }
   return made;
 }

@@ -30,14 +30,34 @@ Queries prepare(const CodedKeys& keys, const QueryView& query, int64_t first, fl
 void score_tiles(const CodedKeys& keys, const Queries& queries, int64_t first, int64_t count,
                  float* out);
 
-// Each query's largest score, and the sum of exponentials relative to it.
-struct QuerySums {
-  float largest[kMaxQueries];
-  double sum[kMaxQueries] = {};
+// Of the columns of blocks of rows, [blocks][quads][in_row][4] each: what `column_sums` gives.
+struct ColumnSums {
+  void resize(int64_t blocks, int64_t length);
+  void find(const ScoreRows& rows, int64_t block);
+
+  std::vector<float> largest, sum, product;
 };
 
-// From those of blocks of rows, whose columns are [quads][in_row][4].
-QuerySums merge_columns(const Queries& queries, int64_t in_row, const std::vector<float>& tops,
-                        const std::vector<float>& sums);
+// Each query's largest score, the sum of exponentials relative to it, and the sum of those times
+// what they are the exponentials of.
+struct QuerySums {
+  float largest[kMaxQueries];
+  double sum[kMaxQueries] = {}, product[kMaxQueries] = {};
+};
+
+QuerySums merge_columns(const Queries& queries, int64_t in_row, const ColumnSums& columns);
+
+// A query that attends to e times as many groups as are selected is taken for one that gives each
+// e^-kOutvoted of what it does.
+constexpr double kOutvoted = 4;
+
+// What is taken off each query's scores; of queries that are none infinity.
+struct Shifts {
+  float share[kMaxQueries];  // its log-sum-exp, so that shares of attention are compared
+  // More where it attends to more groups than are selected, by the perplexity of its shares.
+  float claim[kMaxQueries];
+};
+
+Shifts shifts_of(const Queries& queries, const QuerySums& sums, int64_t selected);
 
 }  // namespace kvswap

@@ -1,7 +1,6 @@
 #include "kernels/scan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -19,29 +18,32 @@ constexpr int64_t kLeastRows = 128;  // a thread's worth
 
 // What a thread keeps from call to call.
 struct Workspace {
-  std::vector<float> scores, tops, sums, best;
+  std::vector<float> scores, best;
+  ColumnSums columns;
 };
 
 class Pass {
  public:
-  Pass(const CodedKeys& keys, const Queries& queries, const Rows& rows, Workspace& work)
+  Pass(const CodedKeys& keys, const Queries& queries, const Rows& rows, const Found& found,
+       Workspace& work)
       : keys_(keys),
         queries_(queries),
         rows_(rows),
+        found_(found),
         work_(work),
         in_quad_(4 * rows.in_row),
         length_(queries.quads * in_quad_),
         blocks_((rows.count + kBlockRows - 1) / kBlockRows),
         scale_(static_cast<size_t>(length_)),
-        shift_(static_cast<size_t>(length_)) {
+        share_(static_cast<size_t>(length_)),
+        claim_(static_cast<size_t>(length_)) {
     work.scores.resize(static_cast<size_t>(rows.count * length_));
-    work.tops.resize(static_cast<size_t>(blocks_ * length_));
-    work.sums.resize(work.tops.size());
+    work.columns.resize(blocks_, length_);
     work.best.resize(static_cast<size_t>(rows.count * in_quad_));
     for (int64_t i = 0; i < length_; ++i) scale_[at(i)] = queries.scale[query_of(i)];
   }
 
-  void run(int threads, float* out) {
+  void run(int threads) {
     const auto share = [&](int thread, int total, auto&& body) {
       const int64_t end = blocks_ * (thread + 1) / total;
       for (int64_t b = blocks_ * thread / total; b < end; ++b) body(b);
@@ -51,7 +53,7 @@ class Pass {
     });
     find_shifts();
     parallel(threads, [&](int thread, int total) {
-      share(thread, total, [&](int64_t block) { finish_block(block, out); });
+      share(thread, total, [&](int64_t block) { finish_block(block); });
     });
   }
 
@@ -70,8 +72,7 @@ class Pass {
       prefetch(rows_.tile(run, in_run) + kTilesAhead);
       rows_.score(keys_, queries_, run, in_run, work_.scores.data() + row * length_);
     });
-    kernels().column_sums(rows_of(block), work_.tops.data() + block * length_,
-                          work_.sums.data() + block * length_);
+    work_.columns.find(rows_of(block), block);
   }
 
   // Codes stream through memory once: no cache holds them from step to step.
@@ -80,22 +81,26 @@ class Pass {
     for (int64_t i = 0; i < keys_.width * kTileTokens; i += 64) __builtin_prefetch(at + i);
   }
 
-  // Every query's log-sum-exp over all groups, from those of the blocks.
   void find_shifts() {
-    const QuerySums sums = merge_columns(queries_, rows_.in_row, work_.tops, work_.sums);
+    const QuerySums sums = merge_columns(queries_, rows_.in_row, work_.columns);
+    const Shifts shifts = shifts_of(queries_, sums, found_.selected);
     for (int64_t i = 0; i < length_; ++i) {
-      const int64_t q = query_of(i);
-      const float log_sum = static_cast<float>(std::log(sums.sum[q]));
-      shift_[at(i)] = q < queries_.count ? sums.largest[q] + log_sum : kInfinity;
+      share_[at(i)] = shifts.share[query_of(i)];
+      claim_[at(i)] = shifts.claim[query_of(i)];
     }
   }
 
-  void finish_block(int64_t block, float* out) {
+  void finish_block(int64_t block) {
+    reduce_block(block, share_, found_.shares);
+    if (found_.claims) reduce_block(block, claim_, found_.claims);
+  }
+
+  void reduce_block(int64_t block, const std::vector<float>& shift, float* out) {
     const ScoreRows rows = rows_of(block);
     const int64_t begin = block * kBlockRows;
     float* best = work_.best.data() + begin * in_quad_;
     std::fill_n(best, rows.num_rows * in_quad_, -kInfinity);
-    kernels().best_shifted(rows, shift_.data(), in_quad_, best);
+    kernels().best_shifted(rows, shift.data(), in_quad_, best);
     rows_.each(begin, begin + rows.num_rows, [&](const Run& run, int64_t in_run, int64_t row) {
       rows_.finish(run, in_run, work_.best.data() + row * in_quad_, out);
     });
@@ -106,16 +111,19 @@ class Pass {
   const CodedKeys& keys_;
   const Queries& queries_;
   const Rows& rows_;
+  const Found& found_;
   Workspace& work_;
   int64_t in_quad_, length_, blocks_;
-  std::vector<float> scale_, shift_;
+  std::vector<float> scale_, share_, claim_;
 };
 
 }  // namespace
 
 void scan_groups(const CodedKeys& keys, const QueryView& query, float scaling, const int64_t* ids,
-                 int64_t count, float* out) {
-  std::fill_n(out, count, -std::numeric_limits<float>::infinity());
+                 int64_t count, const Found& found) {
+  for (float* out : {found.shares, found.claims}) {
+    if (out) std::fill_n(out, count, -std::numeric_limits<float>::infinity());
+  }
   if (!count) return;
   thread_local Workspace work;
   const Rows rows(keys, ids, count);
@@ -123,7 +131,7 @@ void scan_groups(const CodedKeys& keys, const QueryView& query, float scaling, c
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), worth));
   for (int64_t first = 0; first < query.num_heads * query.q_len; first += kMaxQueries) {
     const Queries queries = prepare(keys, query, first, scaling, threads);
-    Pass(keys, queries, rows, work).run(threads, out);
+    Pass(keys, queries, rows, found, work).run(threads);
   }
 }
 

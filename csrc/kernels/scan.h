@@ -29,9 +29,17 @@ struct QueryView {
   int64_t num_heads, q_len, head_stride, token_stride;
 };
 
-// out[i]: the most that any query gives group ids[i], against what it gives all of them.
-// Every id must be below keys.num_groups.
+// Of each group that is asked for: the most that any query gives it, against what it gives all of
+// them; and its claim to be read, for which a query that attends to more groups than will be
+// `selected` has less to say. Claims may be null.
+struct Found {
+  float* shares;
+  float* claims;
+  int64_t selected;
+};
+
+// found.shares[i] is of group ids[i]; every id must be below keys.num_groups.
 void scan_groups(const CodedKeys& keys, const QueryView& query, float scaling, const int64_t* ids,
-                 int64_t count, float* out);
+                 int64_t count, const Found& found);
 
 }  // namespace kvswap

@@ -1,4 +1,4 @@
-// From scores a group and query to one a group: every query against its own log-sum-exp.
+// From scores a group and query to one a group: every query less its own shift.
 //
 // Included by the isa_*.cc files alone, each with its own `Simd`.
 #pragma once
@@ -11,8 +11,10 @@
 namespace kvswap {
 namespace {
 
+constexpr float kNothing = -104.0f;  // of which the exponential is 0
+
 template <class S>
-void column_sum(const ScoreRows& a, int64_t i, float* largest, float* sum) {
+void column_sum(const ScoreRows& a, int64_t i, float* largest, float* sum, float* product) {
   const auto scale = S::load(a.scale + i);
   auto top = S::set1(-std::numeric_limits<float>::infinity());
   for (int64_t row = 0; row < a.num_rows; ++row) {
@@ -20,20 +22,24 @@ void column_sum(const ScoreRows& a, int64_t i, float* largest, float* sum) {
   }
   // Where nothing was asked for all are minus infinity, and so is what is written.
   const auto finite = S::max(top, S::set1(-std::numeric_limits<float>::max()));
-  auto total = S::zero();
+  auto total = S::zero(), products = S::zero();
   for (int64_t row = 0; row < a.num_rows; ++row) {
-    const auto x = S::mul(S::load(a.scores + row * a.length + i), scale);
-    total = S::add(total, S::exp(S::sub(x, finite)));
+    const auto scaled = S::mul(S::load(a.scores + row * a.length + i), scale);
+    const auto x = S::max(S::set1(kNothing), S::sub(scaled, finite));
+    const auto exp = S::exp(x);
+    total = S::add(total, exp);
+    products = S::fma(exp, x, products);
   }
   S::store(largest + i, top);
   S::store(sum + i, total);
+  S::store(product + i, products);
 }
 
 template <class S>
-void column_sums(const ScoreRows& a, float* largest, float* sum) {
+void column_sums(const ScoreRows& a, float* largest, float* sum, float* product) {
   int64_t i = 0;
-  for (; i + S::kLanes <= a.length; i += S::kLanes) column_sum<S>(a, i, largest, sum);
-  for (; i < a.length; ++i) column_sum<portable::Simd>(a, i, largest, sum);
+  for (; i + S::kLanes <= a.length; i += S::kLanes) column_sum<S>(a, i, largest, sum, product);
+  for (; i < a.length; ++i) column_sum<portable::Simd>(a, i, largest, sum, product);
 }
 
 template <class S>

@@ -22,7 +22,8 @@ size_t at(int64_t i) { return static_cast<size_t>(i); }
 // What a thread keeps from call to call.
 struct Workspace {
   Bounds bounds;
-  std::vector<float> scores, priorities, found, sample, tops, sums;
+  std::vector<float> scores, priorities, claims, shares, sample;
+  ColumnSums columns;
   std::vector<char> is_scored;
   std::vector<int64_t> scored;
 };
@@ -32,17 +33,20 @@ struct Workspace {
 class Pass {
  public:
   Pass(const CodedKeys& keys, const Queries& queries, const Rows& rows, int64_t num_ids,
-       Workspace& work, int threads)
+       const Wanted& wanted, const Found& found, Workspace& work, int threads)
       : keys_(keys),
         queries_(queries),
         rows_(rows),
         num_ids_(num_ids),
+        wanted_(wanted),
+        found_(found),
         work_(work),
         threads_(threads),
         in_quad_(4 * rows.in_row),
         length_(queries.quads * in_quad_),
         scale_(at(length_)),
-        shift_(at(length_)) {
+        share_(at(length_)),
+        claim_(at(length_)) {
     work.scores.resize(at(rows.count * length_));
     work.is_scored.assign(at(rows.count), 0);
     work.scored.clear();
@@ -58,9 +62,9 @@ class Pass {
   }
 
   // The rows that may hold one of the groups wanted, and a few more.
-  void run(const Spans& spans, const Wanted& wanted) {
+  void run(const Spans& spans) {
     work_.bounds.find(keys_, spans, queries_, rows_, threads_);
-    score_sample_and(wanted);
+    score_sample_and_kept();
     float least[kMaxQueries];
     work_.bounds.highest(least);
     score_reaching(least);
@@ -68,13 +72,14 @@ class Pass {
     score_reaching(least);
     find_shifts();
     find_priorities();
-    score_from(nth_largest(work_.priorities, wanted.count));
+    score_from(nth_largest(work_.priorities, wanted_.count));
     finish();
-    score_from(nth_largest(work_.found, wanted.count));
+    score_from(nth_largest(work_.shares, wanted_.count));
     finish();
   }
 
-  const std::vector<float>& found() const { return work_.found; }
+  // Of these queries alone.
+  const std::vector<float>& shares() const { return work_.shares; }
   int64_t num_scored() const { return static_cast<int64_t>(work_.scored.size()); }
 
  private:
@@ -90,12 +95,12 @@ class Pass {
     }
   }
 
-  void score_sample_and(const Wanted& wanted) {
+  void score_sample_and_kept() {
     std::vector<char> holds(at(rows_.count), 0);
     const auto note = [&](int64_t position) { holds[at(rows_.place(position).row)] = 1; };
     each_sampled(note);
-    for (int64_t i = 0; i < wanted.num_kept; ++i) {
-      if (wanted.kept[i] >= 0 && wanted.kept[i] < num_ids_) note(wanted.kept[i]);
+    for (int64_t i = 0; i < wanted_.num_kept; ++i) {
+      if (wanted_.kept[i] >= 0 && wanted_.kept[i] < num_ids_) note(wanted_.kept[i]);
     }
     score([&](int64_t row) { return holds[at(row)] != 0; });
   }
@@ -107,7 +112,9 @@ class Pass {
   }
 
   void score_from(float least) {
-    score([&](int64_t row) { return work_.priorities[at(row)] >= least; });
+    score([&](int64_t row) {
+      return work_.priorities[at(row)] >= least || work_.claims[at(row)] >= wanted_.least;
+    });
   }
 
   // Scores the rows of which `asks` is true and that have no scores yet.
@@ -162,76 +169,93 @@ class Pass {
     });
     const auto num_rows = static_cast<int64_t>(sample.size()) / length_;
     const int64_t blocks = (num_rows + kBlockRows - 1) / kBlockRows;
-    work_.tops.resize(at(blocks * length_));
-    work_.sums.resize(work_.tops.size());
+    work_.columns.resize(blocks, length_);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = b * kBlockRows;
-      kernels().column_sums({sample.data() + first * length_,
-                             std::min(num_rows - first, kBlockRows), length_, scale_.data()},
-                            work_.tops.data() + b * length_, work_.sums.data() + b * length_);
+      work_.columns.find({sample.data() + first * length_, std::min(num_rows - first, kBlockRows),
+                          length_, scale_.data()},
+                         b);
     }
-    const QuerySums sums = merge_columns(queries_, rows_.in_row, work_.tops, work_.sums);
     const double weight = static_cast<double>(num_ids_) / static_cast<double>(asked);
+    const QuerySums sums = with_best(merge_columns(queries_, rows_.in_row, work_.columns), weight);
+    shifts_ = shifts_of(queries_, sums, found_.selected);
     for (int64_t i = 0; i < length_; ++i) {
-      const int64_t q = query_of(i);
-      const double rest = weight * sums.sum[q] * std::exp(sums.largest[q] - top_[q]);
-      const bool is_real = q < queries_.count;
-      shift_[at(i)] = is_real ? top_[q] + static_cast<float>(std::log1p(rest)) : kInfinity;
+      share_[at(i)] = shifts_.share[query_of(i)];
+      claim_[at(i)] = shifts_.claim[query_of(i)];
     }
   }
 
-  // The highest score that a row's bounds leave to it.
+  // Of the best scores and the sample, each of which stands for `weight`.
+  QuerySums with_best(QuerySums sums, double weight) const {
+    for (int64_t q = 0; q < queries_.count; ++q) {
+      const double less = sums.largest[q] - top_[q], factor = weight * std::exp(less);
+      sums.product[q] = factor * (sums.product[q] + less * sums.sum[q]);
+      sums.sum[q] = 1 + factor * sums.sum[q];
+      sums.largest[q] = top_[q];
+    }
+    return sums;
+  }
+
+  // The highest share and claim that a row's bounds leave to it.
   void find_priorities() {
-    float shift[kMaxQueries];
-    for (int64_t q = 0; q < 4 * queries_.quads; ++q) {
-      shift[q] = shift_[at(q / 4 * in_quad_ + q % 4)];
-    }
     work_.priorities.resize(at(rows_.count));
+    work_.claims.resize(at(rows_.count));
     for (int64_t row = 0; row < rows_.count; ++row) {
-      work_.priorities[at(row)] = work_.bounds.best(row, shift);
+      work_.priorities[at(row)] = work_.bounds.best(row, shifts_.share);
+      work_.claims[at(row)] = work_.bounds.best(row, shifts_.claim);
     }
   }
 
-  // Scores of the groups in rows that have been scored since the last call.
+  // Shares and claims of the groups in rows that have been scored since the last call.
   void finish() {
-    if (!finished_) work_.found.assign(at(num_ids_), -kInfinity);
+    if (!finished_) work_.shares.assign(at(num_ids_), -kInfinity);
     share_rows(threads_, num_scored() - finished_, [&](int, int64_t begin, int64_t end) {
-      float best[4 * kTileTokens];
       for (int64_t i = finished_ + begin; i < finished_ + end; ++i) {
         const int64_t row = work_.scored[at(i)];
-        std::fill_n(best, in_quad_, -kInfinity);
-        kernels().best_shifted({work_.scores.data() + row * length_, 1, length_, scale_.data()},
-                               shift_.data(), in_quad_, best);
-        rows_.each(row, row + 1, [&](const Run& run, int64_t in_run, int64_t) {
-          rows_.finish(run, in_run, best, work_.found.data());
-        });
+        reduce_row(row, share_, work_.shares.data());
+        if (found_.claims) reduce_row(row, claim_, found_.claims);
       }
     });
     finished_ = num_scored();
+  }
+
+  void reduce_row(int64_t row, const std::vector<float>& shift, float* out) const {
+    float best[4 * kTileTokens];
+    std::fill_n(best, in_quad_, -kInfinity);
+    kernels().best_shifted({work_.scores.data() + row * length_, 1, length_, scale_.data()},
+                           shift.data(), in_quad_, best);
+    rows_.each(row, row + 1, [&](const Run& run, int64_t in_run, int64_t) {
+      rows_.finish(run, in_run, best, out);
+    });
   }
 
   const CodedKeys& keys_;
   const Queries& queries_;
   const Rows& rows_;
   int64_t num_ids_;
+  const Wanted& wanted_;
+  const Found& found_;
   Workspace& work_;
   int threads_;
   int64_t in_quad_, length_;  // floats of four queries, and of a row
   int64_t finished_ = 0;
   float top_[kMaxQueries];
-  std::vector<float> scale_, shift_;
+  Shifts shifts_;
+  std::vector<float> scale_, share_, claim_;
 };
 
 }  // namespace
 
 double scan_best(const CodedKeys& keys, const Spans* spans, const QueryView& query, float scaling,
-                 const int64_t* ids, int64_t count, const Wanted& wanted, float* out) {
+                 const int64_t* ids, int64_t count, const Wanted& wanted, const Found& found) {
   const Rows rows(keys, ids, count);
   if (count < kSampledFrom * rows.in_row) {
-    scan_groups(keys, query, scaling, ids, count, out);
+    scan_groups(keys, query, scaling, ids, count, found);
     return 1;
   }
-  std::fill_n(out, count, -kInfinity);
+  for (float* out : {found.shares, found.claims}) {
+    if (out) std::fill_n(out, count, -kInfinity);
+  }
   thread_local Workspace work;
   const bool is_worth = rows.count >= kLeastRun * static_cast<int64_t>(rows.runs.size());
   const int threads = num_threads();
@@ -239,14 +263,14 @@ double scan_best(const CodedKeys& keys, const Spans* spans, const QueryView& que
   int64_t scored = 0, passes = 0;
   for (int64_t first = 0; first < all; first += kMaxQueries, ++passes) {
     const Queries queries = prepare(keys, query, first, scaling, threads);
-    Pass pass(keys, queries, rows, count, work, threads);
+    Pass pass(keys, queries, rows, count, wanted, found, work, threads);
     if (spans && is_worth) {
-      pass.run(*spans, wanted);
+      pass.run(*spans);
     } else {
       pass.run();
     }
-    const std::vector<float>& found = pass.found();
-    for (int64_t i = 0; i < count; ++i) out[i] = std::max(out[i], found[at(i)]);
+    const std::vector<float>& shares = pass.shares();
+    for (int64_t i = 0; i < count; ++i) found.shares[i] = std::max(found.shares[i], shares[at(i)]);
     scored += pass.num_scored();
   }
   return static_cast<double>(scored) / static_cast<double>(passes * rows.count);

@@ -61,7 +61,9 @@ def num_threads() -> int: ...
 def top(
     scores: int, num_scores: int, pinned: NDArray[np.int64], out: NDArray[np.int64]
 ) -> None: ...
-def discourage(scores: int, num_scores: int, kept: NDArray[np.int32], least: float) -> None: ...
+def discourage(
+    scores: int, claims: int, num_scores: int, kept: NDArray[np.int32], least: float
+) -> None: ...
 def pack(
     tokens: tuple[int, int, int, int, int, int, int],
     records: int,
@@ -109,7 +111,9 @@ class Scanner:
         token_stride: int,
         scaling: float,
         ids: NDArray[np.int64],
-        out: int,
+        selected: int,
+        shares: int,
+        claims: int,
     ) -> None: ...
     def encode(self, tokens: int, dtype: int, ids: NDArray[np.int64]) -> None: ...
     def hold_spans(self, codes: int, scales: int, radii: int) -> None: ...
@@ -120,9 +124,11 @@ class Scanner:
         scaling: float,
         ids: NDArray[np.int64],
         wanted: int,
+        least: float,
         kept: NDArray[np.int32],
         by_spans: bool,
-        out: int,
+        shares: int,
+        claims: int,
     ) -> float: ...
 
 class Attender:

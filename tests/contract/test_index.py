@@ -11,8 +11,9 @@ from torch import Tensor
 
 from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import KVGeometry
-from kvswap.kernels.scores import group_maximum, reduce_heads
+from kvswap.kernels.scores import group_maximum, reduce_claims, reduce_heads
 from kvswap.predict import INDEXES, KeyIndex, index_names
+from kvswap.predict.base import Wanted
 from tests.memory import bytes_reachable_from, peak_of_tensors
 
 SIZE, GROUPS, HEAD_DIM, KV_HEADS, HEADS = 4, 64, 16, 2, 4
@@ -56,8 +57,14 @@ def fitted(name: str, code: str, keys: Tensor, *, rank: int = DIM) -> KeyIndex:
 def fit(index: KeyIndex, keys: Tensor) -> None:
     if index.wants_queries:
         index.observe_queries(SOME_QUERIES)
-    index.observe(keys)
+    observe(index, keys, tokens_at_once=len(keys))
     index.fit()
+
+
+def observe(index: KeyIndex, keys: Tensor, *, tokens_at_once: int) -> None:
+    for look in (index.observe, index.observe_again)[: 1 + index.looks_twice]:
+        for part in keys.split(tokens_at_once):
+            look(part)
 
 
 def exact_scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -119,8 +126,7 @@ def test_observing_by_parts_is_observing_at_once(name, code):
     if parts.wants_queries:
         for some in SOME_QUERIES.split(37, dim=1):
             parts.observe_queries(some)
-    for part in keys.split(37):
-        parts.observe(part)
+    observe(parts, keys, tokens_at_once=37)
     parts.fit()
     parts.encode(np.arange(GROUPS), keys)
     scores = [index.score(query, np.arange(GROUPS), scaling=0.25) for index in (whole, parts)]
@@ -282,13 +288,30 @@ def test_a_score_is_the_best_share_of_a_head(name, code):
         assert bool((expected[marked] < 0).all())
         expected[marked] = 0.0
     torch.testing.assert_close(scores, expected, atol=0.02, rtol=0.01)
+    found = index.score_best(query, groups, scaling=0.25, wanted=Wanted(3))
+    torch.testing.assert_close(found.scores, scores)
+    claims = reduce_claims(heads, 3)[1]
+    if marked is not None:
+        claims[marked] = 0.0
+    torch.testing.assert_close(found.claims, claims, atol=0.1, rtol=0.01)
+
+
+@every_index
+def test_several_query_tokens_claim_what_one_of_them_does(name, code):
+    keys, query = some_keys(), torch.randn(HEADS, 5, HEAD_DIM)
+    index, groups, wanted = fitted(name, code, keys), np.arange(GROUPS), Wanted(3)
+    alone = [index.score_best(t, groups, scaling=0.5, wanted=wanted) for t in query.split(1, 1)]
+    together = index.score_best(query, groups, scaling=0.5, wanted=wanted)
+    for each, by_token in zip(together, zip(*alone, strict=True), strict=True):
+        expected = torch.stack(by_token).amax(0)
+        torch.testing.assert_close(each, expected, atol=1e-3, rtol=1e-3)
 
 
 def work_of(index: KeyIndex, keys: Tensor, query: Tensor) -> Iterator[tuple[str, object]]:
     groups = np.arange(len(keys) // SIZE)
     if index.wants_queries:
         yield "observe queries", lambda: index.observe_queries(query)
-    yield "observe and fit", lambda: (index.observe(keys), index.fit())
+    yield "observe and fit", lambda: (observe(index, keys, tokens_at_once=len(keys)), index.fit())
     yield "encode", lambda: index.encode(groups, keys)
     yield "score", lambda: index.score(query, groups, scaling=1.0)
 

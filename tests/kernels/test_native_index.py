@@ -10,7 +10,9 @@ from torch import Tensor
 from kvswap.core.geometry import KVGeometry
 from kvswap.kernels.codes import CODES
 from kvswap.kernels.native import forced
+from kvswap.kernels.scores import OUTVOTED
 from kvswap.kernels.tiles import TILE_TOKENS
+from kvswap.predict.base import Wanted
 from kvswap.predict.lowrank import _FEW_GROUPS, LowRankIndex
 
 HEAD_DIM = 16
@@ -70,6 +72,12 @@ def check_scores(index: LowRankIndex, query: Tensor, ids: np.ndarray, scaling: f
     expected = index._score_plainly(query, ids, scaling)
     tolerance = TOLERANCE[index._code.name]
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    wanted = Wanted(max(1, len(ids) // 4))
+    best = index.score_best(query, ids, scaling=scaling, wanted=wanted)
+    assert torch.equal(best.scores, found)
+    expected = index._claim_plainly(query, ids, scaling, wanted.selected).claims
+    tolerance *= 1 + OUTVOTED
+    torch.testing.assert_close(best.claims, expected, atol=tolerance, rtol=tolerance)
 
 
 @every_code

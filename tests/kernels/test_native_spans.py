@@ -4,14 +4,23 @@ reference's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kvswap.core.geometry import KVGeometry
-from kvswap.kernels.scores import SAMPLED_FROM, reduce_heads, sampled_groups
+from kvswap.kernels.scores import (
+    OUTVOTED,
+    SAMPLED_FROM,
+    reduce_claims,
+    reduce_heads,
+    sampled_groups,
+)
 from kvswap.kernels.tiles import TILE_TOKENS
+from kvswap.predict.base import Scored, Wanted
 from kvswap.predict.spanned import SpannedIndex
 from kvswap.predict.topk import TopKSelector
 
@@ -59,13 +68,25 @@ def some_query(heads: int = 4, q_len: int = 1) -> Tensor:
     return torch.randn(heads, q_len, HEAD_DIM) * 2
 
 
+def by_spans(
+    index: SpannedIndex, query: Tensor, ids: np.ndarray, selected: int, **wanted: Any
+) -> tuple[Scored, float]:
+    wanted = Wanted(selected, every=False, **wanted)
+    return index.scan(query, ids, scaling=SCALING, wanted=wanted)
+
+
 def check_best(index: SpannedIndex, query: Tensor, ids: np.ndarray, wanted: int) -> float:
     """Check the best groups of both scans, and return the share of rows that one scored."""
-    flat = index.score(query, ids, scaling=SCALING)
     kept = np.random.default_rng(wanted).integers(-1, len(ids), 9).astype(np.int32)
-    found, scored = index.scan(query, ids, scaling=SCALING, wanted=wanted, kept=kept)
+    (flat, claims), _ = index.scan(query, ids, scaling=SCALING, wanted=Wanted(wanted))
+    assert torch.equal(index.score(query, ids, scaling=SCALING), flat)
+    least = float(claims.topk(3).values[-1])
+    (found, claimed), scored = by_spans(index, query, ids, wanted, least=least, kept=kept)
     kept = kept[kept >= 0]
-    assert torch.equal(found[kept], flat[kept])
+    for place in (kept, claims >= least):
+        assert torch.equal(found[place], flat[place])
+        assert torch.equal(claimed[place], claims[place])
+    assert bool((claimed <= claims).all())
     pinned = np.arange(min(2, wanted))
     chosen = [
         TopKSelector().select(scores, layer_idx=0, budget_groups=wanted, pinned=pinned)
@@ -84,13 +105,11 @@ def test_a_flat_scan_scores_as_the_reference_does(kernel, code, size):
     index, query = filled(code, "unlike", size=size, rows=1100), some_query()
     ids = groups_of(index)[3:]
     assert sampled_groups(len(ids), max(1, TILE_TOKENS // size)) is not None
-    tolerance = TOLERANCE[code]
-    torch.testing.assert_close(
-        index.score(query, ids, scaling=SCALING),
-        index._score_plainly(query, ids, SCALING),
-        atol=tolerance,
-        rtol=tolerance,
-    )
+    found = index.score_best(query, ids, scaling=SCALING, wanted=Wanted(100))
+    expected = index._claim_plainly(query, ids, SCALING, 100)
+    for each, plain, times in zip(found, expected, (1, 1 + OUTVOTED), strict=True):
+        allowed = times * TOLERANCE[code]
+        torch.testing.assert_close(each, plain, atol=allowed, rtol=allowed)
 
 
 @every_code
@@ -137,7 +156,7 @@ def test_any_groups_may_be_asked_for(kernel, code, kind):
 
 
 @every_code
-@pytest.mark.parametrize("wanted", [None, 112])
+@pytest.mark.parametrize("wanted", [5000, 112])
 def test_a_sequence_is_scored_alike_wherever_its_groups_lie(kernel, code, wanted):
     index = filled(code, "close", rows=2600)
     ids, query = groups_of(index)[:5000], some_query()
@@ -146,9 +165,9 @@ def test_a_sequence_is_scored_alike_wherever_its_groups_lie(kernel, code, wanted
     keys = some_keys(index, "close")
     index.encode(groups_of(index), keys)
     moved.encode(order, keys)
-    expected, _ = index.scan(query, ids, scaling=SCALING)
-    found, _ = moved.scan(query, order[:5000], scaling=SCALING, wanted=wanted)
-    least = expected.topk(wanted or 5000).values[-1]
+    expected = index.score(query, ids, scaling=SCALING)
+    found = by_spans(moved, query, order[:5000], wanted)[0].scores
+    least = expected.topk(wanted).values[-1]
     assert torch.equal(found[expected >= least], expected[expected >= least])
 
 
@@ -164,7 +183,7 @@ def test_a_group_encoded_anew_is_found_where_it_is_the_best(kernel, code, size):
     for few in (np.array([17, 805]), np.array([806, 0])):
         index.encode(few, keys)
         check_best(index, query, ids, 2)
-        found, _ = index.scan(query, ids, scaling=SCALING, wanted=2)
+        found = by_spans(index, query, ids, 2)[0].scores
         assert set(few) <= set(found.topk(4).indices.tolist())
 
 
@@ -173,16 +192,16 @@ def test_a_group_encoded_anew_is_found_where_it_is_the_best(kernel, code, size):
 def test_scores_are_the_same_with_any_threads(kernel, code, kind):
     index, query = filled(code, kind), some_query()
     ids = groups_of(index)
-    once = index.scan(query, ids, scaling=SCALING, wanted=112)
+    once, share = by_spans(index, query, ids, 112)
     flat = index.score(query, ids, scaling=SCALING)
     torch.set_num_threads(2)
     try:
-        again = index.scan(query, ids, scaling=SCALING, wanted=112)
+        again, share_again = by_spans(index, query, ids, 112)
         flat_again = index.score(query, ids, scaling=SCALING)
     finally:
         torch.set_num_threads(1)
-    assert torch.equal(once[0], again[0])
-    assert once[1] == again[1]
+    assert all(map(torch.equal, once, again))
+    assert share == share_again
     assert torch.equal(flat, flat_again)
 
 
@@ -191,7 +210,7 @@ def test_few_rows_are_scored_where_keys_lie_close_together(kernel, code):
     index = filled(code, "close", rows=4000)
     query = some_query()
     assert check_best(index, query, groups_of(index), 112) < 0.4
-    assert index.scan(query, groups_of(index), scaling=SCALING)[1] == 1
+    assert index.scan(query, groups_of(index), scaling=SCALING, wanted=Wanted(112))[1] == 1
 
 
 @every_code
@@ -201,8 +220,8 @@ def test_a_saved_state_is_bounded_as_before(kernel, code):
     assert torch.equal(again._radii, index._radii)
     assert torch.equal(again._centres, index._centres)
     query, ids = some_query(), groups_of(index)
-    first = index.scan(query, ids, scaling=SCALING, wanted=20)
-    assert torch.equal(again.scan(query, ids, scaling=SCALING, wanted=20)[0], first[0])
+    first, found = (by_spans(each, query, ids, 20)[0] for each in (index, again))
+    assert all(map(torch.equal, first, found))
 
 
 @every_code
@@ -216,9 +235,9 @@ def test_queries_and_keys_of_zeros_find_all_groups_alike(kernel, code):
 def test_a_query_that_no_scan_takes_is_refused(kernel, code):
     index, ids = filled(code, "close"), groups_of(make(code))
     with pytest.raises(ValueError, match="query heads must be a multiple of the KV heads"):
-        index.scan(some_query(3), ids, scaling=1.0, wanted=2)
+        by_spans(index, some_query(3), ids, 2)
     with pytest.raises(ValueError, match="group ids must be those of this index"):
-        index.scan(some_query(), ids + 1, scaling=1.0, wanted=2)
+        by_spans(index, some_query(), ids + 1, 2)
 
 
 # -- the normaliser -----------------------------------------------------------------------
@@ -234,6 +253,8 @@ def test_a_sample_stands_for_all_groups():
     scores = torch.randn(8192, 5)
     whole, sampled = reduce_heads(scores), reduce_heads(scores, sampled_groups_of(8192))
     assert (whole - sampled).abs().amax() < 0.1
+    claims = [reduce_claims(scores, 100, each)[1] for each in (None, sampled_groups_of(8192))]
+    assert (claims[0] - claims[1]).abs().amax() < 0.5
 
 
 def test_a_head_with_a_target_of_its_own_is_set_against_it():

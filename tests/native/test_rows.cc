@@ -66,14 +66,15 @@ TEST(column_sums_agree_and_columns_of_nothing_count_for_nothing) {
                                  scale = positives(random, length);
         const ScoreRows a{x.data(), rows, length, scale.data()};
         const auto size = static_cast<size_t>(length);
-        std::vector<float> top(size, kNan), sum(size, kNan), found_top(size, kNan),
-            found(size, kNan);
-        kPortable.column_sums(a, top.data(), sum.data());
-        other.column_sums(a, found_top.data(), found.data());
+        std::vector<float> top(size, kNan), sum(size, kNan), product(size, kNan),
+            found_top(size, kNan), found_sum(size, kNan), found_product(size, kNan);
+        kPortable.column_sums(a, top.data(), sum.data(), product.data());
+        other.column_sums(a, found_top.data(), found_sum.data(), found_product.data());
         for (size_t i = 0; i < size; ++i) {
           CHECK(found_top[i] == top[i]);
-          CHECK_NEAR(found[i], sum[i], 1e-5 * (1 + sum[i]));
-          if (top[i] == -kInfinity) CHECK(found[i] == 0);
+          CHECK_NEAR(found_sum[i], sum[i], 1e-5 * (1 + sum[i]));
+          CHECK_NEAR(found_product[i], product[i], 1e-5 * (1 - product[i]));
+          if (top[i] == -kInfinity) CHECK(found_sum[i] == 0 && found_product[i] == 0);
         }
       }
     }

@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "coded.h"
+#include "kernels/queries.h"
 #include "openmp.h"
 
 using namespace kvswap;
@@ -40,18 +41,24 @@ Ask some_ask(Random& random, const Shape& shape, int64_t num_heads, int64_t q_le
   return ask;
 }
 
-std::vector<float> scan(const Index& index, const Ask& ask, float scaling) {
+std::vector<float> scan(const Index& index, const Ask& ask, float scaling, int64_t selected = 0,
+                        std::vector<float>* claims = nullptr) {
   std::vector<float> out(ask.ids.size(), kNan);
+  if (claims) claims->assign(out.size(), kNan);
   const QueryView view{ask.query.bytes.data(), ask.query.dtype, ask.num_heads, ask.q_len,
                        ask.head_stride(),      ask.token_stride};
   scan_groups(index.keys(), view, scaling, ask.ids.data(), static_cast<int64_t>(ask.ids.size()),
-              out.data());
+              {out.data(), claims ? claims->data() : nullptr, selected});
   return out;
 }
 
-// One query's score of each group, its own log-sum-exp taken off.
-std::vector<double> by_formula(Index& index, const std::vector<double>& x,
-                               const std::vector<int64_t>& ids) {
+struct Expected {
+  std::vector<double> shares, claims;
+};
+
+// One query's score of each group, its own log-sum-exp taken off, and what it claims.
+Expected by_formula(Index& index, const std::vector<double>& x, const std::vector<int64_t>& ids,
+                    int64_t selected) {
   const Shape& shape = index.shape;
   std::vector<double> scores;
   for (const int64_t id : ids) {
@@ -65,8 +72,15 @@ std::vector<double> by_formula(Index& index, const std::vector<double>& x,
   const double top = *std::max_element(scores.begin(), scores.end());
   double sum = 0;
   for (const double score : scores) sum += std::exp(score - top);
-  for (double& score : scores) score -= top + std::log(sum);
-  return scores;
+  double entropy = 0;
+  for (double& score : scores) {
+    score -= top + std::log(sum);
+    entropy -= std::exp(score) * score;
+  }
+  Expected made{scores, scores};
+  const double over = std::max(0.0, entropy - std::log(static_cast<double>(selected)));
+  for (double& claim : made.claims) claim -= kOutvoted * over;
+  return made;
 }
 
 // The query, carried through the projection and rounded as its code wants it.
@@ -96,12 +110,17 @@ std::vector<double> projected(const Index& index, const Ask& ask, int64_t head, 
   return x;
 }
 
-std::vector<double> by_formula(Index& index, const Ask& ask, float scaling) {
-  std::vector<double> best(ask.ids.size(), -INFINITY);
+Expected by_formula(Index& index, const Ask& ask, float scaling, int64_t selected) {
+  const std::vector<double> none(ask.ids.size(), -INFINITY);
+  Expected best{none, none};
   for (int64_t head = 0; head < ask.num_heads; ++head) {
     for (int64_t token = 0; token < ask.q_len; ++token) {
-      const auto scores = by_formula(index, projected(index, ask, head, token, scaling), ask.ids);
-      for (size_t i = 0; i < best.size(); ++i) best[i] = std::max(best[i], scores[i]);
+      const auto x = projected(index, ask, head, token, scaling);
+      const Expected one = by_formula(index, x, ask.ids, selected);
+      for (size_t i = 0; i < none.size(); ++i) {
+        best.shares[i] = std::max(best.shares[i], one.shares[i]);
+        best.claims[i] = std::max(best.claims[i], one.claims[i]);
+      }
     }
   }
   return best;
@@ -134,19 +153,24 @@ TEST(scores_are_those_of_the_formula) {
         Index index = some_index(random, code, group_size);
         const Ask ask = some_ask(random, index.shape, index.shape.kv_heads * shared,
                                  random.one_of<int64_t>({1, 1, 3}));
-        const std::vector<double> expected = by_formula(index, ask, 0.25f);
+        const int64_t selected = random.one_of<int64_t>({1, 5, 1000});
+        const Expected expected = by_formula(index, ask, 0.25f, selected);
         each_name([&](const char* name) {
           const Using named(name);
-          const At at{{"code", static_cast<int>(code)},
-                      {"group_size", group_size},
-                      {"heads", ask.num_heads},
-                      {"q_len", ask.q_len},
-                      {"ids", static_cast<int64_t>(ask.ids.size())}};
-          const std::vector<float> found = scan(index, ask, 0.25f);
+          const At at{
+              {"code", static_cast<int>(code)}, {"group_size", group_size},
+              {"heads", ask.num_heads},         {"q_len", ask.q_len},
+              {"selected", selected},           {"ids", static_cast<int64_t>(ask.ids.size())}};
+          std::vector<float> claims;
+          const std::vector<float> found = scan(index, ask, 0.25f, selected, &claims);
+          CHECK(scan(index, ask, 0.25f) == found);
           // The offset of a grid, or of all bands, is made whole: half a unit of query and key.
           const int bits = code == Code::band ? 1 : grid_bits(code);
           const double tolerance = bits ? 8e-2 / bits : 1e-4;
-          for (size_t i = 0; i < found.size(); ++i) CHECK_NEAR(found[i], expected[i], tolerance);
+          for (size_t i = 0; i < found.size(); ++i) {
+            CHECK_NEAR(found[i], expected.shares[i], tolerance);
+            CHECK_NEAR(claims[i], expected.claims[i], (1 + kOutvoted) * tolerance);
+          }
         });
       }
     }
@@ -184,7 +208,7 @@ TEST(groups_count_as_often_as_they_are_asked_for_and_in_any_order) {
   Index index = some_index(random, Code::int8, 4);
   Ask ask = some_ask(random, index.shape, index.shape.kv_heads, 1);
   ask.ids = {0, 0, index.shape.num_groups - 1, 0};
-  const std::vector<double> expected = by_formula(index, ask, 1.0f);
+  const std::vector<double> expected = by_formula(index, ask, 1.0f, 1).shares;
   const std::vector<float> found = scan(index, ask, 1.0f);
   for (size_t i = 0; i < found.size(); ++i) CHECK_NEAR(found[i], expected[i], 1e-4);
 }

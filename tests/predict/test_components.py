@@ -33,6 +33,8 @@ def falling_keys(*, mean: float = 5.0) -> Tensor:
 def index_of(keys: Tensor, code: str, rank: int) -> LowRankIndex:
     index = LowRankIndex(GEOMETRY, group_size=1, num_groups=len(keys), rank=rank, code=code)
     index.observe(keys)
+    if index.looks_twice:
+        index.observe_again(keys)
     index.fit()
     index.encode(np.arange(len(keys)), keys)
     return index
@@ -95,6 +97,42 @@ def test_moments_are_those_of_all_parts_however_far_the_mean_is():
     torch.testing.assert_close(covariance, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_keys_seen_again_count_by_how_unusual_they_are():
+    keys = torch.randn(500, 8) @ torch.randn(8, 8) + 100
+    moments = KeyMoments(keys[0])
+    for part in keys.split(77):
+        moments.add(part)
+    for part in keys.split(131):
+        moments.add_again(part)
+    mean, covariance = moments.take()
+    wide = keys.double()
+    apart, spread = wide - wide.mean(0), torch.cov(wide.t(), correction=0)
+    ridge = 0.03 * spread.trace() / 8 * torch.eye(8)
+    leverage = ((apart @ torch.linalg.inv(spread + ridge)) * apart).sum(1)
+    expected = (apart * leverage[:, None]).t() @ apart / leverage.sum()
+    torch.testing.assert_close(mean, wide.mean(0).float())
+    torch.testing.assert_close(covariance, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_few_keys_unlike_many_are_kept_as_well_as_those():
+    # Seven keys in directions of their own; the other 593 are ten that are repeated, and noise.
+    usual = torch.randn(10, DIM)[torch.arange(TOKENS) % 10] * 4
+    keys = usual + 0.3 * torch.randn(TOKENS, DIM)
+    few = torch.arange(40, TOKENS, 80)
+    keys[few] = torch.randn(len(few), DIM) * 1.5
+    query = torch.randn(HEADS, 1, HEAD_DIM)
+    exact, errors = products(query, keys), []
+    for looks in (1, 2):
+        index = LowRankIndex(GEOMETRY, group_size=1, num_groups=TOKENS, rank=24, code="band")
+        for look in (index.observe, index.observe_again)[:looks]:
+            look(keys)
+        index.fit()
+        index.encode(np.arange(TOKENS), keys)
+        found = index.score_heads(query, np.arange(TOKENS), scaling=1.0)
+        errors.append(float((found - exact)[few].norm() / exact[few].norm()))
+    assert errors[1] < 0.5 * errors[0]
+
+
 def test_keys_that_do_not_vary_and_keys_unlike_those_fitted_have_finite_scores():
     keys, query = torch.ones(TOKENS, DIM), torch.randn(HEADS, 1, HEAD_DIM)
     for fitted in (keys, keys * torch.arange(TOKENS)[:, None]):
@@ -140,7 +178,7 @@ def test_fitting_and_scoring_keep_to_their_workspace(rank):
         LowRankIndex.workspace_bytes(geometry, **settings),
     )
     for work in (
-        lambda: (index.observe(keys), index.fit()),
+        lambda: (index.observe(keys), index.observe_again(keys), index.fit()),
         partial(index.encode, ids, keys),
         partial(index.score, query, ids, scaling=1.0),
         partial(index.score_heads, query, ids, scaling=1.0),

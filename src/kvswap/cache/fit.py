@@ -81,8 +81,10 @@ class IndexFitter:
         session = self._session
         index, size = session.indexes[layer_idx], session.layout.group_size
         stride = max(1, len(groups) * size // _SAMPLE_TOKENS)
-        for keys, _ in session.records.stream(layer_idx, groups[::stride]):
-            index.observe(_flat(keys).to(index.device))
+        looks = (index.observe, index.observe_again) if index.looks_twice else (index.observe,)
+        for look in looks:
+            for keys, _ in session.records.stream(layer_idx, groups[::stride]):
+                look(_flat(keys).to(index.device))
         index.fit()
         place = 0
         for keys, _ in session.records.stream(layer_idx, groups):

@@ -167,7 +167,8 @@ class CacheConfig:
     worth_reading : float, optional
         A group that was not selected in the step before, and so would have to be read, comes
         behind those that were unless it is expected to get this part of an even share among
-        the selected groups: of some query head's attention, or of that which ``reduce`` names.
+        the selected groups: of some query head's attention, where a head that attends to more
+        groups than are selected counts for less, or of that which ``reduce`` names.
         0 selects what scores best, whatever it costs. Default: 0.5, or 0 for a selector that
         counts mass, with which no other goes.
     deadline : bool

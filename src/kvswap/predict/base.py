@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +16,53 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.core.registry import Registry
 from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.codes import CODES
-from kvswap.kernels.scores import reduce_heads
+from kvswap.kernels.scores import reduce_claims, reduce_heads
 
 _MAX_RANK, _COARSE, _FINE_RANK, _MIN_RANK = 128, 32, 64, 8
+_NONE = np.empty(0, np.int32)
+
+
+class Wanted(NamedTuple):
+    """What will be looked at in the scores of groups.
+
+    Attributes
+    ----------
+    selected : int
+        How many groups will be selected.
+    least : float
+        A claim from which on a group is looked at, however many score higher.
+    kept : ndarray [k], int32
+        Positions that are looked at, whatever they score; what is none is skipped.
+    every : bool
+        Look at all of them.
+    """
+
+    selected: int
+    least: float = math.inf
+    kept: np.ndarray = _NONE
+    every: bool = True
+
+
+class Scored(NamedTuple):
+    """Scores of groups.
+
+    Attributes
+    ----------
+    scores : Tensor [n], float32
+        As `KeyIndex.score` has them.
+    claims : Tensor [n], float32
+        The same, but that heads which spread their attention have less to say:
+        `reduce_claims`. From a claim of its own a group is worth reading.
+    """
+
+    scores: Tensor
+    claims: Tensor
+
+
+def best_of(one: Scored, other: Scored) -> Scored:
+    """Return the larger of each two."""
+    pairs = zip(one, other, strict=True)
+    return Scored(*(torch.maximum(*pair, out=pair[0]) for pair in pairs))
 
 
 class KeyIndex(ABC):
@@ -50,6 +95,8 @@ class KeyIndex(ABC):
         ones; else a few vectors stand for a group.
     takes_basis : bool
         Whether `set_basis` can take the place of a fit; `takes_basis_with` says it of a code.
+    looks_twice : bool
+        Whether its fit wants to see the keys a second time (`observe_again`).
     wants_queries : bool
         Whether its fit looks at queries too (`observe_queries`).
     serves_device : bool
@@ -152,6 +199,13 @@ class KeyIndex(ABC):
     def observe(self, keys: Tensor) -> None:
         """Take keys [num_tokens, num_kv_heads * head_dim] into the fit."""
 
+    def observe_again(self, keys: Tensor) -> None:
+        """Take keys that were observed into the fit once more, all having been observed.
+
+        Where ``looks_twice`` a fit is better for it, and possible without.
+        """
+        raise NotImplementedError("an index whose looks_twice is True defines it")
+
     def observe_queries(self, query: Tensor) -> None:
         """Take queries [num_heads, q_len, head_dim], after RoPE, into the fit.
 
@@ -164,6 +218,11 @@ class KeyIndex(ABC):
         """Forget the queries observed, where ``wants_queries``: what they were of is gone."""
         if self.wants_queries:
             raise NotImplementedError("an index whose wants_queries is True defines it")
+
+    @property
+    def looks_twice(self) -> bool:
+        """Whether `observe_again` is to be called before `fit`; by default not."""
+        return False
 
     @abstractmethod
     def fit(self) -> None:
@@ -256,32 +315,31 @@ class KeyIndex(ABC):
         return None
 
     def score_best(
-        self,
-        query: Tensor,
-        groups: np.ndarray,
-        *,
-        scaling: float,
-        wanted: int,
-        kept: np.ndarray,
-    ) -> Tensor:
-        """Score groups as `score` does, where only the best of them will be looked at.
+        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: Wanted
+    ) -> Scored:
+        """Score groups as `score` does, and say which of them claim to be read.
 
         Parameters
         ----------
         query, groups, scaling
             See `score`.
-        wanted : int
-            How many.
-        kept : ndarray [k], int32
-            Positions whose scores will be looked at too; what is none is skipped.
+        wanted : Wanted
+            What will be looked at. Another group may have less than it would.
 
         Returns
         -------
-        Tensor [n], float32
-            That of `score`, but a group that ``wanted`` others surpass, and that is not among
-            those kept, may have less.
+        Scored
         """
-        return self.score(query, groups, scaling=scaling)
+        by_token = (
+            self.score_heads(token, groups, scaling=scaling) for token in query.split(1, dim=1)
+        )
+        reduced = (Scored(*reduce_claims(each, wanted.selected)) for each in by_token)
+        found = functools.reduce(best_of, reduced)
+        marked = self.always_read(groups)
+        if marked is not None:
+            for each in found:
+                each[marked] = 0.0
+        return found
 
     @abstractmethod
     def state(self) -> dict[str, np.ndarray]:

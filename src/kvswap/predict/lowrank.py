@@ -13,6 +13,7 @@ few; the projection is fitted to the prompt itself where none was calibrated.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -26,9 +27,9 @@ from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.banded import BandCode
 from kvswap.kernels.codes import CODES
 from kvswap.kernels.native import DTYPE_CODES, native, query_view
-from kvswap.kernels.scores import group_maximum, reduce_heads
+from kvswap.kernels.scores import group_maximum, reduce_claims, reduce_heads
 from kvswap.kernels.tiles import TILE_TOKENS, put_codes, take_codes, tiled_zeros
-from kvswap.predict.base import KeyIndex, register_index
+from kvswap.predict.base import KeyIndex, Scored, Wanted, best_of, register_index
 from kvswap.predict.components import KeyMoments
 from kvswap.predict.projection import fit_workspace_bytes, leading_basis, leading_components
 
@@ -159,8 +160,7 @@ class LowRankIndex(KeyIndex):
         tokens = _block_tokens(geometry, rank, code, num_groups, group_size)
         block = min(tokens, num_groups * group_size) * _token_scratch_bytes(geometry, rank, code)
         score = block + num_groups * _group_scratch_bytes(geometry)
-        moments = KeyMoments.nbytes_of(geometry.key_dim) * CODES[code].needs_fit
-        return max(_fit_bytes(geometry, rank, code) + moments, score)
+        return max(_fit_bytes(geometry, rank, code), score)
 
     @property
     def nbytes(self) -> int:
@@ -193,6 +193,17 @@ class LowRankIndex(KeyIndex):
         for block in keys.split(_WIDE_TOKENS):
             wide = block.float()
             self._covariance.addmm_(wide.t(), wide)
+
+    @property
+    def looks_twice(self) -> bool:
+        """Whether keys are weighed: by the banded code; see `KeyMoments`."""
+        return self._code.needs_fit
+
+    def observe_again(self, keys: Tensor) -> None:
+        """Weigh keys by how unusual they are."""
+        if self._key_moments is not None:
+            for block in keys.split(_WIDE_TOKENS):
+                self._key_moments.add_again(block)
 
     def fit(self) -> None:
         """Take the leading eigenvectors and rotate them among themselves, or scale them."""
@@ -291,12 +302,38 @@ class LowRankIndex(KeyIndex):
 
     def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
         """Score each query head against every token; see `KeyIndex.score`."""
-        if self._scanner is None or query.dtype not in DTYPE_CODES:
+        if not self._is_native(query):
             return self._score_plainly(query, groups, scaling)
+        scores = torch.empty(len(groups), dtype=torch.float32)
+        self._scan(query, groups, scaling, scores)
+        return scores
+
+    def score_best(
+        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: Wanted
+    ) -> Scored:
+        """Score each query head against every token; see `KeyIndex.score_best`."""
+        if not self._is_native(query):
+            return self._claim_plainly(query, groups, scaling, wanted.selected)
+        found = Scored(*torch.empty(2, len(groups), dtype=torch.float32))
+        self._scan(query, groups, scaling, *found, selected=wanted.selected)
+        return found
+
+    def _is_native(self, query: Tensor) -> bool:
+        return self._scanner is not None and query.dtype in DTYPE_CODES
+
+    def _scan(
+        self,
+        query: Tensor,
+        groups: np.ndarray,
+        scaling: float,
+        scores: Tensor,
+        claims: Tensor | None = None,
+        *,
+        selected: int = 0,
+    ) -> None:
         if query.stride(2) != 1:
             query = query.contiguous()
         address, heads, q_len, head_stride, token_stride = query_view(query)
-        scores = torch.empty(len(groups), dtype=torch.float32)
         self._scanner.scan(
             address,
             DTYPE_CODES[query.dtype],
@@ -306,19 +343,34 @@ class LowRankIndex(KeyIndex):
             token_stride,
             scaling,
             groups,
+            selected,
             scores.data_ptr(),
+            0 if claims is None else claims.data_ptr(),
         )
-        return scores
 
     def _score_plainly(self, query: Tensor, groups: np.ndarray, scaling: float) -> Tensor:
         by_token = (
-            self._reduce_heads(self._score_groups(token, groups))
-            for token in self._project(query) * scaling
+            reduce_heads(scores, self._sampled(groups))
+            for scores in self._by_token(query, groups, scaling)
         )
         return functools.reduce(torch.maximum, by_token)
 
-    def _reduce_heads(self, scores: Tensor) -> Tensor:
-        return reduce_heads(scores)
+    def _claim_plainly(
+        self, query: Tensor, groups: np.ndarray, scaling: float, selected: int
+    ) -> Scored:
+        by_token = (
+            Scored(*reduce_claims(scores, selected, self._sampled(groups)))
+            for scores in self._by_token(query, groups, scaling)
+        )
+        return functools.reduce(best_of, by_token)
+
+    def _by_token(self, query: Tensor, groups: np.ndarray, scaling: float) -> Iterator[Tensor]:
+        for token in self._project(query) * scaling:
+            yield self._score_groups(token, groups)
+
+    def _sampled(self, groups: np.ndarray) -> Tensor | None:
+        """Return which groups stand for all of them in the plain form of a scan: by default all."""
+        return None
 
     def _project(self, query: Tensor) -> Tensor:
         """Carry each query head through its KV head's slice: [q_len, num_heads, rank]."""
@@ -395,7 +447,11 @@ def _most_coefficients(geometry: KVGeometry, rank: int, code: str) -> int:
 def _fit_bytes(geometry: KVGeometry, rank: int, code: str) -> int:
     most = _most_coefficients(geometry, rank, code)
     wide = _WIDE_TOKENS * (geometry.key_dim + 4 * most) * 4
-    return fit_workspace_bytes(geometry.key_dim, most) + wide
+    fit = fit_workspace_bytes(geometry.key_dim, most) + wide
+    if not CODES[code].needs_fit:
+        return fit
+    again = KeyMoments.second_look_bytes(geometry.key_dim, _WIDE_TOKENS)
+    return max(fit, again) + KeyMoments.nbytes_of(geometry.key_dim)
 
 
 def _token_scratch_bytes(geometry: KVGeometry, rank: int, code: str) -> int:

@@ -31,13 +31,11 @@ from kvswap.core.units import align_up, ceil_div
 from kvswap.kernels.codes import CODES, GridCode
 from kvswap.kernels.coding import Code
 from kvswap.kernels.native import DTYPE_CODES, query_view
-from kvswap.kernels.scores import reduce_heads, sampled_groups
+from kvswap.kernels.scores import sampled_groups
 from kvswap.kernels.tiles import TILE_TOKENS, tiled_zeros
-from kvswap.predict.base import register_index
+from kvswap.predict.base import Scored, Wanted, register_index
 from kvswap.predict.levels import Levels
 from kvswap.predict.lowrank import ANY_BASIS_CODES, LowRankIndex
-
-_NONE = np.empty(0, np.int32)
 
 
 @register_index("lowrank_spans")
@@ -96,68 +94,57 @@ class SpannedIndex(LowRankIndex):
 
     def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
         """Score each query head against every token; see `KeyIndex.score`."""
-        if self._scanner is None or query.dtype not in DTYPE_CODES:
+        if not self._is_native(query):
             return self._score_plainly(query, groups, scaling)
-        return self.scan(query, groups, scaling=scaling)[0]
+        return self.scan(query, groups, scaling=scaling, wanted=Wanted(len(groups)))[0].scores
 
     def score_best(
-        self,
-        query: Tensor,
-        groups: np.ndarray,
-        *,
-        scaling: float,
-        wanted: int,
-        kept: np.ndarray,
-    ) -> Tensor:
-        """Score what can be among the best groups; see `KeyIndex.score_best`."""
-        if self._scanner is None or query.dtype not in DTYPE_CODES:
-            return self._score_plainly(query, groups, scaling)
+        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: Wanted
+    ) -> Scored:
+        """Score what will be looked at; see `KeyIndex.score_best`."""
+        if not self._is_native(query):
+            return self._claim_plainly(query, groups, scaling, wanted.selected)
+        if wanted.every:
+            return self.scan(query, groups, scaling=scaling, wanted=wanted)[0]
         by_spans = self._levels.begin(time.perf_counter())
-        scores, scored = self.scan(
-            query, groups, scaling=scaling, wanted=wanted if by_spans else None, kept=kept
-        )
+        wanted = wanted._replace(every=not by_spans)
+        found, scored = self.scan(query, groups, scaling=scaling, wanted=wanted)
         self._levels.end(time.perf_counter(), scored)
-        return scores
+        return found
 
     def scan(
-        self,
-        query: Tensor,
-        groups: np.ndarray,
-        *,
-        scaling: float,
-        wanted: int | None = None,
-        kept: np.ndarray = _NONE,
-    ) -> tuple[Tensor, float]:
-        """Scan natively, in two levels where only some groups are wanted.
+        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: Wanted
+    ) -> tuple[Scored, float]:
+        """Scan natively, in two levels where not every group will be looked at.
 
         Parameters
         ----------
-        query, groups, scaling
-            See `score`.
-        wanted : int, optional
-            Look only for so many groups, and at spans first.
-        kept : ndarray [k], int32
+        query, groups, scaling, wanted
             See `score_best`.
 
         Returns
         -------
-        scores : Tensor [n], float32
+        found : Scored
         scored : float
             Share of the rows of scores that were computed token by token.
         """
         if query.stride(2) != 1:
             query = query.contiguous()
-        scores = torch.empty(len(groups), dtype=torch.float32)
-        view = (DTYPE_CODES[query.dtype], *query_view(query))
-        by_spans = wanted is not None
+        found = Scored(*torch.empty(2, len(groups), dtype=torch.float32))
         scored = self._scanner.best(
-            view, scaling, groups, wanted or 0, kept, by_spans, scores.data_ptr()
+            (DTYPE_CODES[query.dtype], *query_view(query)),
+            scaling,
+            groups,
+            wanted.selected,
+            wanted.least,
+            wanted.kept,
+            not wanted.every,
+            *(each.data_ptr() for each in found),
         )
-        return scores, scored
+        return found, scored
 
-    def _reduce_heads(self, scores: Tensor) -> Tensor:
-        row_groups = max(1, TILE_TOKENS // self._group_size)
-        return reduce_heads(scores, sampled_groups(len(scores), row_groups))
+    def _sampled(self, groups: np.ndarray) -> Tensor | None:
+        return sampled_groups(len(groups), max(1, TILE_TOKENS // self._group_size))
 
 
 def _num_spans(group_size: int, num_groups: int) -> int:
