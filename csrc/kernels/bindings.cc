@@ -69,8 +69,7 @@ class Scanner {
               {counts[0], counts[1], counts[2]}} {}
 
   void scan(uintptr_t query, int dtype, int64_t num_heads, int64_t q_len, int64_t head_stride,
-            int64_t token_stride, float scaling, Ids ids, int64_t selected, uintptr_t shares,
-            uintptr_t claims) const {
+            int64_t token_stride, float scaling, Ids ids, int64_t wanted, uintptr_t out) const {
     const auto count = static_cast<int64_t>(ids.shape(0));
     const int64_t* data = ids.data();
     const QueryView view{pointer<const void>(query),
@@ -82,8 +81,7 @@ class Scanner {
     nb::gil_scoped_release released;
     check_heads(num_heads, keys_.kv_heads);
     check_below(data, count, keys_.num_groups, "group ids must be those of this index");
-    scan_groups(keys_, view, scaling, data, count,
-                {pointer<float>(shares), pointer<float>(claims), selected});
+    scan_groups(keys_, view, scaling, data, count, wanted, pointer<float>(out));
   }
 
   void hold_spans(uintptr_t codes, uintptr_t scales, uintptr_t radii) {
@@ -100,8 +98,8 @@ class Scanner {
   }
 
   // query: as an Attender's, with the dtype in front.
-  double best(const nb::tuple& query, float scaling, Ids ids, int64_t wanted, float least,
-              Table kept, bool by_spans, uintptr_t shares, uintptr_t claims) const {
+  double best(const nb::tuple& query, float scaling, Ids ids, int64_t wanted, Table kept,
+              bool by_spans, uintptr_t out) const {
     const auto count = static_cast<int64_t>(ids.shape(0));
     const int64_t* data = ids.data();
     const QueryView view{pointer<const void>(nb::cast<uintptr_t>(query[1])),
@@ -114,9 +112,9 @@ class Scanner {
     check_heads(view.num_heads, keys_.kv_heads);
     if (by_spans) check_spans();
     check_below(data, count, keys_.num_groups, "group ids must be those of this index");
-    const Wanted asked{wanted, least, kept.data(), static_cast<int64_t>(kept.shape(0))};
+    const Wanted asked{wanted, kept.data(), static_cast<int64_t>(kept.shape(0))};
     return scan_best(keys_, by_spans ? &spans_ : nullptr, view, scaling, data, count, asked,
-                     {pointer<float>(shares), pointer<float>(claims), wanted});
+                     pointer<float>(out));
   }
 
   void encode(uintptr_t tokens, int dtype, Ids ids) const {
@@ -255,11 +253,9 @@ void top(uintptr_t scores, int64_t num_scores, Ids pinned, Positions out) {
   top_positions(pointer<const float>(scores), num_scores, count, first, num_pinned, target);
 }
 
-void discourage_scores(uintptr_t scores, uintptr_t claims, int64_t num_scores, Table kept,
-                       float least) {
+void discourage_scores(uintptr_t scores, int64_t num_scores, Table kept, float least) {
   const auto count = static_cast<int64_t>(kept.shape(0));
-  discourage(pointer<float>(scores), pointer<const float>(claims), num_scores, kept.data(), count,
-             least);
+  discourage(pointer<float>(scores), num_scores, kept.data(), count, least);
 }
 
 void rotate_queries(uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t tokens, int64_t heads,
@@ -314,9 +310,8 @@ void bind_kernels(nb::module_& m) {
   m.def("top", top, nb::arg("scores"), nb::arg("num_scores"), nb::arg("pinned"),
         nb::arg("out").noconvert(),  // a copy of another type would be filled in its place
         "Fill out with the positions of the pinned and the largest scores, ascending.");
-  m.def("discourage", discourage_scores, nb::arg("scores"), nb::arg("claims"),
-        nb::arg("num_scores"), nb::arg("kept"), nb::arg("least"),
-        "Let scores whose claims are below the least fall behind, by address.");
+  m.def("discourage", discourage_scores, nb::arg("scores"), nb::arg("num_scores"), nb::arg("kept"),
+        nb::arg("least"), "Let scores below the least fall behind, by address.");
   m.def("pack", pack_records, nb::arg("tokens"), nb::arg("records"), nb::arg("stride_bytes"),
         nb::arg("count"), nb::arg("shape"),
         "Lay consecutive groups of tokens out as records, by address.");
@@ -339,14 +334,13 @@ void bind_kernels(nb::module_& m) {
            nb::arg("num_kv_heads"), nb::arg("head_dim"))
       .def("scan", &Scanner::scan, nb::arg("query"), nb::arg("dtype"), nb::arg("num_heads"),
            nb::arg("q_len"), nb::arg("head_stride"), nb::arg("token_stride"), nb::arg("scaling"),
-           nb::arg("ids"), nb::arg("selected"), nb::arg("shares"), nb::arg("claims"))
+           nb::arg("ids"), nb::arg("wanted"), nb::arg("out"))
       .def("encode", &Scanner::encode, nb::arg("tokens"), nb::arg("dtype"), nb::arg("ids"))
       .def("hold_spans", &Scanner::hold_spans, nb::arg("codes"), nb::arg("scales"),
            nb::arg("radii"))
       .def("bound", &Scanner::bound, nb::arg("ids"))
       .def("best", &Scanner::best, nb::arg("query"), nb::arg("scaling"), nb::arg("ids"),
-           nb::arg("wanted"), nb::arg("least"), nb::arg("kept"), nb::arg("by_spans"),
-           nb::arg("shares"), nb::arg("claims"),
+           nb::arg("wanted"), nb::arg("kept"), nb::arg("by_spans"), nb::arg("out"),
            "Score groups, by spans only those that can be among the best; return their share.");
   nb::class_<Attender>(m, "Attender", "The slots of all layers, by address.")
       .def(nb::init<uintptr_t, int64_t, int64_t, const nb::tuple&>(), nb::arg("pool"),

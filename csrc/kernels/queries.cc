@@ -149,18 +149,12 @@ QuerySums merge_columns(const Queries& queries, int64_t in_row, const ColumnSums
   return made;
 }
 
-Shifts shifts_of(const Queries& queries, const QuerySums& sums, int64_t selected) {
-  Shifts made;
-  std::fill_n(made.share, kMaxQueries, std::numeric_limits<float>::infinity());
-  std::copy_n(made.share, kMaxQueries, made.claim);
-  const double room = std::log(static_cast<double>(std::max<int64_t>(1, selected)));
-  for (int64_t q = 0; q < queries.count; ++q) {
-    const double sum = sums.sum[q], log_sum = std::log(sum);
-    const double over = std::max(0.0, log_sum - sums.product[q] / sum - room);
-    made.share[q] = sums.largest[q] + static_cast<float>(log_sum);
-    made.claim[q] = made.share[q] + static_cast<float>(kOutvoted * over);
-  }
-  return made;
+float shift_of(const Queries& queries, const QuerySums& sums, int64_t query, int64_t wanted) {
+  if (query >= queries.count) return std::numeric_limits<float>::infinity();
+  const double sum = sums.sum[query], log_sum = std::log(sum);
+  const double entropy = log_sum - sums.product[query] / sum;
+  const double over = entropy - std::log(static_cast<double>(std::max<int64_t>(1, wanted)));
+  return sums.largest[query] + static_cast<float>(log_sum + kOutvoted * std::max(0.0, over));
 }
 
 }  // namespace kvswap

@@ -47,17 +47,13 @@ struct QuerySums {
 
 QuerySums merge_columns(const Queries& queries, int64_t in_row, const ColumnSums& columns);
 
-// A query that attends to e times as many groups as are selected is taken for one that gives each
+// A query that attends to e times as many groups as are wanted is taken for one that gives each
 // e^-kOutvoted of what it does.
 constexpr double kOutvoted = 4;
 
-// What is taken off each query's scores; of queries that are none infinity.
-struct Shifts {
-  float share[kMaxQueries];  // its log-sum-exp, so that shares of attention are compared
-  // More where it attends to more groups than are selected, by the perplexity of its shares.
-  float claim[kMaxQueries];
-};
-
-Shifts shifts_of(const Queries& queries, const QuerySums& sums, int64_t selected);
+// What is taken off a query's scores: its log-sum-exp, so that shares of attention are compared,
+// and more where it attends to more groups than are `wanted`, so that it has less say in which
+// they are: the perplexity of its shares counts. Of queries that are none infinity.
+float shift_of(const Queries& queries, const QuerySums& sums, int64_t query, int64_t wanted);
 
 }  // namespace kvswap

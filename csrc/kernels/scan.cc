@@ -24,26 +24,25 @@ struct Workspace {
 
 class Pass {
  public:
-  Pass(const CodedKeys& keys, const Queries& queries, const Rows& rows, const Found& found,
+  Pass(const CodedKeys& keys, const Queries& queries, const Rows& rows, int64_t wanted,
        Workspace& work)
       : keys_(keys),
         queries_(queries),
         rows_(rows),
-        found_(found),
+        wanted_(wanted),
         work_(work),
         in_quad_(4 * rows.in_row),
         length_(queries.quads * in_quad_),
         blocks_((rows.count + kBlockRows - 1) / kBlockRows),
         scale_(static_cast<size_t>(length_)),
-        share_(static_cast<size_t>(length_)),
-        claim_(static_cast<size_t>(length_)) {
+        shift_(static_cast<size_t>(length_)) {
     work.scores.resize(static_cast<size_t>(rows.count * length_));
     work.columns.resize(blocks_, length_);
     work.best.resize(static_cast<size_t>(rows.count * in_quad_));
     for (int64_t i = 0; i < length_; ++i) scale_[at(i)] = queries.scale[query_of(i)];
   }
 
-  void run(int threads) {
+  void run(int threads, float* out) {
     const auto share = [&](int thread, int total, auto&& body) {
       const int64_t end = blocks_ * (thread + 1) / total;
       for (int64_t b = blocks_ * thread / total; b < end; ++b) body(b);
@@ -53,7 +52,7 @@ class Pass {
     });
     find_shifts();
     parallel(threads, [&](int thread, int total) {
-      share(thread, total, [&](int64_t block) { finish_block(block); });
+      share(thread, total, [&](int64_t block) { finish_block(block, out); });
     });
   }
 
@@ -83,24 +82,17 @@ class Pass {
 
   void find_shifts() {
     const QuerySums sums = merge_columns(queries_, rows_.in_row, work_.columns);
-    const Shifts shifts = shifts_of(queries_, sums, found_.selected);
     for (int64_t i = 0; i < length_; ++i) {
-      share_[at(i)] = shifts.share[query_of(i)];
-      claim_[at(i)] = shifts.claim[query_of(i)];
+      shift_[at(i)] = shift_of(queries_, sums, query_of(i), wanted_);
     }
   }
 
-  void finish_block(int64_t block) {
-    reduce_block(block, share_, found_.shares);
-    if (found_.claims) reduce_block(block, claim_, found_.claims);
-  }
-
-  void reduce_block(int64_t block, const std::vector<float>& shift, float* out) {
+  void finish_block(int64_t block, float* out) {
     const ScoreRows rows = rows_of(block);
     const int64_t begin = block * kBlockRows;
     float* best = work_.best.data() + begin * in_quad_;
     std::fill_n(best, rows.num_rows * in_quad_, -kInfinity);
-    kernels().best_shifted(rows, shift.data(), in_quad_, best);
+    kernels().best_shifted(rows, shift_.data(), in_quad_, best);
     rows_.each(begin, begin + rows.num_rows, [&](const Run& run, int64_t in_run, int64_t row) {
       rows_.finish(run, in_run, work_.best.data() + row * in_quad_, out);
     });
@@ -111,19 +103,17 @@ class Pass {
   const CodedKeys& keys_;
   const Queries& queries_;
   const Rows& rows_;
-  const Found& found_;
+  int64_t wanted_;
   Workspace& work_;
   int64_t in_quad_, length_, blocks_;
-  std::vector<float> scale_, share_, claim_;
+  std::vector<float> scale_, shift_;
 };
 
 }  // namespace
 
 void scan_groups(const CodedKeys& keys, const QueryView& query, float scaling, const int64_t* ids,
-                 int64_t count, const Found& found) {
-  for (float* out : {found.shares, found.claims}) {
-    if (out) std::fill_n(out, count, -std::numeric_limits<float>::infinity());
-  }
+                 int64_t count, int64_t wanted, float* out) {
+  std::fill_n(out, count, -std::numeric_limits<float>::infinity());
   if (!count) return;
   thread_local Workspace work;
   const Rows rows(keys, ids, count);
@@ -131,7 +121,7 @@ void scan_groups(const CodedKeys& keys, const QueryView& query, float scaling, c
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), worth));
   for (int64_t first = 0; first < query.num_heads * query.q_len; first += kMaxQueries) {
     const Queries queries = prepare(keys, query, first, scaling, threads);
-    Pass(keys, queries, rows, found, work).run(threads);
+    Pass(keys, queries, rows, wanted, work).run(threads, out);
   }
 }
 

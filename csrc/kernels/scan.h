@@ -29,17 +29,9 @@ struct QueryView {
   int64_t num_heads, q_len, head_stride, token_stride;
 };
 
-// Of each group that is asked for: the most that any query gives it, against what it gives all of
-// them; and its claim to be read, for which a query that attends to more groups than will be
-// `selected` has less to say. Claims may be null.
-struct Found {
-  float* shares;
-  float* claims;
-  int64_t selected;
-};
-
-// found.shares[i] is of group ids[i]; every id must be below keys.num_groups.
+// out[i]: the most that any query gives group ids[i], against what it gives all of them, and less
+// where it attends to more groups than are `wanted`. Every id must be below keys.num_groups.
 void scan_groups(const CodedKeys& keys, const QueryView& query, float scaling, const int64_t* ids,
-                 int64_t count, const Found& found);
+                 int64_t count, int64_t wanted, float* out);
 
 }  // namespace kvswap

@@ -22,7 +22,7 @@ size_t at(int64_t i) { return static_cast<size_t>(i); }
 // What a thread keeps from call to call.
 struct Workspace {
   Bounds bounds;
-  std::vector<float> scores, priorities, claims, shares, sample;
+  std::vector<float> scores, priorities, found, sample;
   ColumnSums columns;
   std::vector<char> is_scored;
   std::vector<int64_t> scored;
@@ -33,20 +33,18 @@ struct Workspace {
 class Pass {
  public:
   Pass(const CodedKeys& keys, const Queries& queries, const Rows& rows, int64_t num_ids,
-       const Wanted& wanted, const Found& found, Workspace& work, int threads)
+       const Wanted& wanted, Workspace& work, int threads)
       : keys_(keys),
         queries_(queries),
         rows_(rows),
         num_ids_(num_ids),
         wanted_(wanted),
-        found_(found),
         work_(work),
         threads_(threads),
         in_quad_(4 * rows.in_row),
         length_(queries.quads * in_quad_),
         scale_(at(length_)),
-        share_(at(length_)),
-        claim_(at(length_)) {
+        shift_(at(length_)) {
     work.scores.resize(at(rows.count * length_));
     work.is_scored.assign(at(rows.count), 0);
     work.scored.clear();
@@ -74,12 +72,11 @@ class Pass {
     find_priorities();
     score_from(nth_largest(work_.priorities, wanted_.count));
     finish();
-    score_from(nth_largest(work_.shares, wanted_.count));
+    score_from(nth_largest(work_.found, wanted_.count));
     finish();
   }
 
-  // Of these queries alone.
-  const std::vector<float>& shares() const { return work_.shares; }
+  const std::vector<float>& found() const { return work_.found; }
   int64_t num_scored() const { return static_cast<int64_t>(work_.scored.size()); }
 
  private:
@@ -112,9 +109,7 @@ class Pass {
   }
 
   void score_from(float least) {
-    score([&](int64_t row) {
-      return work_.priorities[at(row)] >= least || work_.claims[at(row)] >= wanted_.least;
-    });
+    score([&](int64_t row) { return work_.priorities[at(row)] >= least; });
   }
 
   // Scores the rows of which `asks` is true and that have no scores yet.
@@ -178,10 +173,8 @@ class Pass {
     }
     const double weight = static_cast<double>(num_ids_) / static_cast<double>(asked);
     const QuerySums sums = with_best(merge_columns(queries_, rows_.in_row, work_.columns), weight);
-    shifts_ = shifts_of(queries_, sums, found_.selected);
     for (int64_t i = 0; i < length_; ++i) {
-      share_[at(i)] = shifts_.share[query_of(i)];
-      claim_[at(i)] = shifts_.claim[query_of(i)];
+      shift_[at(i)] = shift_of(queries_, sums, query_of(i), wanted_.count);
     }
   }
 
@@ -196,37 +189,34 @@ class Pass {
     return sums;
   }
 
-  // The highest share and claim that a row's bounds leave to it.
+  // The highest score that a row's bounds leave to it.
   void find_priorities() {
+    float shift[kMaxQueries];
+    for (int64_t q = 0; q < 4 * queries_.quads; ++q) {
+      shift[q] = shift_[at(q / 4 * in_quad_ + q % 4)];
+    }
     work_.priorities.resize(at(rows_.count));
-    work_.claims.resize(at(rows_.count));
     for (int64_t row = 0; row < rows_.count; ++row) {
-      work_.priorities[at(row)] = work_.bounds.best(row, shifts_.share);
-      work_.claims[at(row)] = work_.bounds.best(row, shifts_.claim);
+      work_.priorities[at(row)] = work_.bounds.best(row, shift);
     }
   }
 
-  // Shares and claims of the groups in rows that have been scored since the last call.
+  // Scores of the groups in rows that have been scored since the last call.
   void finish() {
-    if (!finished_) work_.shares.assign(at(num_ids_), -kInfinity);
+    if (!finished_) work_.found.assign(at(num_ids_), -kInfinity);
     share_rows(threads_, num_scored() - finished_, [&](int, int64_t begin, int64_t end) {
+      float best[4 * kTileTokens];
       for (int64_t i = finished_ + begin; i < finished_ + end; ++i) {
         const int64_t row = work_.scored[at(i)];
-        reduce_row(row, share_, work_.shares.data());
-        if (found_.claims) reduce_row(row, claim_, found_.claims);
+        std::fill_n(best, in_quad_, -kInfinity);
+        kernels().best_shifted({work_.scores.data() + row * length_, 1, length_, scale_.data()},
+                               shift_.data(), in_quad_, best);
+        rows_.each(row, row + 1, [&](const Run& run, int64_t in_run, int64_t) {
+          rows_.finish(run, in_run, best, work_.found.data());
+        });
       }
     });
     finished_ = num_scored();
-  }
-
-  void reduce_row(int64_t row, const std::vector<float>& shift, float* out) const {
-    float best[4 * kTileTokens];
-    std::fill_n(best, in_quad_, -kInfinity);
-    kernels().best_shifted({work_.scores.data() + row * length_, 1, length_, scale_.data()},
-                           shift.data(), in_quad_, best);
-    rows_.each(row, row + 1, [&](const Run& run, int64_t in_run, int64_t) {
-      rows_.finish(run, in_run, best, out);
-    });
   }
 
   const CodedKeys& keys_;
@@ -234,28 +224,24 @@ class Pass {
   const Rows& rows_;
   int64_t num_ids_;
   const Wanted& wanted_;
-  const Found& found_;
   Workspace& work_;
   int threads_;
   int64_t in_quad_, length_;  // floats of four queries, and of a row
   int64_t finished_ = 0;
   float top_[kMaxQueries];
-  Shifts shifts_;
-  std::vector<float> scale_, share_, claim_;
+  std::vector<float> scale_, shift_;
 };
 
 }  // namespace
 
 double scan_best(const CodedKeys& keys, const Spans* spans, const QueryView& query, float scaling,
-                 const int64_t* ids, int64_t count, const Wanted& wanted, const Found& found) {
+                 const int64_t* ids, int64_t count, const Wanted& wanted, float* out) {
   const Rows rows(keys, ids, count);
   if (count < kSampledFrom * rows.in_row) {
-    scan_groups(keys, query, scaling, ids, count, found);
+    scan_groups(keys, query, scaling, ids, count, wanted.count, out);
     return 1;
   }
-  for (float* out : {found.shares, found.claims}) {
-    if (out) std::fill_n(out, count, -kInfinity);
-  }
+  std::fill_n(out, count, -kInfinity);
   thread_local Workspace work;
   const bool is_worth = rows.count >= kLeastRun * static_cast<int64_t>(rows.runs.size());
   const int threads = num_threads();
@@ -263,14 +249,14 @@ double scan_best(const CodedKeys& keys, const Spans* spans, const QueryView& que
   int64_t scored = 0, passes = 0;
   for (int64_t first = 0; first < all; first += kMaxQueries, ++passes) {
     const Queries queries = prepare(keys, query, first, scaling, threads);
-    Pass pass(keys, queries, rows, count, wanted, found, work, threads);
+    Pass pass(keys, queries, rows, count, wanted, work, threads);
     if (spans && is_worth) {
       pass.run(*spans);
     } else {
       pass.run();
     }
-    const std::vector<float>& shares = pass.shares();
-    for (int64_t i = 0; i < count; ++i) found.shares[i] = std::max(found.shares[i], shares[at(i)]);
+    const std::vector<float>& found = pass.found();
+    for (int64_t i = 0; i < count; ++i) out[i] = std::max(out[i], found[at(i)]);
     scored += pass.num_scored();
   }
   return static_cast<double>(scored) / static_cast<double>(passes * rows.count);

@@ -23,11 +23,10 @@ int64_t span_width(const CodedKeys& keys);
 // Makes anew the spans that hold these groups; every id must be below keys.num_groups.
 void bound_spans(const CodedKeys& keys, const Spans& spans, const int64_t* ids, int64_t count);
 
-// The groups that will be looked at: so many of the best, those whose claims reach `least`, and
-// those at `kept` positions, of which what is none is skipped.
+// The groups that will be looked at: so many of the best, whatever `scan_groups` makes of that
+// number, and those at `kept` positions, of which what is none is skipped.
 struct Wanted {
   int64_t count;
-  float least;
   const int32_t* kept = nullptr;
   int64_t num_kept = 0;
 };
@@ -38,7 +37,7 @@ struct Wanted {
 // With spans, groups that are not wanted may have lower scores than they do without; all others
 // have the same. Returns the share of rows that were scored: 1 without spans.
 double scan_best(const CodedKeys& keys, const Spans* spans, const QueryView& query, float scaling,
-                 const int64_t* ids, int64_t count, const Wanted& wanted, const Found& found);
+                 const int64_t* ids, int64_t count, const Wanted& wanted, float* out);
 
 constexpr int64_t kSampledFrom = 1024;
 constexpr int64_t kSampleStride = 16;

@@ -90,13 +90,13 @@ void top_positions(const float* scores, int64_t num_scores, int64_t count, const
   }
 }
 
-void discourage(float* scores, const float* claims, int64_t num_scores, const int32_t* kept,
-                int64_t num_kept, float least) {
+void discourage(float* scores, int64_t num_scores, const int32_t* kept, int64_t num_kept,
+                float least) {
   thread_local std::vector<float> before;
   before.clear();
   const auto is_one = [&](int32_t place) { return place >= 0 && place < num_scores; };
   for (int64_t i = 0; i < num_kept; ++i) before.push_back(is_one(kept[i]) ? scores[kept[i]] : 0);
-  for (int64_t i = 0; i < num_scores; ++i) scores[i] -= claims[i] < least ? kPenalty : 0.0f;
+  for (int64_t i = 0; i < num_scores; ++i) scores[i] -= scores[i] < least ? kPenalty : 0.0f;
   for (int64_t i = 0; i < num_kept; ++i) {
     if (is_one(kept[i])) scores[kept[i]] = before[static_cast<size_t>(i)];
   }

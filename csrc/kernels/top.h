@@ -15,9 +15,9 @@ void top_positions(const float* scores, int64_t num_scores, int64_t count, const
 // minus infinity where they are fewer.
 float nth_largest(const std::vector<float>& scores, int64_t count);
 
-// Lets every score whose claim is below `least` fall behind all others, except those at `kept`
-// positions; what is no position is skipped.
-void discourage(float* scores, const float* claims, int64_t num_scores, const int32_t* kept,
-                int64_t num_kept, float least);
+// Lets every score below `least` fall behind all others, except those at `kept` positions;
+// what is no position is skipped.
+void discourage(float* scores, int64_t num_scores, const int32_t* kept, int64_t num_kept,
+                float least);
 
 }  // namespace kvswap

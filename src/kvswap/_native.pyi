@@ -61,9 +61,7 @@ def num_threads() -> int: ...
 def top(
     scores: int, num_scores: int, pinned: NDArray[np.int64], out: NDArray[np.int64]
 ) -> None: ...
-def discourage(
-    scores: int, claims: int, num_scores: int, kept: NDArray[np.int32], least: float
-) -> None: ...
+def discourage(scores: int, num_scores: int, kept: NDArray[np.int32], least: float) -> None: ...
 def pack(
     tokens: tuple[int, int, int, int, int, int, int],
     records: int,
@@ -111,9 +109,8 @@ class Scanner:
         token_stride: int,
         scaling: float,
         ids: NDArray[np.int64],
-        selected: int,
-        shares: int,
-        claims: int,
+        wanted: int,
+        out: int,
     ) -> None: ...
     def encode(self, tokens: int, dtype: int, ids: NDArray[np.int64]) -> None: ...
     def hold_spans(self, codes: int, scales: int, radii: int) -> None: ...
@@ -124,11 +121,9 @@ class Scanner:
         scaling: float,
         ids: NDArray[np.int64],
         wanted: int,
-        least: float,
         kept: NDArray[np.int32],
         by_spans: bool,
-        shares: int,
-        claims: int,
+        out: int,
     ) -> float: ...
 
 class Attender:

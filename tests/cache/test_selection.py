@@ -13,7 +13,6 @@ from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.errors import ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
-from kvswap.predict.base import Scored
 
 GROUPS, BUDGET = 40, 8
 PINNED = {0, 38, 39}
@@ -26,12 +25,13 @@ class GivenScores:
 
     def __init__(self) -> None:
         self.scores = torch.full((GROUPS,), -20.0)
-        self.claims: torch.Tensor | None = None
         self.marked: torch.Tensor | None = None
 
-    def score_best(self, query, groups, *, scaling, wanted):
-        scores = self.scores[: len(groups)].clone()
-        return Scored(scores, scores if self.claims is None else self.claims[: len(groups)])
+    def score_best(self, query, groups, *, scaling, **_):
+        return self.score(query, groups, scaling=scaling)
+
+    def score(self, query, groups, *, scaling, **_):
+        return self.scores[: len(groups)].clone()
 
     def score_heads(self, query, groups, *, scaling):
         return self.scores[: len(groups), None].expand(-1, 2)
@@ -80,15 +80,6 @@ def test_what_is_worth_reading_comes_first_then_what_was_selected_before(tmp_pat
     second = layer.select({20: 0.6 * even, 21: 0.4 * even, 10: 0.3 * even})
     assert second == PINNED | {20, 10, 11, 12, 13}
     assert layer.select({}) == second
-
-
-def test_what_heads_that_spread_want_is_not_worth_reading(tmp_path):
-    layer, even = Layer(tmp_path), 1 / BUDGET
-    first = layer.select({position: even for position in (10, 11, 12, 13, 14)})
-    layer.index.claims = torch.full((GROUPS,), -20.0)
-    assert layer.select({20: 2 * even, 21: 3 * even}) == first
-    layer.index.claims[21] = math.log(0.6 * even)
-    assert layer.select({20: 2 * even, 21: 3 * even}) == PINNED | {21, 10, 11, 12, 13}
 
 
 def test_a_prediction_changes_nothing(tmp_path):

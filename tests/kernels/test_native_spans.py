@@ -4,23 +4,14 @@ reference's.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kvswap.core.geometry import KVGeometry
-from kvswap.kernels.scores import (
-    OUTVOTED,
-    SAMPLED_FROM,
-    reduce_claims,
-    reduce_heads,
-    sampled_groups,
-)
+from kvswap.kernels.scores import OUTVOTED, SAMPLED_FROM, reduce_heads, sampled_groups
 from kvswap.kernels.tiles import TILE_TOKENS
-from kvswap.predict.base import Scored, Wanted
 from kvswap.predict.spanned import SpannedIndex
 from kvswap.predict.topk import TopKSelector
 
@@ -69,24 +60,18 @@ def some_query(heads: int = 4, q_len: int = 1) -> Tensor:
 
 
 def by_spans(
-    index: SpannedIndex, query: Tensor, ids: np.ndarray, selected: int, **wanted: Any
-) -> tuple[Scored, float]:
-    wanted = Wanted(selected, every=False, **wanted)
-    return index.scan(query, ids, scaling=SCALING, wanted=wanted)
+    index: SpannedIndex, query: Tensor, ids: np.ndarray, wanted: int | None, **kept: np.ndarray
+) -> tuple[Tensor, float]:
+    return index.scan(query, ids, scaling=SCALING, wanted=wanted, by_spans=True, **kept)
 
 
 def check_best(index: SpannedIndex, query: Tensor, ids: np.ndarray, wanted: int) -> float:
     """Check the best groups of both scans, and return the share of rows that one scored."""
+    flat = index.score(query, ids, scaling=SCALING, wanted=wanted)
     kept = np.random.default_rng(wanted).integers(-1, len(ids), 9).astype(np.int32)
-    (flat, claims), _ = index.scan(query, ids, scaling=SCALING, wanted=Wanted(wanted))
-    assert torch.equal(index.score(query, ids, scaling=SCALING), flat)
-    least = float(claims.topk(3).values[-1])
-    (found, claimed), scored = by_spans(index, query, ids, wanted, least=least, kept=kept)
+    found, scored = by_spans(index, query, ids, wanted, kept=kept)
     kept = kept[kept >= 0]
-    for place in (kept, claims >= least):
-        assert torch.equal(found[place], flat[place])
-        assert torch.equal(claimed[place], claims[place])
-    assert bool((claimed <= claims).all())
+    assert torch.equal(found[kept], flat[kept])
     pinned = np.arange(min(2, wanted))
     chosen = [
         TopKSelector().select(scores, layer_idx=0, budget_groups=wanted, pinned=pinned)
@@ -105,11 +90,14 @@ def test_a_flat_scan_scores_as_the_reference_does(kernel, code, size):
     index, query = filled(code, "unlike", size=size, rows=1100), some_query()
     ids = groups_of(index)[3:]
     assert sampled_groups(len(ids), max(1, TILE_TOKENS // size)) is not None
-    found = index.score_best(query, ids, scaling=SCALING, wanted=Wanted(100))
-    expected = index._claim_plainly(query, ids, SCALING, 100)
-    for each, plain, times in zip(found, expected, (1, 1 + OUTVOTED), strict=True):
-        allowed = times * TOLERANCE[code]
-        torch.testing.assert_close(each, plain, atol=allowed, rtol=allowed)
+    for wanted, times in ((None, 1), (100, 1 + OUTVOTED)):
+        tolerance = times * TOLERANCE[code]
+        torch.testing.assert_close(
+            index.score(query, ids, scaling=SCALING, wanted=wanted),
+            index._score_plainly(query, ids, SCALING, wanted),
+            atol=tolerance,
+            rtol=tolerance,
+        )
 
 
 @every_code
@@ -156,7 +144,7 @@ def test_any_groups_may_be_asked_for(kernel, code, kind):
 
 
 @every_code
-@pytest.mark.parametrize("wanted", [5000, 112])
+@pytest.mark.parametrize("wanted", [None, 112])
 def test_a_sequence_is_scored_alike_wherever_its_groups_lie(kernel, code, wanted):
     index = filled(code, "close", rows=2600)
     ids, query = groups_of(index)[:5000], some_query()
@@ -165,9 +153,9 @@ def test_a_sequence_is_scored_alike_wherever_its_groups_lie(kernel, code, wanted
     keys = some_keys(index, "close")
     index.encode(groups_of(index), keys)
     moved.encode(order, keys)
-    expected = index.score(query, ids, scaling=SCALING)
-    found = by_spans(moved, query, order[:5000], wanted)[0].scores
-    least = expected.topk(wanted).values[-1]
+    expected, _ = index.scan(query, ids, scaling=SCALING, wanted=wanted)
+    found, _ = by_spans(moved, query, order[:5000], wanted)
+    least = expected.topk(wanted or 5000).values[-1]
     assert torch.equal(found[expected >= least], expected[expected >= least])
 
 
@@ -183,7 +171,7 @@ def test_a_group_encoded_anew_is_found_where_it_is_the_best(kernel, code, size):
     for few in (np.array([17, 805]), np.array([806, 0])):
         index.encode(few, keys)
         check_best(index, query, ids, 2)
-        found = by_spans(index, query, ids, 2)[0].scores
+        found, _ = by_spans(index, query, ids, 2)
         assert set(few) <= set(found.topk(4).indices.tolist())
 
 
@@ -192,16 +180,16 @@ def test_a_group_encoded_anew_is_found_where_it_is_the_best(kernel, code, size):
 def test_scores_are_the_same_with_any_threads(kernel, code, kind):
     index, query = filled(code, kind), some_query()
     ids = groups_of(index)
-    once, share = by_spans(index, query, ids, 112)
+    once = by_spans(index, query, ids, 112)
     flat = index.score(query, ids, scaling=SCALING)
     torch.set_num_threads(2)
     try:
-        again, share_again = by_spans(index, query, ids, 112)
+        again = by_spans(index, query, ids, 112)
         flat_again = index.score(query, ids, scaling=SCALING)
     finally:
         torch.set_num_threads(1)
-    assert all(map(torch.equal, once, again))
-    assert share == share_again
+    assert torch.equal(once[0], again[0])
+    assert once[1] == again[1]
     assert torch.equal(flat, flat_again)
 
 
@@ -210,7 +198,7 @@ def test_few_rows_are_scored_where_keys_lie_close_together(kernel, code):
     index = filled(code, "close", rows=4000)
     query = some_query()
     assert check_best(index, query, groups_of(index), 112) < 0.4
-    assert index.scan(query, groups_of(index), scaling=SCALING, wanted=Wanted(112))[1] == 1
+    assert index.scan(query, groups_of(index), scaling=SCALING)[1] == 1
 
 
 @every_code
@@ -220,8 +208,8 @@ def test_a_saved_state_is_bounded_as_before(kernel, code):
     assert torch.equal(again._radii, index._radii)
     assert torch.equal(again._centres, index._centres)
     query, ids = some_query(), groups_of(index)
-    first, found = (by_spans(each, query, ids, 20)[0] for each in (index, again))
-    assert all(map(torch.equal, first, found))
+    first = by_spans(index, query, ids, 20)
+    assert torch.equal(by_spans(again, query, ids, 20)[0], first[0])
 
 
 @every_code
@@ -250,11 +238,10 @@ def test_below_a_number_of_groups_all_of_them_normalise():
 
 
 def test_a_sample_stands_for_all_groups():
-    scores = torch.randn(8192, 5)
-    whole, sampled = reduce_heads(scores), reduce_heads(scores, sampled_groups_of(8192))
-    assert (whole - sampled).abs().amax() < 0.1
-    claims = [reduce_claims(scores, 100, each)[1] for each in (None, sampled_groups_of(8192))]
-    assert (claims[0] - claims[1]).abs().amax() < 0.5
+    scores, sampled = torch.randn(8192, 5), sampled_groups_of(8192)
+    for wanted, least in ((None, 0.1), (100, 0.5)):
+        found = reduce_heads(scores, wanted, sampled=sampled)
+        assert (reduce_heads(scores, wanted) - found).abs().amax() < least
 
 
 def test_a_head_with_a_target_of_its_own_is_set_against_it():
@@ -262,7 +249,7 @@ def test_a_head_with_a_target_of_its_own_is_set_against_it():
     scores[100, 0] = 40.0  # not in the sample
     sampled = sampled_groups_of(8192)
     assert not sampled[100]
-    reduced = reduce_heads(scores, sampled)
+    reduced = reduce_heads(scores, sampled=sampled)
     torch.testing.assert_close(reduced[100], torch.tensor(0.0))
 
 

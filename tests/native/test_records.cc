@@ -54,10 +54,9 @@ TEST(merged_parts_weigh_as_their_sums_do) {
 }
 
 TEST(low_scores_fall_behind_unless_kept) {
-  std::vector<float> scores{-1, -2, -7, -2};
-  const std::vector<float> claims{-1, -5, -7, -3};
+  std::vector<float> scores{-1, -5, -7, -2};
   const std::vector<int32_t> kept{2, -1};
-  discourage(scores.data(), claims.data(), 4, kept.data(), 2, -3.0f);
+  discourage(scores.data(), 4, kept.data(), 2, -3.0f);
   CHECK(scores[0] == -1.0f);
   CHECK(scores[1] < -1000.0f);
   CHECK(scores[2] == -7.0f);

@@ -97,23 +97,21 @@ double distance(const std::vector<double>& a, const std::vector<double>& b) {
   return std::sqrt(squares);
 }
 
-struct Result {
-  std::vector<float> scores, claims;
+struct Found {
+  std::vector<float> scores;
   double scored;
 };
 
-Result scan(Spanned& made, const Numbers& query, int64_t num_heads, const std::vector<int64_t>& ids,
-            int64_t wanted, bool by_spans, float least = kInfinity,
-            const std::vector<int32_t>& kept = {}) {
-  const std::vector<float> none(ids.size(), kNan);
-  Result found{none, none, 0};
+Found scan(Spanned& made, const Numbers& query, int64_t num_heads, const std::vector<int64_t>& ids,
+           int64_t wanted, bool by_spans, const std::vector<int32_t>& kept = {}) {
+  Found found{std::vector<float>(ids.size(), kNan), 0};
   const int64_t dim = made.index.shape.head_dim;
   const QueryView view{query.bytes.data(), query.dtype, num_heads, 1, dim, dim};
   const Spans spans = made.spans();
   found.scored = scan_best(made.index.keys(), by_spans ? &spans : nullptr, view, 0.5f, ids.data(),
                            static_cast<int64_t>(ids.size()),
-                           Wanted{wanted, least, kept.data(), static_cast<int64_t>(kept.size())},
-                           Found{found.scores.data(), found.claims.data(), wanted});
+                           Wanted{wanted, kept.data(), static_cast<int64_t>(kept.size())},
+                           found.scores.data());
   return found;
 }
 
@@ -192,21 +190,13 @@ TEST(two_levels_find_the_best_groups_of_one) {
           for (int i = 0; i < 5; ++i) {
             kept.push_back(static_cast<int32_t>(random.below(static_cast<int64_t>(ids.size()))));
           }
-          const Result flat = scan(made, query, heads, ids, wanted, false);
-          std::vector<float> claims = flat.claims;
-          std::nth_element(claims.begin(), claims.begin() + 3, claims.end(), std::greater<>());
-          const Result found = scan(made, query, heads, ids, wanted, true, claims[3], kept);
+          const Found flat = scan(made, query, heads, ids, wanted, false);
+          const Found found = scan(made, query, heads, ids, wanted, true, kept);
           check_best(flat.scores, found.scores, wanted);
-          for (size_t i = 0; i < ids.size(); ++i) {
-            CHECK(found.claims[i] <= flat.claims[i]);
-            if (flat.claims[i] >= claims[3]) {
-              CHECK(found.scores[i] == flat.scores[i] && found.claims[i] == flat.claims[i]);
-            }
-          }
           for (const int32_t place : kept) {
             if (place >= 0) {
               const auto i = static_cast<size_t>(place);
-              CHECK(found.scores[i] == flat.scores[i] && found.claims[i] == flat.claims[i]);
+              CHECK(found.scores[i] == flat.scores[i]);
             }
           }
         }
@@ -222,15 +212,15 @@ TEST(two_levels_do_not_depend_on_the_threads) {
     const std::vector<int64_t> ids = all_ids(made.index.shape);
     const Numbers query = some_query(random, made.index.shape, 6);
     for (const bool by_spans : {false, true}) {
-      const Result expected = scan(made, query, 6, ids, 100, by_spans);
+      const Found expected = scan(made, query, 6, ids, 100, by_spans);
       for (const int threads : {2, 5}) {
         const At at{{"code", static_cast<int>(code)}, {"threads", threads}, {"by_spans", by_spans}};
         omp_set_num_threads(threads);
-        const Result found = scan(made, query, 6, ids, 100, by_spans);
+        const Found found = scan(made, query, 6, ids, 100, by_spans);
         const std::vector<float> radii = made.radii;
         bound_spans(made.index.keys(), made.spans(), ids.data(), static_cast<int64_t>(ids.size()));
         omp_set_num_threads(1);
-        CHECK(found.scores == expected.scores && found.claims == expected.claims);
+        CHECK(found.scores == expected.scores);
         CHECK(found.scored == expected.scored);
         CHECK(made.radii == radii);
       }
@@ -246,9 +236,9 @@ TEST(few_rows_are_scored_as_a_plain_scan_scores_them) {
   std::vector<float> expected(ids.size(), kNan);
   const int64_t dim = made.index.shape.head_dim;
   scan_groups(made.index.keys(), {query.bytes.data(), query.dtype, 4, 1, dim, dim}, 0.5f,
-              ids.data(), static_cast<int64_t>(ids.size()), {expected.data(), nullptr, 5});
+              ids.data(), static_cast<int64_t>(ids.size()), 5, expected.data());
   CHECK(scan(made, query, 4, ids, 5, false).scores == expected);
-  const Result found = scan(made, query, 4, ids, 5, true);
+  const Found found = scan(made, query, 4, ids, 5, true);
   CHECK(found.scores == expected);
   CHECK(found.scored == 1);
 }

@@ -15,7 +15,6 @@ from kvswap.core.config import CacheConfig
 from kvswap.core.units import ceil_div
 from kvswap.kernels.scores import discourage
 from kvswap.predict import KeyIndex
-from kvswap.predict.base import Scored, Wanted
 from kvswap.predict.reduction import score_reduced
 from kvswap.predict.selectors import make_selector, worth_reading
 
@@ -168,21 +167,15 @@ class GroupSelection:
     ) -> Tensor:
         index = self._indexes[layer_idx]
         query = query.to(index.device)
-        is_choosy = self._least[layer_idx] > -math.inf and last[0] >= 0
+        wanted = max(self._layer_groups[layer_idx], self._sink_groups + self._recent_groups)
         if self._reduce != "max":
             scores = score_reduced(index, query, groups, scaling=scaling, reduce=self._reduce)
-            found = Scored(scores, scores)
+        elif self._selector.needs_only_best and not every:
+            scores = index.score_best(query, groups, scaling=scaling, wanted=wanted, kept=last)
         else:
-            wanted = Wanted(
-                max(self._layer_groups[layer_idx], self._sink_groups + self._recent_groups),
-                least=self._least[layer_idx] if is_choosy else math.inf,
-                kept=last,
-                every=every or not self._selector.needs_only_best,
-            )
-            found = index.score_best(query, groups, scaling=scaling, wanted=wanted)
-        scores = found.scores
-        if is_choosy:
-            discourage(scores, found.claims, last, self._least[layer_idx])
+            scores = index.score(query, groups, scaling=scaling, wanted=wanted)
+        if self._least[layer_idx] > -math.inf and last[0] >= 0:
+            discourage(scores, last, self._least[layer_idx])
         return scores if self._selector.serves_device else scores.cpu()
 
 

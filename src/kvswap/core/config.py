@@ -157,8 +157,9 @@ class CacheConfig:
         "share:0.02" is that share of the context's groups, "topp:0.95" the least groups that
         reach that mass of attention; neither takes more than the budget.
     reduce : {"max", "mean", "mass"}
-        From a score a query head to one a group: the best head's share of attention, the share
-        of one averaged head, or the mean of the shares.
+        From a score a query head to one a group: the best head's share of attention, where
+        heads that attend to more groups than are selected have less say; the share of one
+        averaged head; or the mean of the shares.
     correct_prediction : bool
         Let each layer's real query correct what was predicted for it: what was foreseen is
         read while the layer before computes, what was not is read when the query is known.
@@ -167,8 +168,7 @@ class CacheConfig:
     worth_reading : float, optional
         A group that was not selected in the step before, and so would have to be read, comes
         behind those that were unless it is expected to get this part of an even share among
-        the selected groups: of some query head's attention, where a head that attends to more
-        groups than are selected counts for less, or of that which ``reduce`` names.
+        the selected groups: of some query head's attention, or of that which ``reduce`` names.
         0 selects what scores best, whatever it costs. Default: 0.5, or 0 for a selector that
         counts mass, with which no other goes.
     deadline : bool

@@ -15,7 +15,7 @@ SAMPLED_FROM = 1024
 SAMPLE_STRIDE = 16
 """One row of so many is in it. Both as csrc/kernels/spans.h has them."""
 OUTVOTED = 4.0
-"""Power by which a head that spreads has less to claim; csrc/kernels/queries.h has it too."""
+"""Power of its say that a head loses as it spreads; csrc/kernels/queries.h has it too."""
 _PENALTY = 65536.0
 
 
@@ -34,16 +34,26 @@ def group_maximum(scores: Tensor, group_size: int) -> Tensor:
     return scores.unflatten(0, (-1, group_size)).amax(1)
 
 
-def reduce_heads(group_scores: Tensor, sampled: Tensor | None = None) -> Tensor:
+def reduce_heads(
+    group_scores: Tensor, wanted: int | None = None, *, sampled: Tensor | None = None
+) -> Tensor:
     """Reduce query heads to one score a group, so that no head's own target is lost.
 
     Each head is first set against its own log-sum-exp over groups, which makes heads of
     different sharpness comparable; then the best head counts.
 
+    A head that attends to more groups than are wanted finds little of its attention in any of
+    so many, and the ones it likes best are no fair sample of the others: attending to those
+    alone bends its output more than attending to what other heads need. It has less say: its
+    shares count by the fourth power of how far it spreads, which is the perplexity of its
+    shares over the number wanted, where that is above one.
+
     Parameters
     ----------
     group_scores : Tensor [num_groups, num_queries], float32
         Scaled as attention scales them.
+    wanted : int, optional
+        How many groups will be selected. Default: all, and every head has the same say.
     sampled : Tensor [num_groups], bool, optional
         Groups that stand for all. A head is then set against its best group and what the
         sample says of all of them, which need not be known one by one.
@@ -55,42 +65,12 @@ def reduce_heads(group_scores: Tensor, sampled: Tensor | None = None) -> Tensor:
     """
     by_head = group_scores.t().contiguous()
     known, counts = _known_of(by_head, sampled)
-    return (by_head - torch.logsumexp(known + counts.log(), 1, keepdim=True)).amax(0)
-
-
-def reduce_claims(
-    group_scores: Tensor, selected: int, sampled: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Reduce query heads to a score and a claim a group: how much it matters that it is read.
-
-    A head that attends to more groups than are selected finds little of its attention in any of
-    so many, and the ones it likes best are no fair sample of the others: to attend to those alone
-    bends its output more than to attend to what other heads need. So it has less to claim: a
-    share of its attention counts by the fourth power of how far it spreads, which is the number
-    selected over the perplexity of its shares, where that is below one.
-
-    Parameters
-    ----------
-    group_scores, sampled
-        See `reduce_heads`.
-    selected : int
-        How many groups will be attended to.
-
-    Returns
-    -------
-    scores : Tensor [num_groups], float32
-        As `reduce_heads` has them.
-    claims : Tensor [num_groups], float32
-        At most as much.
-    """
-    by_head = group_scores.t().contiguous()
-    known, counts = _known_of(by_head, sampled)
     log_sum = torch.logsumexp(known + counts.log(), 1, keepdim=True)
     shares = (known - log_sum).exp_()
     entropy = torch.special.entr(shares, out=shares) @ counts
-    over = (entropy - math.log(max(1, selected))).clamp_(min=0.0)[:, None]
-    by_head = by_head - log_sum
-    return by_head.amax(0), by_head.sub_(OUTVOTED * over).amax(0)
+    room = len(group_scores) if wanted is None else wanted
+    over = (entropy - math.log(max(1, room))).clamp_(min=0.0)[:, None]
+    return (by_head - (log_sum + OUTVOTED * over)).amax(0)
 
 
 def _known_of(by_head: Tensor, sampled: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,26 +143,24 @@ def sampled_groups(num_groups: int, row_groups: int) -> Tensor | None:
     return torch.arange(num_groups) // row_groups % SAMPLE_STRIDE == SAMPLE_STRIDE // 2
 
 
-def discourage(scores: Tensor, claims: Tensor, kept: np.ndarray, least: float) -> None:
-    """Let scores fall behind all others, in place, whose claims are low, but not those kept.
+def discourage(scores: Tensor, kept: np.ndarray, least: float) -> None:
+    """Let scores fall behind all others, in place, where they are low and not among those kept.
 
     Parameters
     ----------
     scores : Tensor [num_groups], float32
         In one piece.
-    claims : Tensor [num_groups], float32
-        In one piece; may be the scores themselves.
     kept : ndarray [n], int32
         Positions whose scores stay; what is no position is skipped.
     least : float
-        Where claims are as high or higher, scores stay too. The order among those that fall is
-        as before, as far as float32 can tell.
+        Scores from here on stay too. The order among those that fall is as before, as far as
+        float32 can tell.
     """
     module = native()
     if module is not None and scores.device.type == "cpu":
-        module.discourage(scores.data_ptr(), claims.data_ptr(), len(scores), kept, least)
+        module.discourage(scores.data_ptr(), len(scores), kept, least)
         return
-    falls = claims < least
+    falls = scores < least
     kept = kept[(kept >= 0) & (kept < len(scores))]
     falls[torch.from_numpy(kept).long().to(scores.device)] = False
     scores[falls] -= _PENALTY

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,53 +15,9 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.core.registry import Registry
 from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.codes import CODES
-from kvswap.kernels.scores import reduce_claims, reduce_heads
+from kvswap.kernels.scores import reduce_heads
 
 _MAX_RANK, _COARSE, _FINE_RANK, _MIN_RANK = 128, 32, 64, 8
-_NONE = np.empty(0, np.int32)
-
-
-class Wanted(NamedTuple):
-    """What will be looked at in the scores of groups.
-
-    Attributes
-    ----------
-    selected : int
-        How many groups will be selected.
-    least : float
-        A claim from which on a group is looked at, however many score higher.
-    kept : ndarray [k], int32
-        Positions that are looked at, whatever they score; what is none is skipped.
-    every : bool
-        Look at all of them.
-    """
-
-    selected: int
-    least: float = math.inf
-    kept: np.ndarray = _NONE
-    every: bool = True
-
-
-class Scored(NamedTuple):
-    """Scores of groups.
-
-    Attributes
-    ----------
-    scores : Tensor [n], float32
-        As `KeyIndex.score` has them.
-    claims : Tensor [n], float32
-        The same, but that heads which spread their attention have less to say:
-        `reduce_claims`. From a claim of its own a group is worth reading.
-    """
-
-    scores: Tensor
-    claims: Tensor
-
-
-def best_of(one: Scored, other: Scored) -> Scored:
-    """Return the larger of each two."""
-    pairs = zip(one, other, strict=True)
-    return Scored(*(torch.maximum(*pair, out=pair[0]) for pair in pairs))
 
 
 class KeyIndex(ABC):
@@ -268,7 +223,9 @@ class KeyIndex(ABC):
         Tensor [n, num_heads], float32
         """
 
-    def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+    def score(
+        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: int | None = None
+    ) -> Tensor:
         """Estimate how much attention each group will receive.
 
         Parameters
@@ -279,16 +236,20 @@ class KeyIndex(ABC):
             Group ids of one sequence, in order.
         scaling : float
             Factor on the dot products.
+        wanted : int, optional
+            How many will be selected. A head that is expected to attend to more groups has
+            less say; see `reduce_heads`. Default: all, and every head has the same.
 
         Returns
         -------
         Tensor [n], float32
             Logarithm of the largest share of a query head's attention that a group is expected
-            to receive: higher matters more.
+            to receive, less what it has less to say: higher matters more.
         """
         tokens = query.split(1, dim=1)
         by_token = (
-            reduce_heads(self.score_heads(token, groups, scaling=scaling)) for token in tokens
+            reduce_heads(self.score_heads(token, groups, scaling=scaling), wanted)
+            for token in tokens
         )
         best = functools.reduce(torch.maximum, by_token)
         marked = self.always_read(groups)
@@ -315,31 +276,30 @@ class KeyIndex(ABC):
         return None
 
     def score_best(
-        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: Wanted
-    ) -> Scored:
-        """Score groups as `score` does, and say which of them claim to be read.
+        self,
+        query: Tensor,
+        groups: np.ndarray,
+        *,
+        scaling: float,
+        wanted: int,
+        kept: np.ndarray,
+    ) -> Tensor:
+        """Score groups as `score` does, where only the best of them will be looked at.
 
         Parameters
         ----------
-        query, groups, scaling
+        query, groups, scaling, wanted
             See `score`.
-        wanted : Wanted
-            What will be looked at. Another group may have less than it would.
+        kept : ndarray [k], int32
+            Positions whose scores will be looked at too; what is none is skipped.
 
         Returns
         -------
-        Scored
+        Tensor [n], float32
+            That of `score`, but a group that ``wanted`` others surpass, and that is not among
+            those kept, may have less.
         """
-        by_token = (
-            self.score_heads(token, groups, scaling=scaling) for token in query.split(1, dim=1)
-        )
-        reduced = (Scored(*reduce_claims(each, wanted.selected)) for each in by_token)
-        found = functools.reduce(best_of, reduced)
-        marked = self.always_read(groups)
-        if marked is not None:
-            for each in found:
-                each[marked] = 0.0
-        return found
+        return self.score(query, groups, scaling=scaling, wanted=wanted)
 
     @abstractmethod
     def state(self) -> dict[str, np.ndarray]:

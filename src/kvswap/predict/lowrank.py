@@ -13,7 +13,6 @@ few; the projection is fitted to the prompt itself where none was calibrated.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -27,9 +26,9 @@ from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.banded import BandCode
 from kvswap.kernels.codes import CODES
 from kvswap.kernels.native import DTYPE_CODES, native, query_view
-from kvswap.kernels.scores import group_maximum, reduce_claims, reduce_heads
+from kvswap.kernels.scores import group_maximum, reduce_heads
 from kvswap.kernels.tiles import TILE_TOKENS, put_codes, take_codes, tiled_zeros
-from kvswap.predict.base import KeyIndex, Scored, Wanted, best_of, register_index
+from kvswap.predict.base import KeyIndex, register_index
 from kvswap.predict.components import KeyMoments
 from kvswap.predict.projection import fit_workspace_bytes, leading_basis, leading_components
 
@@ -300,40 +299,16 @@ class LowRankIndex(KeyIndex):
             scores += (by_kv_head @ means[:, :, None]).flatten() * scaling
         return scores
 
-    def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+    def score(
+        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: int | None = None
+    ) -> Tensor:
         """Score each query head against every token; see `KeyIndex.score`."""
-        if not self._is_native(query):
-            return self._score_plainly(query, groups, scaling)
-        scores = torch.empty(len(groups), dtype=torch.float32)
-        self._scan(query, groups, scaling, scores)
-        return scores
-
-    def score_best(
-        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: Wanted
-    ) -> Scored:
-        """Score each query head against every token; see `KeyIndex.score_best`."""
-        if not self._is_native(query):
-            return self._claim_plainly(query, groups, scaling, wanted.selected)
-        found = Scored(*torch.empty(2, len(groups), dtype=torch.float32))
-        self._scan(query, groups, scaling, *found, selected=wanted.selected)
-        return found
-
-    def _is_native(self, query: Tensor) -> bool:
-        return self._scanner is not None and query.dtype in DTYPE_CODES
-
-    def _scan(
-        self,
-        query: Tensor,
-        groups: np.ndarray,
-        scaling: float,
-        scores: Tensor,
-        claims: Tensor | None = None,
-        *,
-        selected: int = 0,
-    ) -> None:
+        if self._scanner is None or query.dtype not in DTYPE_CODES:
+            return self._score_plainly(query, groups, scaling, wanted)
         if query.stride(2) != 1:
             query = query.contiguous()
         address, heads, q_len, head_stride, token_stride = query_view(query)
+        scores = torch.empty(len(groups), dtype=torch.float32)
         self._scanner.scan(
             address,
             DTYPE_CODES[query.dtype],
@@ -343,34 +318,22 @@ class LowRankIndex(KeyIndex):
             token_stride,
             scaling,
             groups,
-            selected,
+            len(groups) if wanted is None else wanted,
             scores.data_ptr(),
-            0 if claims is None else claims.data_ptr(),
         )
+        return scores
 
-    def _score_plainly(self, query: Tensor, groups: np.ndarray, scaling: float) -> Tensor:
+    def _score_plainly(
+        self, query: Tensor, groups: np.ndarray, scaling: float, wanted: int | None = None
+    ) -> Tensor:
         by_token = (
-            reduce_heads(scores, self._sampled(groups))
-            for scores in self._by_token(query, groups, scaling)
+            self._reduce_heads(self._score_groups(token, groups), wanted)
+            for token in self._project(query) * scaling
         )
         return functools.reduce(torch.maximum, by_token)
 
-    def _claim_plainly(
-        self, query: Tensor, groups: np.ndarray, scaling: float, selected: int
-    ) -> Scored:
-        by_token = (
-            Scored(*reduce_claims(scores, selected, self._sampled(groups)))
-            for scores in self._by_token(query, groups, scaling)
-        )
-        return functools.reduce(best_of, by_token)
-
-    def _by_token(self, query: Tensor, groups: np.ndarray, scaling: float) -> Iterator[Tensor]:
-        for token in self._project(query) * scaling:
-            yield self._score_groups(token, groups)
-
-    def _sampled(self, groups: np.ndarray) -> Tensor | None:
-        """Return which groups stand for all of them in the plain form of a scan: by default all."""
-        return None
+    def _reduce_heads(self, scores: Tensor, wanted: int | None) -> Tensor:
+        return reduce_heads(scores, wanted)
 
     def _project(self, query: Tensor) -> Tensor:
         """Carry each query head through its KV head's slice: [q_len, num_heads, rank]."""

@@ -7,7 +7,6 @@ KV heads' scores is exactly the layer's.
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +20,7 @@ from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import KVGeometry
 from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.codes import CODES
-from kvswap.predict.base import KeyIndex, Scored, Wanted, best_of
+from kvswap.predict.base import KeyIndex
 from kvswap.predict.lowrank import ANY_BASIS_CODES, LowRankIndex
 from kvswap.predict.projection import fit_workspace_bytes
 
@@ -145,20 +144,16 @@ class PerHeadIndex(KeyIndex):
         ]
         return torch.cat(scored, dim=1)
 
-    def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+    def score(
+        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: int | None = None
+    ) -> Tensor:
         """Score as the best KV head does; see `KeyIndex.score`."""
-        by_head = (head.score(part, groups, scaling=scaling) for head, part in self._each(query))
-        return functools.reduce(torch.maximum, by_head)
-
-    def score_best(
-        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: Wanted
-    ) -> Scored:
-        """Score as the best KV head does; see `KeyIndex.score_best`."""
-        by_head = (
-            head.score_best(part, groups, scaling=scaling, wanted=wanted)
-            for head, part in self._each(query)
-        )
-        return functools.reduce(best_of, by_head)
+        best: Tensor | None = None
+        for head, part in self._each(query):
+            scores = head.score(part, groups, scaling=scaling, wanted=wanted)
+            best = scores if best is None else torch.maximum(best, scores, out=best)
+        assert best is not None, "there is a KV head"
+        return best
 
     def _each(self, query: Tensor) -> Iterator[tuple[LowRankIndex, Tensor]]:
         shared = query.shape[0] // len(self._heads)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kvswap.core.geometry import KVGeometry
-from kvswap.predict.base import KeyIndex, Scored, Wanted, register_index
+from kvswap.predict.base import KeyIndex, register_index
 from kvswap.predict.lowrank import LowRankIndex
 from kvswap.predict.states import fill_tensors, plain_arrays
 
@@ -121,21 +121,13 @@ class ShadowKVIndex(KeyIndex):
         """Score landmarks; see `KeyIndex.score_heads`."""
         return self._landmarks.score_heads(query, groups, scaling=scaling)
 
-    def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+    def score(
+        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: int | None = None
+    ) -> Tensor:
         """Score landmarks; outliers score as high as can be. See `KeyIndex.score`."""
-        scores = self._landmarks.score(query, groups, scaling=scaling)
+        scores = self._landmarks.score(query, groups, scaling=scaling, wanted=wanted)
         scores[self.always_read(groups)] = 0.0
         return scores
-
-    def score_best(
-        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: Wanted
-    ) -> Scored:
-        """Score landmarks; outliers claim as much as can be. See `KeyIndex.score_best`."""
-        found = self._landmarks.score_best(query, groups, scaling=scaling, wanted=wanted)
-        marked = self.always_read(groups)
-        for each in found:
-            each[marked] = 0.0
-        return found
 
     def always_read(self, groups: np.ndarray) -> Tensor:
         """Return the outliers among groups; see `KeyIndex.always_read`."""

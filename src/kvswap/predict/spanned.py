@@ -31,11 +31,13 @@ from kvswap.core.units import align_up, ceil_div
 from kvswap.kernels.codes import CODES, GridCode
 from kvswap.kernels.coding import Code
 from kvswap.kernels.native import DTYPE_CODES, query_view
-from kvswap.kernels.scores import sampled_groups
+from kvswap.kernels.scores import reduce_heads, sampled_groups
 from kvswap.kernels.tiles import TILE_TOKENS, tiled_zeros
-from kvswap.predict.base import Scored, Wanted, register_index
+from kvswap.predict.base import register_index
 from kvswap.predict.levels import Levels
 from kvswap.predict.lowrank import ANY_BASIS_CODES, LowRankIndex
+
+_NONE = np.empty(0, np.int32)
 
 
 @register_index("lowrank_spans")
@@ -92,59 +94,73 @@ class SpannedIndex(LowRankIndex):
         if state and self._scanner is not None:
             self._scanner.bound(np.arange(self._num_groups))
 
-    def score(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+    def score(
+        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: int | None = None
+    ) -> Tensor:
         """Score each query head against every token; see `KeyIndex.score`."""
-        if not self._is_native(query):
-            return self._score_plainly(query, groups, scaling)
-        return self.scan(query, groups, scaling=scaling, wanted=Wanted(len(groups)))[0].scores
+        if self._scanner is None or query.dtype not in DTYPE_CODES:
+            return self._score_plainly(query, groups, scaling, wanted)
+        return self.scan(query, groups, scaling=scaling, wanted=wanted)[0]
 
     def score_best(
-        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: Wanted
-    ) -> Scored:
-        """Score what will be looked at; see `KeyIndex.score_best`."""
-        if not self._is_native(query):
-            return self._claim_plainly(query, groups, scaling, wanted.selected)
-        if wanted.every:
-            return self.scan(query, groups, scaling=scaling, wanted=wanted)[0]
+        self,
+        query: Tensor,
+        groups: np.ndarray,
+        *,
+        scaling: float,
+        wanted: int,
+        kept: np.ndarray,
+    ) -> Tensor:
+        """Score what can be among the best groups; see `KeyIndex.score_best`."""
+        if self._scanner is None or query.dtype not in DTYPE_CODES:
+            return self._score_plainly(query, groups, scaling, wanted)
         by_spans = self._levels.begin(time.perf_counter())
-        wanted = wanted._replace(every=not by_spans)
-        found, scored = self.scan(query, groups, scaling=scaling, wanted=wanted)
+        scores, scored = self.scan(
+            query, groups, scaling=scaling, wanted=wanted, kept=kept, by_spans=by_spans
+        )
         self._levels.end(time.perf_counter(), scored)
-        return found
+        return scores
 
     def scan(
-        self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: Wanted
-    ) -> tuple[Scored, float]:
-        """Scan natively, in two levels where not every group will be looked at.
+        self,
+        query: Tensor,
+        groups: np.ndarray,
+        *,
+        scaling: float,
+        wanted: int | None = None,
+        kept: np.ndarray = _NONE,
+        by_spans: bool = False,
+    ) -> tuple[Tensor, float]:
+        """Scan natively, in one level or two.
 
         Parameters
         ----------
         query, groups, scaling, wanted
+            See `score`.
+        kept : ndarray [k], int32
             See `score_best`.
+        by_spans : bool
+            Look at spans first, and only for the groups wanted and those kept.
 
         Returns
         -------
-        found : Scored
+        scores : Tensor [n], float32
         scored : float
             Share of the rows of scores that were computed token by token.
         """
         if query.stride(2) != 1:
             query = query.contiguous()
-        found = Scored(*torch.empty(2, len(groups), dtype=torch.float32))
+        scores = torch.empty(len(groups), dtype=torch.float32)
+        view = (DTYPE_CODES[query.dtype], *query_view(query))
+        wanted = len(groups) if wanted is None else wanted
         scored = self._scanner.best(
-            (DTYPE_CODES[query.dtype], *query_view(query)),
-            scaling,
-            groups,
-            wanted.selected,
-            wanted.least,
-            wanted.kept,
-            not wanted.every,
-            *(each.data_ptr() for each in found),
+            view, scaling, groups, wanted, kept, by_spans, scores.data_ptr()
         )
-        return found, scored
+        return scores, scored
 
-    def _sampled(self, groups: np.ndarray) -> Tensor | None:
-        return sampled_groups(len(groups), max(1, TILE_TOKENS // self._group_size))
+    def _reduce_heads(self, scores: Tensor, wanted: int | None) -> Tensor:
+        row_groups = max(1, TILE_TOKENS // self._group_size)
+        return reduce_heads(scores, wanted, sampled=sampled_groups(len(scores), row_groups))
 
 
 def _num_spans(group_size: int, num_groups: int) -> int:
