@@ -55,7 +55,7 @@ def test_progress_is_told_in_tokens():
 def test_a_saved_projection_serves_a_cache_without_a_fit(tmp_path):
     model, path = make_model("llama"), tmp_path / "projection.safetensors"
     kvswap.calibrate(model, windows(5), rank=16).save(path)
-    ids, stages = prompt(150), []
+    ids, stages = prompt(140), []
     settings = {**EXACT, "projection": path, "on_progress": lambda *done: stages.append(done[0])}
     with kvswap.attach(model, config_for(tmp_path, **settings)) as cache:
         assert cache.config.rank == 16

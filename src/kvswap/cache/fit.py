@@ -81,6 +81,7 @@ class IndexFitter:
         session = self._session
         index, size = session.indexes[layer_idx], session.layout.group_size
         stride = max(1, len(groups) * size // _SAMPLE_TOKENS)
+        index.forget_keys()
         looks = (index.observe, index.observe_again) if index.looks_twice else (index.observe,)
         for look in looks:
             for keys, _ in session.records.stream(layer_idx, groups[::stride]):

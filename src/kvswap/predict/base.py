@@ -154,6 +154,9 @@ class KeyIndex(ABC):
     def observe(self, keys: Tensor) -> None:
         """Take keys [num_tokens, num_kv_heads * head_dim] into the fit."""
 
+    def forget_keys(self) -> None:  # noqa: B027  (most sums can be added to as they are)
+        """Forget keys that were observed and not fitted to: a fit that was broken off."""
+
     def observe_again(self, keys: Tensor) -> None:
         """Take keys that were observed into the fit once more, all having been observed.
 

@@ -193,6 +193,10 @@ class LowRankIndex(KeyIndex):
             wide = block.float()
             self._covariance.addmm_(wide.t(), wide)
 
+    def forget_keys(self) -> None:
+        """Forget the sums over keys."""
+        self._covariance = self._key_moments = None
+
     @property
     def looks_twice(self) -> bool:
         """Whether keys are weighed: by the banded code; see `KeyMoments`."""
