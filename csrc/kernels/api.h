@@ -32,6 +32,12 @@ struct Rotation {
   const float* matrix = nullptr;   // [head_dim][head_dim]
 };
 
+// What is taken off a KV head's keys and values before they are turned; null for nothing.
+struct Centre {
+  const float* keys = nullptr;    // [head_dim]
+  const float* values = nullptr;  // [head_dim]
+};
+
 // Tokens whose keys and values lie one after another, of one KV head.
 struct Segment {
   const void* keys;
@@ -58,6 +64,7 @@ struct AttendHead {
   int64_t num_coded = 0, num_coded_tokens = 0;  // segments, and their tokens
   Codec codec = Codec::raw;                     // theirs
   Rotation rotation{};
+  Centre centre{};
 };
 
 static constexpr int64_t padded_tokens(int64_t num_tokens) { return (num_tokens + 15) / 16 * 16; }
@@ -70,9 +77,10 @@ struct CodedTokens {
   Codec codec;  // not raw
   Rotation rotation;
   int64_t head_dim, count;
-  Dtype dtype;     // of the tokens
-  int64_t stride;  // elements from one token to the next
-  float* scratch;  // [3 * head_dim]
+  Dtype dtype;          // of the tokens
+  int64_t stride;       // elements from one token to the next
+  const float* centre;  // [head_dim]; null for none
+  float* scratch;       // [3 * head_dim]
 };
 
 // -- codes of keys ------------------------------------------------------------------------

@@ -70,6 +70,7 @@ void attend_kv_head(const Slots& slots, const Attend& a, int64_t head, Workspace
   job.num_coded_tokens = is_coded ? in_slots : 0;
   job.codec = shape.codec;
   job.rotation = shape.rotation;
+  if (a.centre) job.centre = {a.centre + head * dim, a.centre + (shape.kv_heads + head) * dim};
   job.num_tokens = in_slots + a.rolling.count + a.newest.count;
   job.head_dim = dim;
   job.query = work.query.data();

@@ -28,7 +28,8 @@ struct Attend {
   const int64_t* rows;  // slots attended to
   int64_t num_rows;
   TokensView rolling;
-  TokensView newest;  // the query's own tokens: none sees a later one
+  TokensView newest;    // the query's own tokens: none sees a later one
+  const float* centre;  // [keys, values][kv_heads][head_dim] of coded slots, or null
   float scaling, softcap;
   float* out;  // [num_heads, q_len, head_dim]
   float* lse;  // [num_heads, q_len]

@@ -88,8 +88,28 @@ void prefetch_ahead(const AttendHead& a, int64_t segment, const void* Segment::*
   prefetch(a.segments[segment].*rows, std::min<int64_t>(a.segments[segment].count, 4) * row);
 }
 
+// The sum of a few hundred numbers or more.
+template <class S>
+float sum_of(const float* x, int64_t count) {
+  auto sums = S::zero();
+  int64_t i = 0;
+  for (; i + S::kLanes <= count; i += S::kLanes) sums = S::add(sums, S::load(x + i));
+  float sum = S::sum(sums);
+  for (; i < count; ++i) sum += x[i];
+  return sum;
+}
+
+// The scale of a row of codes.
+template <class S, class T>
+float scale_of_row(const T* codes, int64_t head_dim) {
+  constexpr int kParts = Elements<S, T>::kParts;
+  return scale_of<kParts>(codes, head_dim / kParts);
+}
+
+// Each row's product with what was taken off the coded keys is added to the scores of those.
 template <class S, class T, int Rows>
-void score_rows(const AttendHead& a, Span span, const float* rows, float* scores, int64_t stride) {
+void score_rows(const AttendHead& a, Span span, const float* rows, const float* centred,
+                float* scores, int64_t stride) {
   for (int64_t s = span.first, place = span.place; s < span.last; ++s) {
     const Segment& segment = a.segments[s];
     const T* key = static_cast<const T*>(segment.keys);
@@ -98,8 +118,8 @@ void score_rows(const AttendHead& a, Span span, const float* rows, float* scores
       float dots[Rows];
       Dot<S, T>::template run<Rows>(key, rows, a.head_dim, dots);
       if constexpr (kIsCoded<T>) {
-        const float scale = scale_of(key);
-        for (int r = 0; r < Rows; ++r) dots[r] *= scale;
+        const float scale = scale_of_row<S>(key, a.head_dim);
+        for (int r = 0; r < Rows; ++r) dots[r] = dots[r] * scale + centred[r];
       }
       for (int r = 0; r < Rows; ++r) scores[r * stride + place] = dots[r];
     }
@@ -140,13 +160,13 @@ float soften(const AttendHead& a, float* scores, int64_t hidden) {
 }
 
 // Weights of coded tokens become those of their levels.
-template <class T, int Rows>
+template <class S, class T, int Rows>
 void scale_weights(const AttendHead& a, Span span, float* weights, int64_t stride) {
   for (int64_t s = span.first, place = span.place; s < span.last; ++s) {
     const Segment& segment = a.segments[s];
     const T* value = static_cast<const T*>(segment.values);
     for (int64_t t = 0; t < segment.count; ++t, value += segment.value_stride, ++place) {
-      const float scale = scale_of(value);
+      const float scale = scale_of_row<S>(value, a.head_dim);
       for (int r = 0; r < Rows; ++r) weights[r * stride + place] *= scale;
     }
   }
@@ -209,14 +229,19 @@ void weigh_rows(const AttendHead& a, Span span, const float* weights, int64_t st
 template <class S, class T, int Rows>
 void add_coded(const AttendHead& a, Span span, float* weights, int64_t stride, float* turned,
                int64_t first) {
-  float* sums[Rows];
-  for (int r = 0; r < Rows; ++r) sums[r] = turned + r * a.head_dim;
-  scale_weights<T, Rows>(a, span, weights, stride);
+  float *sums[Rows], shares[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    sums[r] = turned + r * a.head_dim;
+    shares[r] = a.centre.values ? sum_of<S>(weights + r * stride, a.num_coded_tokens) : 0;
+  }
+  scale_weights<S, T, Rows>(a, span, weights, stride);
   weigh_rows<S, T, Rows>(a, span, weights, stride, sums);
   for (int r = 0; r < Rows; ++r) {
     turn_back<S>(a.rotation, a.head_dim, sums[r], turned + Rows * a.head_dim);
     float* out = a.out[first + r];
     for (int64_t i = 0; i < a.head_dim; ++i) out[i] += sums[r][i];
+    if (!a.centre.values) continue;
+    for (int64_t i = 0; i < a.head_dim; ++i) out[i] += shares[r] * a.centre.values[i];
   }
 }
 
@@ -232,14 +257,18 @@ void attend_rows(const AttendHead& a, int64_t first, float* rows) {
     Dot<S, T>::prepare(query, dim, rows + r * dim);
   }
   if (a.num_coded) {
+    float centred[Rows] = {};
     for (int r = 0; r < Rows; ++r) {
-      widen<S>(a.query[first + r], a.dtype, dim, turned + r * dim);
-      turn<S>(a.rotation, dim, turned + r * dim, turned + Rows * dim);
+      float* query = turned + r * dim;
+      widen<S>(a.query[first + r], a.dtype, dim, query);
+      if (a.centre.keys) Dot<S, float>::template run<1>(a.centre.keys, query, dim, centred + r);
+      turn<S>(a.rotation, dim, query, turned + Rows * dim);
     }
-    with_codes(a.codec,
-               [&]<class C>() { score_rows<S, C, Rows>(a, coded, turned, scores, stride); });
+    with_codes(a.codec, [&]<class C>() {
+      score_rows<S, C, Rows>(a, coded, turned, centred, scores, stride);
+    });
   }
-  score_rows<S, T, Rows>(a, plain, rows, scores, stride);
+  score_rows<S, T, Rows>(a, plain, rows, nullptr, scores, stride);
   for (int r = 0; r < Rows; ++r) {
     const int64_t hidden = a.hidden ? a.hidden[first + r] : 0;
     a.lse[first + r] = soften<S>(a, scores + r * stride, hidden);

@@ -167,8 +167,9 @@ class Attender {
 
   // query: address, num_heads, q_len, strides of head and token.
   void attend(const nb::tuple& query, Ids rows, const nb::tuple& rolling, const nb::tuple& newest,
-              float scaling, float softcap, uintptr_t out, uintptr_t lse) const {
+              uintptr_t centre, float scaling, float softcap, uintptr_t out, uintptr_t lse) const {
     Attend a;
+    a.centre = pointer<const float>(centre);
     a.query = {pointer<const void>(nb::cast<uintptr_t>(query[0])),
                slots_.shape.dtype,
                nb::cast<int64_t>(query[1]),
@@ -197,7 +198,7 @@ class Attender {
   // given the new one behind them.
   void decode(uintptr_t query, int64_t num_heads, int64_t query_stride, Ids groups, Table row_of,
               uintptr_t rolling, int64_t room, int64_t length, uintptr_t key, int64_t key_stride,
-              uintptr_t value, int64_t value_stride, float scaling, float softcap,
+              uintptr_t value, int64_t value_stride, uintptr_t centre, float scaling, float softcap,
               uintptr_t out) const {
     const auto count = static_cast<int64_t>(groups.shape(0));
     const auto num_groups = static_cast<int64_t>(row_of.shape(0));
@@ -228,6 +229,7 @@ class Attender {
     a.rows = rows.data();
     a.num_rows = count;
     a.rolling = {held, held + half, length + 1, room * dim, dim, room * dim, dim};
+    a.centre = pointer<const float>(centre);
     a.scaling = scaling;
     a.softcap = softcap;
     attend_rounded(slots_, a, pointer<void>(out));
@@ -265,9 +267,10 @@ void rotate_queries(uintptr_t x, uintptr_t cos, uintptr_t sin, int64_t tokens, i
 }
 
 void pack_records(const nb::tuple& tokens, uintptr_t records, int64_t stride_bytes, int64_t count,
-                  const nb::tuple& shape) {
+                  const nb::tuple& shape, uintptr_t centre) {
   const TokensView view = tokens_view(tokens);
-  const Records all{pointer<char>(records), stride_bytes, count, record_shape(shape)};
+  const Records all{pointer<char>(records), stride_bytes, count, record_shape(shape),
+                    pointer<const float>(centre)};
   if (view.count != count * all.shape.group_size) {
     throw std::invalid_argument("tokens must fill the records");
   }
@@ -276,8 +279,9 @@ void pack_records(const nb::tuple& tokens, uintptr_t records, int64_t stride_byt
 }
 
 void unpack_records(uintptr_t records, int64_t stride_bytes, int64_t count, const nb::tuple& shape,
-                    uintptr_t keys, uintptr_t values) {
-  const Records all{pointer<char>(records), stride_bytes, count, record_shape(shape)};
+                    uintptr_t centre, uintptr_t keys, uintptr_t values) {
+  const Records all{pointer<char>(records), stride_bytes, count, record_shape(shape),
+                    pointer<const float>(centre)};
   if (all.shape.codec == Codec::raw) throw std::invalid_argument("records must be coded");
   nb::gil_scoped_release released;
   unpack(all, pointer<void>(keys), pointer<void>(values));
@@ -313,10 +317,10 @@ void bind_kernels(nb::module_& m) {
   m.def("discourage", discourage_scores, nb::arg("scores"), nb::arg("num_scores"), nb::arg("kept"),
         nb::arg("least"), "Let scores below the least fall behind, by address.");
   m.def("pack", pack_records, nb::arg("tokens"), nb::arg("records"), nb::arg("stride_bytes"),
-        nb::arg("count"), nb::arg("shape"),
+        nb::arg("count"), nb::arg("shape"), nb::arg("centre"),
         "Lay consecutive groups of tokens out as records, by address.");
   m.def("unpack", unpack_records, nb::arg("records"), nb::arg("stride_bytes"), nb::arg("count"),
-        nb::arg("shape"), nb::arg("keys"), nb::arg("values"),
+        nb::arg("shape"), nb::arg("centre"), nb::arg("keys"), nb::arg("values"),
         "Give the tokens of coded records, by address.");
   m.def("merge", merge_parts, nb::arg("out"), nb::arg("lse"), nb::arg("part"), nb::arg("part_lse"),
         nb::arg("rows"), nb::arg("head_dim"),
@@ -346,13 +350,13 @@ void bind_kernels(nb::module_& m) {
       .def(nb::init<uintptr_t, int64_t, int64_t, const nb::tuple&>(), nb::arg("pool"),
            nb::arg("num_slots"), nb::arg("record_bytes"), nb::arg("shape"))
       .def("attend", &Attender::attend, nb::arg("query"), nb::arg("rows"), nb::arg("rolling"),
-           nb::arg("newest"), nb::arg("scaling"), nb::arg("softcap"), nb::arg("out"),
-           nb::arg("lse"))
+           nb::arg("newest"), nb::arg("centre"), nb::arg("scaling"), nb::arg("softcap"),
+           nb::arg("out"), nb::arg("lse"))
       .def("decode", &Attender::decode, nb::arg("query"), nb::arg("num_heads"),
            nb::arg("query_stride"), nb::arg("groups"), nb::arg("row_of"), nb::arg("rolling"),
            nb::arg("room"), nb::arg("length"), nb::arg("key"), nb::arg("key_stride"),
-           nb::arg("value"), nb::arg("value_stride"), nb::arg("scaling"), nb::arg("softcap"),
-           nb::arg("out"));
+           nb::arg("value"), nb::arg("value_stride"), nb::arg("centre"), nb::arg("scaling"),
+           nb::arg("softcap"), nb::arg("out"));
 }
 
 }  // namespace kvswap

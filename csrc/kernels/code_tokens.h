@@ -35,16 +35,9 @@ struct Grid<Nibbles> {
   static float scale(float top, float mean) { return std::sqrt(mean) * 0.3352f * top; }
 };
 
-constexpr int kSpelling = 8;  // leading codes whose lowest bits spell the scale
-
-// Codes of elements [i, i + lanes) with a step between them and the remainder they all have.
 template <class S, class T>
-typename S::Reg nearest(typename S::Reg level, float step, typename S::Reg rest) {
-  const auto share = S::mul(S::sub(level, rest), S::set1(1 / step));
-  const auto least = S::set1(Grid<T>::least / step);
-  const auto most = S::set1((Grid<T>::most + 1) / step - 1);
-  const auto whole = S::min(S::max(S::round(share), least), most);
-  return S::fma(whole, S::set1(step), rest);
+typename S::Reg nearest(typename S::Reg level) {
+  return S::min(S::max(S::round(level), S::set1(Grid<T>::least)), S::set1(Grid<T>::most));
 }
 
 // The codes that are nearest to numbers at some scale; returns the squared error in scales.
@@ -52,29 +45,50 @@ template <class S, class T>
 float round_to(const float* x, int64_t head_dim, int scale, float* codes) {
   const float inverse = 1 / kScales[static_cast<size_t>(scale)];
   float error = 0;
-  const auto spell = [&](int64_t i) {
-    const float level = x[i] * inverse - Grid<T>::offset;
-    const float bit = static_cast<float>(scale >> i & 1);
-    codes[i] = nearest<portable::Simd, T>(level, 2, bit);
-    error += (codes[i] - level) * (codes[i] - level);
-  };
-  for (int64_t i = 0; i < kSpelling; ++i) spell(i);
   auto errors = S::zero();
   const auto factor = S::set1(inverse), down = S::set1(-Grid<T>::offset);
-  int64_t i = kSpelling;
+  int64_t i = 0;
   for (; i + S::kLanes <= head_dim; i += S::kLanes) {
     const auto level = S::fma(S::load(x + i), factor, down);
-    const auto code = nearest<S, T>(level, 1, S::zero());
+    const auto code = nearest<S, T>(level);
     const auto miss = S::sub(code, level);
     errors = S::fma(miss, miss, errors);
     S::store(codes + i, code);
   }
   for (; i < head_dim; ++i) {
     const float level = x[i] * inverse - Grid<T>::offset;
-    codes[i] = nearest<portable::Simd, T>(level, 1, 0);
+    codes[i] = nearest<portable::Simd, T>(level);
     error += (codes[i] - level) * (codes[i] - level);
   }
   return error + S::sum(errors);
+}
+
+// Spells the scale: of each column that says another bit, the code moves by one that is the
+// nearest to its other neighbour.
+template <class S, class T>
+void spell(const float* x, int64_t head_dim, int scale, float* codes) {
+  constexpr int kParts = Elements<S, T>::kParts;
+  const float inverse = 1 / kScales[static_cast<size_t>(scale)];
+  const int64_t part = head_dim / kParts, words = spelling_words(part);
+  for (int64_t column = 0; column < 8; ++column) {
+    int odd = scale >> column & 1;
+    float least = std::numeric_limits<float>::infinity(), moved = 0;
+    int64_t at = 0;
+    for (int64_t i = column; i < 8 * words * kParts; i += 8) {
+      const int64_t place = i % (8 * words) + i / (8 * words) * part;
+      const float code = codes[place], miss = x[place] * inverse - Grid<T>::offset - code;
+      odd ^= static_cast<int>(code) & 1;
+      float step = miss > 0 ? 1.0f : -1.0f;
+      if (code + step < Grid<T>::least || code + step > Grid<T>::most) step = -step;
+      const float cost = 1 - 2 * step * miss;  // what it adds to the squared error
+      if (cost < least) {
+        least = cost;
+        moved = code + step;
+        at = place;
+      }
+    }
+    if (odd) codes[at] = moved;
+  }
 }
 
 // The number of the smallest scale of at least so much; from 255 on there is none.
@@ -132,7 +146,7 @@ void round_best(const float* x, int64_t head_dim, float* codes) {
   int best = !is_number || fits >= 255 ? 255 : 0;
   if (best || !(wanted >= kScales[1] / 2)) {  // no number, too large, or next to nothing
     std::fill(codes, codes + head_dim, 0.0f);
-    for (int i = 0; i < kSpelling; ++i) codes[i] = static_cast<float>(best >> i & 1);
+    for (int i = 0; i < 8; ++i) codes[i] = static_cast<float>(best >> i & 1);
     return;
   }
   float least = std::numeric_limits<float>::infinity();
@@ -146,6 +160,7 @@ void round_best(const float* x, int64_t head_dim, float* codes) {
     }
   }
   round_to<S, T>(x, head_dim, best, codes);
+  spell<S, T>(x, head_dim, best, codes);
 }
 
 inline void put_codes(const float* codes, int64_t head_dim, int8_t* out) {
@@ -168,6 +183,9 @@ void encode_tokens(const CodedTokens& a, const void* tokens, uint8_t* codes) {
     T* out = reinterpret_cast<T*>(codes);
     for (int64_t t = 0; t < a.count; ++t, row += a.stride * item) {
       widen<S>(row, a.dtype, dim, x);
+      if (a.centre) {
+        for (int64_t i = 0; i < dim; ++i) x[i] -= a.centre[i];
+      }
       turn<S>(a.rotation, dim, x, spare);
       round_best<S, T>(x, dim, spare);
       put_codes(spare, dim, out);
@@ -181,7 +199,7 @@ template <class S, class T>
 void read_row(const T* codes, int64_t head_dim, float* out) {
   constexpr int kParts = Elements<S, T>::kParts;
   const int64_t part = head_dim / kParts;
-  const float scale = scale_of(codes);
+  const float scale = scale_of_row<S>(codes, head_dim);
   int64_t i = 0;
   for (; i + S::kLanes <= part; i += S::kLanes) {
     typename S::Reg levels[kParts];
@@ -206,6 +224,9 @@ void decode_tokens(const CodedTokens& a, const uint8_t* codes, void* tokens) {
     for (int64_t t = 0; t < a.count; ++t, row += dim / Elements<S, T>::kParts) {
       read_row<S, T>(row, dim, x);
       turn_back<S>(a.rotation, dim, x, spare);
+      if (a.centre) {
+        for (int64_t i = 0; i < dim; ++i) x[i] += a.centre[i];
+      }
       const int64_t place = t * a.stride;
       switch (a.dtype) {
         case Dtype::f32: put_row(x, dim, static_cast<float*>(tokens) + place); break;

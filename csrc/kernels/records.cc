@@ -56,9 +56,18 @@ char* place(const Records& records, int64_t group, bool is_values, int64_t head)
          head * shape.head_bytes();
 }
 
-CodedTokens coded_tokens(const RecordShape& shape, int64_t stride, float* scratch) {
-  return {shape.codec, shape.rotation, shape.head_dim, shape.group_size,
-          shape.dtype, stride,         scratch};
+CodedTokens coded_tokens(const Records& records, bool is_values, int64_t head, int64_t stride,
+                         float* scratch) {
+  const RecordShape& shape = records.shape;
+  const int64_t row = (is_values * shape.kv_heads + head) * shape.head_dim;
+  return {shape.codec,
+          shape.rotation,
+          shape.head_dim,
+          shape.group_size,
+          shape.dtype,
+          stride,
+          records.centre ? records.centre + row : nullptr,
+          scratch};
 }
 
 }  // namespace
@@ -78,8 +87,8 @@ void pack(const TokensView& tokens, const Records& records) {
                 const auto row = static_cast<size_t>(shape.head_dim * item);
                 copy_tokens(from, stride * item, shape.group_size, row, to);
               } else {
-                kernels().encode_tokens(coded_tokens(shape, stride, scratch), from,
-                                        reinterpret_cast<uint8_t*>(to));
+                kernels().encode_tokens(coded_tokens(records, is_values, head, stride, scratch),
+                                        from, reinterpret_cast<uint8_t*>(to));
               }
             });
 }
@@ -88,14 +97,14 @@ void unpack(const Records& records, void* keys, void* values) {
   const RecordShape& shape = records.shape;
   const int64_t item = shape.dtype == Dtype::f32 ? 4 : 2;
   const int64_t row = shape.head_dim * item, tokens = records.count * shape.group_size;
-  each_head(records, kLeastCodedBytes,
-            [&](int64_t group, bool is_values, int64_t head, float* scratch) {
-              const char* from = place(records, group, is_values, head);
-              char* to = static_cast<char*>(is_values ? values : keys) +
-                         (head * tokens + group * shape.group_size) * row;
-              kernels().decode_tokens(coded_tokens(shape, shape.head_dim, scratch),
-                                      reinterpret_cast<const uint8_t*>(from), to);
-            });
+  each_head(
+      records, kLeastCodedBytes, [&](int64_t group, bool is_values, int64_t head, float* scratch) {
+        const char* from = place(records, group, is_values, head);
+        char* to = static_cast<char*>(is_values ? values : keys) +
+                   (head * tokens + group * shape.group_size) * row;
+        kernels().decode_tokens(coded_tokens(records, is_values, head, shape.head_dim, scratch),
+                                reinterpret_cast<const uint8_t*>(from), to);
+      });
 }
 
 void merge(float* out, float* lse, const float* part, const float* part_lse, int64_t rows,

@@ -13,6 +13,7 @@ struct Records {
   int64_t stride_bytes;  // from record to record
   int64_t count;
   RecordShape shape;
+  const float* centre = nullptr;  // [keys, values][kv_heads][head_dim] of coded ones, or null
 };
 
 // Lays consecutive groups of tokens out as records, in the codec's form.

@@ -1,4 +1,8 @@
 // The scale of a coded token of one head, which its own codes spell.
+//
+// A row's first four words of eight bytes, or all that it has, are the spelling ones. Their bytes
+// in a column, with all the codes in them, have an odd number of odd codes where the scale's bit
+// of that number is one.
 #pragma once
 
 #include <array>
@@ -21,11 +25,29 @@ static constexpr auto kScales = [] {
   return made;
 }();
 
-// Bit i of the scale is the lowest bit of byte i: the product brings all eight to the top.
-static inline float scale_of(const void* codes) {
-  uint64_t first;
-  std::memcpy(&first, codes, sizeof(first));
-  return kScales[((first & 0x0101010101010101u) * 0x0102040810204080u) >> 56];
+static constexpr int64_t kSpellingWords = 4;
+static constexpr int64_t spelling_words(int64_t row_bytes) {
+  return row_bytes < 8 * kSpellingWords ? row_bytes / 8 : kSpellingWords;
+}
+
+// The number of the scale of a row with one code in a byte, or with two. The product brings the
+// lowest bits of all eight bytes to the top.
+template <int kCodesInByte>
+uint64_t scale_number(const void* codes, int64_t row_bytes) {
+  uint64_t words[kSpellingWords] = {};
+  if (row_bytes >= 8 * kSpellingWords) {
+    std::memcpy(words, codes, sizeof(words));
+  } else {
+    std::memcpy(words, codes, static_cast<size_t>(8 * spelling_words(row_bytes)));
+  }
+  uint64_t odd = words[0] ^ words[1] ^ words[2] ^ words[3];
+  if constexpr (kCodesInByte == 2) odd ^= odd >> 4;
+  return ((odd & 0x0101010101010101u) * 0x0102040810204080u) >> 56;
+}
+
+template <int kCodesInByte>
+float scale_of(const void* codes, int64_t row_bytes) {
+  return kScales[scale_number<kCodesInByte>(codes, row_bytes)];
 }
 
 }  // namespace kvswap

@@ -67,10 +67,17 @@ def pack(
     records: int,
     stride_bytes: int,
     count: int,
-    group_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: int,
+    shape: tuple[int, int, int, int, int, int, int],
+    centre: int,
+) -> None: ...
+def unpack(
+    records: int,
+    stride_bytes: int,
+    count: int,
+    shape: tuple[int, int, int, int, int, int, int],
+    centre: int,
+    keys: int,
+    values: int,
 ) -> None: ...
 def merge(out: int, lse: int, part: int, part_lse: int, rows: int, head_dim: int) -> None: ...
 def rotate(
@@ -92,6 +99,9 @@ class Scanner:
         scales: int,
         basis: int,
         query_basis: int,
+        offsets: int,
+        steps: int,
+        counts: tuple[int, int, int],
         width: int,
         rank: int,
         group_size: int,
@@ -132,10 +142,7 @@ class Attender:
         pool: int,
         num_slots: int,
         record_bytes: int,
-        group_size: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: int,
+        shape: tuple[int, int, int, int, int, int, int],
     ) -> None: ...
     def attend(
         self,
@@ -143,6 +150,7 @@ class Attender:
         rows: NDArray[np.int64],
         rolling: tuple[int, int, int, int, int, int, int],
         newest: tuple[int, int, int, int, int, int, int],
+        centre: int,
         scaling: float,
         softcap: float,
         out: int,
@@ -162,6 +170,7 @@ class Attender:
         key_stride: int,
         value: int,
         value_stride: int,
+        centre: int,
         scaling: float,
         softcap: float,
         out: int,

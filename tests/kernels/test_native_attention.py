@@ -37,10 +37,13 @@ class Case:
     has_newest: bool = True
     softcap: float | None = None
     codec: str = "raw"
+    is_centred: bool = True  # where it is coded
 
     def __post_init__(self) -> None:
         heads = self.kv_heads * self.shared
         self.pool = torch.randn(SLOTS, 2, self.kv_heads, self.group_size, self.head_dim)
+        middle = torch.randn(2, self.kv_heads, self.head_dim)
+        self.centre = middle if self.is_centred and self.codec != "raw" else None
         self.query = self.random(heads, self.q_len)
         self.rolling = (self.random(self.kv_heads, self.num_rolling),) * 2
         count = self.q_len if self.has_newest else 0
@@ -68,16 +71,21 @@ class Case:
         layout = self.layout(dtype)
         pool = np.full((SLOTS, layout.record_bytes), 0xFF, np.uint8)  # padding is no number
         tokens = self.pool.to(DTYPES[self.dtype])
-        coded = tokens if self.codec == "raw" else encode(tokens, self.codec)
-        record_view(pool, layout).copy_(coded)
+        if self.codec != "raw":
+            tokens = encode(tokens, self.codec, self.wide_centre)
+        record_view(pool, layout).copy_(tokens)
         return SlotAttention(pool, layout)
+
+    @property
+    def wide_centre(self) -> Tensor | None:
+        return None if self.centre is None else self.centre[:, :, None]
 
     def attend(self, dtype: str, **changed: Any) -> Partial:
         given = {"query": self.query, "rolling": self.rolling, "newest": self.newest, **changed}
         wide = {name: as_dtype(value, DTYPES[dtype]) for name, value in given.items()}
         rows = np.array(self.rows, np.int64)
         return self.attention(dtype).attend(
-            wide["query"], rows, wide["rolling"], wide["newest"], self.params
+            wide["query"], rows, wide["rolling"], wide["newest"], self.params, self.centre
         )
 
     def reference(self) -> Partial:
@@ -150,11 +158,14 @@ def test_coded_groups_are_attended_to_as_the_reference_does(kernel, dtype, codec
 @pytest.mark.parametrize("name", ["torch", *native_names()])
 @pytest.mark.parametrize("codec", ["int8", "rot4"])
 @pytest.mark.parametrize("head_dim", [16, 48, 64])
-def test_attention_to_codes_is_attention_to_what_they_stand_for(name, codec, head_dim):
-    case = Case(codec=codec, head_dim=head_dim, q_len=2)
+@pytest.mark.parametrize("is_centred", [False, True])
+def test_attention_to_codes_is_attention_to_what_they_stand_for(name, codec, head_dim, is_centred):
+    case = Case(codec=codec, head_dim=head_dim, q_len=2, is_centred=is_centred)
     with forced(name):
         found = case.attend("float32")
-    case.pool, case.codec = decode(encode(case.pool, codec), codec), "raw"
+    codes = encode(case.pool, codec, case.wide_centre)
+    case.pool, case.codec = decode(codes, codec, case.wide_centre), "raw"
+    case.centre = None
     agree(found, case.reference())
 
 
@@ -282,6 +293,7 @@ def test_a_single_token_attends_as_any_query_does_and_is_kept(
         Rolling(buffer.data_ptr(), 8, length),
         (case.newest[0][None], case.newest[1][None]),
         case.params,
+        case.centre,
     )
     expected = case.attend(dtype).out.to(DTYPES[dtype])
     torch.testing.assert_close(found[0], expected)

@@ -49,27 +49,30 @@ def test_native_packing_gives_the_same_bytes(kernel, dtype, size, groups, dim):
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize("codec", ["int8", "rot4"])
-@pytest.mark.parametrize(("size", "groups", "dim"), [(1, 1, 16), (4, 3, 40), (8, 50, 64)])
+@pytest.mark.parametrize("is_centred", [False, True])
+@pytest.mark.parametrize(("size", "groups", "dim"), [(1, 40, 16), (4, 3, 40), (8, 50, 64)])
 def test_native_coding_gives_nearly_the_same_codes_and_what_they_stand_for(
-    kernel, dtype, codec, size, groups, dim
+    kernel, dtype, codec, is_centred, size, groups, dim
 ):
     geometry = KVGeometry(num_layers=1, num_heads=3, num_kv_heads=3, head_dim=dim, dtype=dtype)
     layout = RecordLayout(geometry=geometry, group_size=size, block_size_bytes=512, codec=codec)
+    centre = torch.randn(2, 3, dim) if is_centred else None
     whole = torch.randn(2, size * groups, 3, dim).to(DTYPES[dtype]).transpose(1, 2)
     packed = np.full((2, groups, layout.record_bytes), 0xAB, np.uint8)
-    pack_groups(*whole, packed[0], layout)
+    pack_groups(*whole, packed[0], layout, centre)
     with forced("torch"):
-        pack_groups(*whole, packed[1], layout)
-        expected = unpack_groups(packed[0], layout)
+        pack_groups(*whole, packed[1], layout, centre)
+        expected = unpack_groups(packed[0], layout, None, centre)
     rows = [record_view(each, layout) for each in packed]
-    # Numbers that lie between two codes may go either way.
-    assert (rows[0] == rows[1]).all(-1).float().mean() >= 0.97
+    # Numbers that lie between two codes may go either way, and of two codes that would cost the
+    # same, either may move: with few bits in what is coded, that is often so.
+    assert (rows[0] == rows[1]).all(-1).float().mean() >= (0.97 if dtype == "float32" else 0.9)
     assert (packed[0][:, layout.payload_bytes :] == 0xAB).all()
-    found = unpack_groups(packed[0], layout)
+    found = unpack_groups(packed[0], layout, None, centre)
     assert found.shape == whole.shape
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-2)
     room = np.empty(groups * layout.plain_bytes + 7, np.uint8)
-    again = unpack_groups(packed[0], layout, room)
+    again = unpack_groups(packed[0], layout, room, centre)
     assert torch.equal(again, found)
     assert again.data_ptr() == room.__array_interface__["data"][0]
 
@@ -81,7 +84,7 @@ def test_raw_records_are_not_for_decoding():
         module = native()
         assert module is not None
         with pytest.raises(ValueError, match="records must be coded"):
-            module.unpack(0, layout.record_bytes, 0, native_shape(layout), 0, 0)
+            module.unpack(0, layout.record_bytes, 0, native_shape(layout), 0, 0, 0)
 
 
 @pytest.mark.parametrize(("heads", "q_len", "dim"), [(1, 1, 1), (4, 3, 24), (16, 300, 64)])

@@ -78,6 +78,7 @@ struct Input {
                    static_cast<int64_t>(rows.size()),
                    rolling.view(),
                    newest.view(),
+                   nullptr,
                    scaling(),
                    softcap,
                    made.out.data(),

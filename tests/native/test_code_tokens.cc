@@ -41,8 +41,13 @@ struct Packed {
   int64_t count;
   Numbers keys, values;
   std::vector<uint8_t> bytes;
+  std::vector<float> centre;  // every second time
 
   Packed(Random& random, const RecordShape& s, int64_t n) : shape(s), count(n) {
+    if (random.below(2)) {
+      centre.resize(static_cast<size_t>(2 * s.kv_heads * s.head_dim));
+      for (float& each : centre) each = random.normal() / 4;
+    }
     const auto draw = [&] { return random.normal(); };
     const int64_t items = count * shape.group_size * shape.kv_heads * shape.head_dim;
     keys = numbers(shape.dtype, items, draw);
@@ -52,7 +57,8 @@ struct Packed {
   int64_t tokens() const { return count * shape.group_size; }
   int64_t record_bytes() const { return 2 * shape.half_bytes(); }
   Records records() {
-    return {reinterpret_cast<char*>(bytes.data()), record_bytes(), count, shape};
+    return {reinterpret_cast<char*>(bytes.data()), record_bytes(), count, shape,
+            centre.empty() ? nullptr : centre.data()};
   }
   void pack_again() {
     const int64_t heads = tokens() * shape.head_dim, dim = shape.head_dim;
@@ -146,11 +152,27 @@ TEST(a_token_that_is_no_number_leaves_none_and_the_others_alone) {
 }
 
 TEST(codes_spell_any_scale) {
+  Random random(94);
   for (int scale = 0; scale < 256; ++scale) {
-    uint8_t codes[8];
-    for (int i = 0; i < 8; ++i) codes[i] = static_cast<uint8_t>(0xa4 | (scale >> i & 1));
-    const float expected = kScales[static_cast<size_t>(scale)], found = scale_of(codes);
-    CHECK(found == expected || (std::isnan(found) && scale == 255));
+    const float expected = kScales[static_cast<size_t>(scale)];
+    for (const int64_t row : {8, 12, 16, 32, 40, 128}) {
+      // Whatever the others say: the first of each column makes up for them.
+      std::vector<uint8_t> codes(static_cast<size_t>(row));
+      for (uint8_t& each : codes) each = static_cast<uint8_t>(random.below(256));
+      for (const int codes_in_byte : {1, 2}) {
+        for (int64_t column = 0; column < 8; ++column) {
+          int odd = scale >> column & 1;
+          for (int64_t i = column; i < 8 * spelling_words(row); i += 8) {
+            const uint8_t each = codes[static_cast<size_t>(i)];
+            odd ^= (each ^ (codes_in_byte == 2 ? each >> 4 : 0)) & 1;
+          }
+          codes[static_cast<size_t>(column)] ^= static_cast<uint8_t>(odd);
+        }
+        const float found =
+            codes_in_byte == 1 ? scale_of<1>(codes.data(), row) : scale_of<2>(codes.data(), row);
+        CHECK(found == expected || (std::isnan(found) && scale == 255));
+      }
+    }
     CHECK(scale < 2 || scale == 255 || expected > kScales[static_cast<size_t>(scale - 1)]);
   }
 }
@@ -181,21 +203,22 @@ TEST(attention_to_coded_slots_is_attention_to_what_they_stand_for) {
           const Numbers query = numbers(Dtype::f32, num_heads * dim, draw);
           const Numbers rolling = numbers(Dtype::f32, shape.kv_heads * 3 * dim, draw);
           const std::vector<int64_t> rows{2, 0, 3};
-          const auto run = [&](const char* pool, const RecordShape& s) {
+          const auto run = [&](const char* pool, const RecordShape& s, const float* centre) {
             std::vector<float> out(static_cast<size_t>(num_heads * (dim + 1)));
             Attend a{};
             a.query = {query.bytes.data(), Dtype::f32, num_heads, 1, dim, dim};
             a.rows = rows.data();
             a.num_rows = 3;
             a.rolling = {rolling.bytes.data(), rolling.bytes.data(), 3, 3 * dim, dim, 3 * dim, dim};
+            a.centre = centre;
             a.scaling = 1 / std::sqrt(static_cast<float>(dim));
             a.out = out.data();
             a.lse = out.data() + num_heads * dim;
             attend({pool, 2 * s.half_bytes(), s}, a);
             return out;
           };
-          const auto found = run(reinterpret_cast<const char*>(packed.bytes.data()), shape);
-          const auto expected = run(reinterpret_cast<const char*>(slots.data()), raw);
+          const auto found = run(packed.records().first, shape, packed.records().centre);
+          const auto expected = run(reinterpret_cast<const char*>(slots.data()), raw, nullptr);
           for (size_t i = 0; i < found.size(); ++i) CHECK_NEAR(found[i], expected[i], 5e-5);
         }
       }

@@ -13,7 +13,6 @@ from kvswap.cache.sequence import SequenceBatch, Undo
 from kvswap.core.errors import InvalidKeysError
 from kvswap.kernels.attention import AttentionParams, RunningMerge
 from kvswap.kernels.finite import first_not_finite
-from kvswap.kernels.records import pack_groups
 from kvswap.kernels.slots import SlotAttention, Tokens
 
 if TYPE_CHECKING:
@@ -140,7 +139,8 @@ class LayerCache:
             return None
         session.prefetcher.bring(pending)
         rolling, row_of = batch.rolling.place(layer_idx, 0), session.reuse.rows_of(layer_idx)
-        out = attention.decode(query, pending.needed, row_of, rolling, newest, params)
+        centre = session.records.centres.of(layer_idx)
+        out = attention.decode(query, pending.needed, row_of, rolling, newest, params, centre)
         session.attended(pending)
         batch.rolling.lengths[layer_idx, 0] = rolling.length + 1
         count = self._groups_to_flush(batch, rolling.length + 1)
@@ -193,7 +193,10 @@ class LayerCache:
     ) -> None:
         """Attend to selected groups, rolling buffer and new tokens."""
         session = self._session
-        queries = [given.query for given in rows]
+        queries, centre = (
+            [given.query for given in rows],
+            session.records.centres.of(self.layer_idx),
+        )
         pending = session.selected(batch, self.layer_idx, queries, scaling=params.scaling)
         for turn, part in enumerate(session.prefetcher.rounds(pending)):
             for row, given in enumerate(rows):
@@ -208,7 +211,7 @@ class LayerCache:
                 if turn:  # they were attended to with the first part
                     rolling, newest = _none_of(rolling), _none_of(newest)
                 merges[row].add(
-                    session.attention.attend(given.query, slots, rolling, newest, params)
+                    session.attention.attend(given.query, slots, rolling, newest, params, centre)
                 )
         session.attended(pending)
         session.recall.check(batch, self.layer_idx, rows, merges, params)
@@ -303,7 +306,7 @@ class LayerCache:
         for place, row in enumerate(rows.tolist(), start=len(groups) - newest):
             tokens = slice(place * group_size, (place + 1) * group_size)
             slot = session.residence.pool[row : row + 1]
-            pack_groups(keys[:, tokens], values[:, tokens], slot, session.layout)
+            session.records.pack(self.layer_idx, keys[:, tokens], values[:, tokens], slot)
 
 
 def _none_of(tokens: Tokens) -> Tokens:

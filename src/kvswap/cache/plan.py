@@ -27,6 +27,7 @@ from kvswap.core.config import CacheConfig
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.core.units import ceil_div, format_bytes
+from kvswap.kernels.centres import Centres
 from kvswap.kernels.slots import split_bytes
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES
@@ -336,13 +337,14 @@ class _Shape:
             index = layers * self.index.plan_bytes(self.geometry, **form)
             workspace = self.index.workspace_bytes(self.geometry, **form)
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
-        # holders and stripe; its place in a sequence and in the saved one; what lies in gaps
-        # that are read through.
+        # holders and stripe; its place in a sequence and in the saved one; what is taken off coded
+        # tokens; what lies in gaps that are read through.
         tables = self.num_groups * 8 * layers + SequentialPlacement.plan_bytes(self.num_groups)
         tables += SequenceBatch.plan_table_bytes(
             layout, self.batch_size, self.max_context, budget_groups if rank else 0
         )
         tables += 8 * self.num_groups * int(self.config.storage.keep)
+        tables += Centres.plan_bytes(layout)
         tables += self.config.storage.gap_bytes(layout.record_bytes)
         staging = 2 * staging_rows * layout.record_bytes
         return {

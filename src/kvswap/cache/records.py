@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvswap.core.errors import StoreError
 from kvswap.core.geometry import RecordLayout
+from kvswap.kernels.centres import Centres
 from kvswap.kernels.records import pack_groups, unpack_groups
 from kvswap.placement import Placement
 from kvswap.storage.base import Ticket
@@ -81,6 +82,11 @@ class RecordIO:
     device : torch.device, optional
         Where `stream` gives tokens; default: the host.
 
+    Attributes
+    ----------
+    centres : Centres
+        What is taken off tokens before they are coded.
+
     Notes
     -----
     Not thread-safe. Writes are queued, as many as their buffer holds: one that finds no room
@@ -98,6 +104,7 @@ class RecordIO:
     ) -> None:
         self._device = device or torch.device("cpu")
         self.store, self.placement, self.layout = store, placement, layout
+        self.centres = Centres(layout)
         self._rows = staging_rows
         self._read_half, self._write_half = np.split(
             aligned_empty((2 * staging_rows, layout.record_bytes)), 2
@@ -127,11 +134,16 @@ class RecordIO:
         """
         self.store.reserve(0, self.placement.end_bytes(groups))
         self._settle(layer_idx, groups)
+        self.centres.settle(layer_idx, keys, values)
         size, most = self.layout.group_size, (self._rows + 1) // 2
         for begin in range(0, len(groups), most):
             part = groups[begin : begin + most]
             tokens = slice(begin * size, (begin + len(part)) * size)
             self._write_part(layer_idx, part, keys[:, tokens], values[:, tokens])
+
+    def pack(self, layer_idx: int, keys: Tensor, values: Tensor, records: np.ndarray) -> None:
+        """Lay whole groups of tokens out as records of a layer, see `pack_groups`."""
+        pack_groups(keys, values, records, self.layout, self.centres.of(layer_idx))
 
     def drain(self) -> None:
         """Wait for all writes in flight; their first error surfaces here."""
@@ -142,7 +154,7 @@ class RecordIO:
         first = self._room_for(len(groups))
         last = first + len(groups)
         records = self._write_half[first:last]
-        pack_groups(keys, values, records, self.layout)
+        self.pack(layer_idx, keys, values, records)
         ids = self.placement.record_ids(layer_idx, groups)
         extents = self.placement.locate(layer_idx, groups)
         # In one statement: no interruption may come between the submission and the queue.
@@ -230,7 +242,7 @@ class RecordIO:
                 ticket.wait()
                 for coming in following:
                     ahead = self._read_part(layer_idx, coming, halves[(turn + 1) % 2])
-                yield self._unpack(halves[turn % 2][: len(part)], room)
+                yield self._unpack(layer_idx, halves[turn % 2][: len(part)], room)
         finally:
             if ahead is not None:
                 ahead.wait()
@@ -242,9 +254,12 @@ class RecordIO:
     def _read_part(self, layer_idx: int, groups: np.ndarray, half: np.ndarray) -> Ticket:
         return self.read(layer_idx, groups, half, np.arange(len(groups)))
 
-    def _unpack(self, records: np.ndarray, room: np.ndarray | None) -> tuple[Tensor, Tensor]:
+    def _unpack(
+        self, layer_idx: int, records: np.ndarray, room: np.ndarray | None
+    ) -> tuple[Tensor, Tensor]:
         """Bring each head's tokens together, in ``room`` if given."""
-        both = unpack_groups(records, self.layout, room).to(self._device)
+        centre = self.centres.of(layer_idx)
+        both = unpack_groups(records, self.layout, room, centre).to(self._device)
         return both[0], both[1]
 
 

@@ -36,6 +36,7 @@ class Attention(Protocol):
         rolling: Tokens,
         newest: Tokens,
         params: AttentionParams,
+        centre: Tensor | None = None,
     ) -> Partial:
         """Attend to some slots, the rolling buffer and the new tokens."""
         ...

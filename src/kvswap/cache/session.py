@@ -232,7 +232,8 @@ class CacheSession:
         if self.is_allocated and not self._is_closed:
             batches = list(self.sequences)
             tables = self.reuse.table_nbytes + self.placement.nbytes + self.store.table_bytes
-            tables += self.sequences.saved_nbytes + sum(b.table_nbytes for b in batches)
+            tables += self.records.centres.nbytes + self.sequences.saved_nbytes
+            tables += sum(b.table_nbytes for b in batches)
             parts |= {
                 "index": sum(index.nbytes for index in self.indexes),
                 "slots": self.reuse.slots_nbytes,
@@ -302,6 +303,7 @@ class CacheSession:
         self.warmer.window.forget()
         if not list(self.sequences):
             self.fitter.fitted_tokens = 0
+            self.records.centres.forget()
             for index in self.indexes:
                 index.forget_queries()
 
@@ -558,6 +560,7 @@ class CacheSession:
     def state(self) -> dict[str, np.ndarray]:
         """Return tables and indexes as plain arrays, for a kept store."""
         state = {f"placement.{k}": v for k, v in self.placement.state().items()}
+        state |= {f"centres.{k}": v for k, v in self.records.centres.state().items()}
         for layer_idx, index in enumerate(self.indexes):
             state |= {f"index.{layer_idx}.{k}": v for k, v in index.state().items()}
         return state
@@ -567,6 +570,7 @@ class CacheSession:
     ) -> None:
         """Go on from the tables of a kept store."""
         self.placement.load_state(_part(tables, "placement."))
+        self.records.centres.load_state(_part(tables, "centres."))
         for layer_idx, index in enumerate(self.indexes):
             index.load_state(_part(tables, f"index.{layer_idx}."))
         self.fitter.fitted_tokens = fitted_tokens

@@ -1,21 +1,23 @@
 """Record codecs: a head's keys and values in eight or four bits, turned first.
 
-A vector is multiplied by a fixed orthogonal matrix that spreads each element over all of them,
-so that no outlier is left, and rounded to a uniform grid with one scale a token and head. The
-matrix is never undone a token: dot products do not change when both sides are turned, and a
-weighted sum of turned values is turned back once (`kvswap.kernels.slots`).
+What all vectors of a head share is taken off (`kvswap.kernels.centres`). The rest is multiplied
+by a fixed orthogonal matrix that spreads each element over all of them, so that no outlier is
+left, and rounded to a uniform grid with one scale a token and head. The matrix is never undone a
+token: dot products do not change when both sides are turned, and a weighted sum of turned values
+is turned back once (`kvswap.kernels.slots`).
 
-The scale has eight bits, which the lowest bits of the first eight codes spell: a record has no
-bytes beside its codes and stays a power of two, where a few bytes more would cost a whole block.
-Several scales are tried and the best is kept, which makes up for those bits, and gives decoded
-vectors their own codes again.
+The scale has eight bits, each of which one eighth of the codes spell together: it is one where an
+odd number of them is odd. A record has no bytes beside its codes and stays a power of two, where
+a few bytes more would cost a whole block. Of codes that say another bit, the one moves that lies
+nearest to its other neighbour, which costs little; several scales are tried and the best is kept.
 
 References
 ----------
 QuaRot, https://arxiv.org/abs/2404.00456, and TurboQuant, https://arxiv.org/abs/2504.19874:
 randomised rotations of keys and values before rounding. J. Max, Quantizing for minimum
 distortion, IRE Trans. IT-6, 1960: the step of the four-bit grid. R. N. Bracewell, The Hartley
-transform, 1986: the matrix for lengths that are no power of two.
+transform, 1986: the matrix for lengths that are no power of two. R. Crandall, Some notes on
+steganography, 1998: bits in the parity of several numbers, of which the cheapest changes.
 
 Reproduced: rotation, then a scalar grid with a scale for each vector.
 Deviates: the scale lies within the codes; values are turned by the same matrix as keys.
@@ -34,7 +36,7 @@ from kvswap.kernels.coding import GAUSSIAN_STEP_4BIT
 CODEC_NUMBERS = {"raw": 0, "int8": 1, "rot4": 2}
 """As csrc/kernels/api.h numbers them."""
 
-SPELLING = 8  # leading codes whose lowest bits spell the scale
+SPELLING_WORDS = 4  # of eight bytes, the first of a row: their columns spell the scale
 NO_NUMBER = 255  # scale of a vector that cannot be coded
 _MASK = 2**64 - 1
 
@@ -127,17 +129,36 @@ class _Grid:
         shape = vectors / top.clamp(min=1e-30)[..., None]  # squares stay numbers
         return shape.square().mean(-1).sqrt() * GAUSSIAN_STEP_4BIT * top
 
-    def round(self, vectors: Tensor, scale: Tensor) -> Tensor:
-        """Return the codes nearest to vectors whose first spell the scale of that number."""
+    def round(self, vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes nearest to vectors, and what the levels are above them."""
         levels = vectors / scales()[scale][..., None] - self.offset
         codes = torch.round(levels).clamp_(self.least, self.most)
-        bits = (scale[..., None] >> torch.arange(SPELLING)) & 1
-        halves = torch.round((levels[..., :SPELLING] - bits) / 2)
-        codes[..., :SPELLING] = halves.clamp_(self.least // 2, self.most // 2) * 2 + bits
-        return codes
+        return codes, levels - codes
+
+    def spell(self, codes: Tensor, missed: Tensor, scale: Tensor, columns: Tensor) -> None:
+        """Let codes spell the scale of that number, moving one of a column where need be."""
+        step = torch.where(missed > 0, 1.0, -1.0)
+        beyond = (codes + step < self.least) | (codes + step > self.most)
+        step[beyond] *= -1
+        at = (1 - 2 * step * missed)[..., columns].argmin(-1)  # what it adds to the error
+        odd = codes[..., columns].remainder(2).sum(-1).remainder(2).to(scale.dtype)
+        says_other = odd != (scale[..., None] >> torch.arange(8)) & 1
+        places = columns.expand(*at.shape, -1).gather(-1, at[..., None])[..., 0]
+        moved = codes.gather(-1, places) + step.gather(-1, places) * says_other
+        codes.scatter_(-1, places, moved)
 
 
 _GRIDS = {"int8": _Grid(-128, 127, 0.0, range(-1, 2)), "rot4": _Grid(-8, 7, 0.5, range(-3, 4))}
+
+
+@cache
+def spelling_columns(head_dim: int, codec: str) -> Tensor:
+    """Return which elements spell each bit of the scale: Tensor [8, n], int64."""
+    parts = 1 if codec == "int8" else 2  # a byte holds one element, or one of each half
+    words = min(head_dim // parts // 8, SPELLING_WORDS)
+    byte = torch.arange(8 * words).unflatten(0, (words, 8))
+    elements = byte[None] + (torch.arange(parts) * (head_dim // parts))[:, None, None]
+    return elements.flatten(0, 1).t().contiguous()
 
 
 @cache
@@ -153,13 +174,15 @@ def scales() -> Tensor:
     return values
 
 
-def encode(vectors: Tensor, codec: str) -> Tensor:
-    """Turn vectors and round them.
+def encode(vectors: Tensor, codec: str, centre: Tensor | None = None) -> Tensor:
+    """Take the centre off vectors, turn and round them.
 
     Parameters
     ----------
     vectors : Tensor [..., head_dim], any float dtype
     codec : {"int8", "rot4"}
+    centre : Tensor, float32, optional
+        Broadcast to vectors.
 
     Returns
     -------
@@ -173,24 +196,24 @@ def encode(vectors: Tensor, codec: str) -> Tensor:
     scale that is no number: all of it is none when it is decoded.
     """
     grid = _GRIDS[codec]
-    turned = vectors.float() @ rotation_of(vectors.shape[-1]).whole
+    plain = vectors.float() if centre is None else vectors.float() - centre
+    turned = plain @ rotation_of(vectors.shape[-1]).whole
     wanted = grid.wanted_scale(turned)
     fits = torch.searchsorted(scales()[1:NO_NUMBER].contiguous(), wanted) + 1
     error = torch.full(fits.shape, float("inf"))
     best = torch.zeros_like(fits)
     for shift in grid.tried:
         scale = (fits + shift).clamp(1, NO_NUMBER - 1)
-        unit = scales()[scale]
-        missed = (grid.round(turned, scale) + grid.offset) * unit[..., None] - turned
-        missed = (missed / wanted[..., None]).square().sum(-1)
-        is_better = missed < error
-        error, best = torch.where(is_better, missed, error), torch.where(is_better, scale, best)
+        _, missed = grid.round(turned, scale)
+        found = missed.square().sum(-1) * (scales()[scale] / wanted).square()
+        is_better = found < error
+        error, best = torch.where(is_better, found, error), torch.where(is_better, scale, best)
     best[(fits >= NO_NUMBER) | ~turned.isfinite().all(-1)] = NO_NUMBER
     best[wanted < scales()[1] / 2] = 0
-    codes = grid.round(turned, best)
-    flat = ((best == 0) | (best == NO_NUMBER))[..., None]
-    codes[flat.expand_as(codes)] = 0
-    codes[..., :SPELLING] += (flat & (best == NO_NUMBER)[..., None]).float()
+    codes, missed = grid.round(turned, best)
+    grid.spell(codes, missed, best, spelling_columns(vectors.shape[-1], codec))
+    codes[(best == 0) | (best == NO_NUMBER)] = 0
+    codes[..., :8] += (best == NO_NUMBER)[..., None].float()
     return _as_bytes(codes.to(torch.int16), codec)
 
 
@@ -214,16 +237,19 @@ def decode_turned(codes: Tensor, codec: str) -> Tensor:
     -------
     Tensor [..., head_dim], float32
     """
-    spelt = (codes[..., :SPELLING].int() & 1) << torch.arange(SPELLING, dtype=torch.int32)
-    scale = scales()[spelt.sum(-1)]
     if codec == "int8":
-        levels = codes.view(torch.int8).float()
+        numbers, levels = codes, codes.view(torch.int8).float()
     else:
-        levels = torch.cat((codes & 15, codes >> 4), -1).float().sub_(7.5)
+        numbers = torch.cat((codes & 15, codes >> 4), -1)
+        levels = numbers.float().sub_(7.5)
+    columns = spelling_columns(levels.shape[-1], codec)
+    bits = (numbers[..., columns] & 1).sum(-1) & 1
+    scale = scales()[(bits << torch.arange(8)).sum(-1)]
     return levels.mul_(scale[..., None])
 
 
-def decode(codes: Tensor, codec: str) -> Tensor:
+def decode(codes: Tensor, codec: str, centre: Tensor | None = None) -> Tensor:
     """Return what codes stand for: Tensor [..., head_dim], float32."""
     turned = decode_turned(codes, codec)
-    return turned @ rotation_of(turned.shape[-1]).whole.t()
+    plain = turned @ rotation_of(turned.shape[-1]).whole.t()
+    return plain if centre is None else plain + centre

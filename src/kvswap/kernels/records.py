@@ -51,8 +51,17 @@ def native_shape(layout: RecordLayout) -> NativeShape:
     return (*sizes, dtype, CODEC_NUMBERS[layout.codec], *addresses)
 
 
+def address_of(centre: Tensor | None) -> int:
+    """Return what native kernels are told of a centre; 0 for none."""
+    return 0 if centre is None else centre.data_ptr()
+
+
 def pack_groups(
-    keys: Tensor, values: Tensor, records: np.ndarray | Tensor, layout: RecordLayout
+    keys: Tensor,
+    values: Tensor,
+    records: np.ndarray | Tensor,
+    layout: RecordLayout,
+    centre: Tensor | None = None,
 ) -> None:
     """Lay whole groups of tokens out as records, in the layout's codec.
 
@@ -64,6 +73,8 @@ def pack_groups(
         What to fill; padding is left alone.
     layout : RecordLayout
         Shape of a record.
+    centre : Tensor [2, num_kv_heads, head_dim], float32, optional
+        What is taken off keys and values before they are coded; default: nothing.
     """
     view, module = record_view(records, layout), native()
     dtype = DTYPES[layout.geometry.dtype]
@@ -71,16 +82,23 @@ def pack_groups(
     if module is not None and is_plain and keys.device.type == view.device.type == "cpu":
         stride_bytes = view.stride(0) * view.element_size()
         tokens = tokens_view(keys, values)
-        module.pack(tokens, view.data_ptr(), stride_bytes, len(view), native_shape(layout))
+        shape, middle = native_shape(layout), address_of(centre)
+        module.pack(tokens, view.data_ptr(), stride_bytes, len(view), shape, middle)
         return
     groups = (view.shape[0], view.shape[3])
     for half, one in enumerate((keys, values)):
         grouped = one.unflatten(1, groups).transpose(0, 1)
-        view[:, half].copy_(grouped if layout.codec == "raw" else encode(grouped, layout.codec))
+        if layout.codec != "raw":
+            taken_off = None if centre is None else centre[half, :, None]
+            grouped = encode(grouped, layout.codec, taken_off)
+        view[:, half].copy_(grouped)
 
 
 def unpack_groups(
-    records: np.ndarray, layout: RecordLayout, room: np.ndarray | None = None
+    records: np.ndarray,
+    layout: RecordLayout,
+    room: np.ndarray | None = None,
+    centre: Tensor | None = None,
 ) -> Tensor:
     """Bring each head's tokens together.
 
@@ -92,6 +110,8 @@ def unpack_groups(
         Shape of a record.
     room : ndarray, uint8, optional
         Memory for the answer, at least ``num_records * plain_bytes``; default: its own.
+    centre : Tensor [2, num_kv_heads, head_dim], float32, optional
+        As they were packed with.
 
     Returns
     -------
@@ -108,10 +128,12 @@ def unpack_groups(
     if layout.codec != "raw" and module is not None:
         address, stride_bytes = records.__array_interface__["data"][0], records.strides[0]
         halves = (out[0].data_ptr(), out[1].data_ptr())
-        module.unpack(address, stride_bytes, count, native_shape(layout), *halves)
+        form, middle = native_shape(layout), address_of(centre)
+        module.unpack(address, stride_bytes, count, form, middle, *halves)
     else:
         view = record_view(records, layout)
-        apart = view if layout.codec == "raw" else decode(view, layout.codec)
+        taken_off = None if centre is None else centre[:, :, None]
+        apart = view if layout.codec == "raw" else decode(view, layout.codec, taken_off)
         out.copy_(apart.permute(1, 2, 0, 3, 4))
     return out.flatten(2, 3)
 

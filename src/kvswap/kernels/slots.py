@@ -13,7 +13,7 @@ from kvswap.core.units import ceil_div
 from kvswap.kernels.attention import AttentionParams, Partial, RunningMerge, partial_attention
 from kvswap.kernels.codecs import decode_turned, rotation_of
 from kvswap.kernels.native import native, query_view, tokens_view
-from kvswap.kernels.records import DTYPES, gather_groups, native_shape, record_view
+from kvswap.kernels.records import DTYPES, address_of, gather_groups, native_shape, record_view
 
 SPLIT_TOKENS = 64  # the fewest that a program of a device attends to
 _PROGRAMS = 256  # about two for each processor of a large device: splits make up for few heads
@@ -71,6 +71,7 @@ class SlotAttention:
         rolling: Tokens,
         newest: Tokens,
         params: AttentionParams,
+        centre: Tensor | None = None,
     ) -> Partial:
         """Attend to some slots, then to the rolling buffer, then to the new tokens.
 
@@ -85,6 +86,8 @@ class SlotAttention:
             The query's own tokens, of which none sees a later one; or empty.
         params : AttentionParams
             Sinks are not applied here, see `RunningMerge`.
+        centre : Tensor [2, num_kv_heads, head_dim], float32, optional
+            What was taken off the keys and values in slots.
 
         Returns
         -------
@@ -92,7 +95,7 @@ class SlotAttention:
         """
         few = query.shape[1] * self._shared <= _FEW_ROWS
         if self._native is None or not few or query.dtype != self._dtype:
-            return self._reference(query, rows, rolling, newest, params)
+            return self._reference(query, rows, rolling, newest, params, centre)
         if query.stride(2) != 1 or newest[0].stride(2) != 1 or newest[1].stride(2) != 1:
             query, newest = query.contiguous(), (newest[0].contiguous(), newest[1].contiguous())
         out = torch.empty(query.shape, dtype=torch.float32)
@@ -102,6 +105,7 @@ class SlotAttention:
             rows,
             tokens_view(*rolling),
             tokens_view(*newest),
+            address_of(centre),
             params.scaling,
             params.softcap or 0.0,
             out.data_ptr(),
@@ -121,6 +125,7 @@ class SlotAttention:
         rolling: Rolling,
         newest: Tokens,
         params: AttentionParams,
+        centre: Tensor | None = None,
     ) -> Tensor:
         """Attend with one token to groups in slots, to the rolling buffer and to itself.
 
@@ -137,6 +142,8 @@ class SlotAttention:
         newest : pair of Tensor [1, num_kv_heads, 1, head_dim]
         params : AttentionParams
             Without sinks.
+        centre : Tensor [2, num_kv_heads, head_dim], float32, optional
+            As for `attend`.
 
         Returns
         -------
@@ -157,6 +164,7 @@ class SlotAttention:
             key.stride(1),
             value.data_ptr(),
             value.stride(1),
+            address_of(centre),
             params.scaling,
             params.softcap or 0.0,
             out.data_ptr(),
@@ -170,6 +178,7 @@ class SlotAttention:
         rolling: Tokens,
         newest: Tokens,
         params: AttentionParams,
+        centre: Tensor | None,
     ) -> Partial:
         merged = RunningMerge()
         keys, values = rolling
@@ -177,7 +186,7 @@ class SlotAttention:
             held = gather_groups(self._slots, torch.from_numpy(rows))
             keys, values = torch.cat((held[0], keys), 1), torch.cat((held[1], values), 1)
         elif len(rows):
-            merged.add(self._coded(query, rows, params))
+            merged.add(self._coded(query, rows, params, centre))
         if query.shape[1] == 1:  # one query token sees them all
             keys, values = torch.cat((keys, newest[0]), 1), torch.cat((values, newest[1]), 1)
             newest = (newest[0][:, :0], newest[1][:, :0])
@@ -187,11 +196,16 @@ class SlotAttention:
             merged.add(partial_attention(query, *newest, params, is_causal=True))
         return Partial(merged.out, merged.lse)
 
-    def _coded(self, query: Tensor, rows: np.ndarray, params: AttentionParams) -> Partial:
+    def _coded(
+        self, query: Tensor, rows: np.ndarray, params: AttentionParams, centre: Tensor | None
+    ) -> Partial:
         """Attend to codes: the query is turned once, and what comes out is turned back once."""
         held = gather_groups(self._slots, torch.from_numpy(rows))
         keys, values = (decode_turned(codes, self._codec) for codes in held)
         turn = rotation_of(query.shape[2]).whole
+        if centre is not None:
+            turned = (centre @ turn)[:, :, None]
+            keys, values = keys + turned[0], values + turned[1]
         part = partial_attention(query.float() @ turn, keys, values, params)
         return Partial(part.out @ turn.t(), part.lse)
 

@@ -21,7 +21,7 @@ MANIFEST_NAME = "manifest.json"
 STAGED_NAME = "manifest.json.tmp"
 FORMAT = "kvswap-store"
 VERSION = 1
-CODED_VERSION = 2  # records are coded: who does not know their codec must not read them
+CODED_VERSION = 3  # records are coded: who does not know their codec must not read them
 _HEAD = re.compile(rb'\{\n  "crc32c": "([0-9a-f]{8})",\n')
 
 

@@ -43,6 +43,7 @@ class DeviceSlotAttention:
         rolling: Tokens,
         newest: Tokens,
         params: AttentionParams,
+        centre: Tensor | None = None,
     ) -> Partial:
         """Attend to some slots, the rolling buffer and the new tokens.
 
