@@ -190,7 +190,7 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
     return named | {"reader": [reader.name for reader in args.reader]}
 
 
-_PLACES = ("kv_dir", "work", "results", "records", "threads", "keep_prefills")
+_PLACES = ("kv_dir", "work", "results", "records", "keep_prefills")
 
 
 def claims(args: argparse.Namespace, reports: Reports, share: str) -> None:

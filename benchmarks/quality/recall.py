@@ -6,8 +6,11 @@ that an index chooses with the real query, and what do the best groups of that n
 Documents of the tasks are read exactly and their questions answered exactly with the gold answer,
 so that all sides are given the same queries. Mass is that of the document's tokens, a mean over the
 tokens of questions and answers, over query heads and over layers. The oracle ranks groups by their
-true mass, summed over heads. Nothing is pinned and nothing is kept from step to step. The first
-index chooses with the query that is foreseen a layer earlier too, all layers but the first.
+true mass, summed over heads; indexes by the largest share that they expect any head to give.
+Nothing is pinned and nothing is kept from step to step. The first index is asked in two more ways:
+with the query that is foreseen a layer earlier, all layers but the first; and in the order that the
+engine reads in, in which heads that attend to more groups than are selected have less say. That
+order gives mass away, which those heads spread thinly, for what other heads look for.
 
 Usage::
 
@@ -69,6 +72,11 @@ class Candidate:
 def foreseen_label(label: str) -> str:
     """Return what an index is called where it is asked with queries that were foreseen."""
     return f"{label}, query foreseen"
+
+
+def read_label(label: str) -> str:
+    """Return what an index is called where groups are in the order that the engine reads in."""
+    return f"{label}, order of reading"
 
 
 class Masses:
@@ -138,10 +146,7 @@ def make_index(
     )
     if index.wants_queries:
         index.observe_queries(prefill.queries[layer_idx])
-    index.observe(keys)
-    if index.looks_twice:
-        index.observe_again(keys)
-    index.fit()
+    index.fit_to(lambda: [keys])
     index.encode(np.arange(groups), keys)
     return index
 
@@ -196,18 +201,20 @@ def measure_document(
                 *(each.split(1, 1) for each in queries[layer_idx]), strict=True
             ):
                 mass = true_mass(query, prefill.keys[layer_idx], size, scaling)
-                ranked = {
-                    name: reduce_heads(index.score_heads(query, groups, scaling=scaling))
+                scored = {
+                    name: index.score_heads(query, groups, scaling=scaling)
                     for name, index in indexes.items()
                 }
                 first = next(iter(indexes))
+                ranked = {name: reduce_heads(scores) for name, scores in scored.items()}
                 ranked[foreseen_label(first)] = reduce_heads(
                     indexes[first].score_heads(foreseen, groups, scaling=scaling)
                 )
-                for name, scores in {ORACLE: mass.sum(1), **ranked}.items():
-                    for share in SHARES:
-                        best = scores.topk(max(1, round(share * len(groups)))).indices
-                        held = float(mass[best].sum(0).mean())
+                for share in SHARES:
+                    count = max(1, round(share * len(groups)))
+                    ranked[read_label(first)] = reduce_heads(scored[first], count)
+                    for name, scores in {ORACLE: mass.sum(1), **ranked}.items():
+                        held = float(mass[scores.topk(count).indices].sum(0).mean())
                         masses.add(name, share, layer_idx, number, held)
 
 
@@ -261,11 +268,11 @@ class Measured:
             for name in (ORACLE, *self.labels)
         }
 
-    def gaps(self, share: float) -> list[float]:
-        """Return by document what the claimed index loses, a mean over layers."""
+    def gaps(self, share: float, label: str) -> list[float]:
+        """Return by document what an index loses, a mean over layers."""
         best, mine = (
             [self.masses.of(name, share, layer) for layer in range(self.num_layers)]
-            for name in (ORACLE, self.labels[0])
+            for name in (ORACLE, label)
         )
         return [
             statistics.fmean(most[at] - held[at] for most, held in zip(best, mine, strict=True))
@@ -294,7 +301,8 @@ def measure_reader(reader: Path, args: argparse.Namespace) -> Measured:
             measure_document(asking, document, number, chosen, masses, args)
             number += 1
             print(f"{reader.name}, {task}: document {number}", file=sys.stderr, flush=True)
-    labels = (*(each.label for each in chosen), foreseen_label(chosen[0].label))
+    first = chosen[0].label
+    labels = (*(each.label for each in chosen), foreseen_label(first), read_label(first))
     return Measured(labels, geometry.num_layers, number, masses)
 
 
@@ -308,7 +316,10 @@ def report(args: argparse.Namespace, share: float, found: dict[str, Measured]) -
             print(f"{reader}, {share:.0%} of the groups, {name}: {mean:.4f} ({shown})")
         if args.plot:
             plot(args.plot.with_stem(f"{args.plot.stem}_{reader}_{share * 100:.0f}pct"), lines)
-    gaps = {reader: measured.gaps(share) for reader, measured in found.items()}
+    gaps, gaps_read = (
+        {reader: each.gaps(share, label(each.labels[0])) for reader, each in found.items()}
+        for label in (str, read_label)
+    )
     Record(
         metric=f"recall_gap_{share * 100:.0f}pct",
         unit="share",
@@ -330,7 +341,7 @@ def report(args: argparse.Namespace, share: float, found: dict[str, Measured]) -
         seed=args.seed,
         device="none: nothing is read from a disk",
         cache_state="not used",
-        extra={"by_layer": by_layer, "gaps": gaps},
+        extra={"by_layer": by_layer, "gaps": gaps, "gaps_in_order_of_reading": gaps_read},
     ).append(args.results)
 
 

@@ -228,7 +228,7 @@ def test_recall(tmp_path, tmp_path_factory):
         assert_whole(record)
         assert -1e-6 <= record["value"] < 1
         means, index = record["extra"]["by_layer"]["llama"], record["config"]["index"]["llama"]
-        for name in (index, f"{index}, query foreseen"):
+        for name in (index, f"{index}, query foreseen", f"{index}, order of reading"):
             pairs = zip(means[name], means["oracle"], strict=True)
             assert all(share <= most + 1e-6 for share, most in pairs)
 

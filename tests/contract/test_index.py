@@ -56,14 +56,7 @@ def fitted(name: str, code: str, keys: Tensor, *, rank: int = DIM) -> KeyIndex:
 def fit(index: KeyIndex, keys: Tensor) -> None:
     if index.wants_queries:
         index.observe_queries(SOME_QUERIES)
-    observe(index, keys, tokens_at_once=len(keys))
-    index.fit()
-
-
-def observe(index: KeyIndex, keys: Tensor, *, tokens_at_once: int) -> None:
-    for look in (index.observe, index.observe_again)[: 1 + index.looks_twice]:
-        for part in keys.split(tokens_at_once):
-            look(part)
+    index.fit_to(lambda: [keys])
 
 
 def exact_scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -125,11 +118,27 @@ def test_observing_by_parts_is_observing_at_once(name, code):
     if parts.wants_queries:
         for some in SOME_QUERIES.split(37, dim=1):
             parts.observe_queries(some)
-    observe(parts, keys, tokens_at_once=37)
-    parts.fit()
+    parts.fit_to(lambda: keys.split(37))
     parts.encode(np.arange(GROUPS), keys)
     scores = [index.score(query, np.arange(GROUPS), scaling=0.25) for index in (whole, parts)]
     assert torch.corrcoef(torch.stack(scores))[0, 1] > 0.99
+
+
+@every_index
+def test_a_fit_that_was_broken_off_leaves_nothing_to_the_next(name, code):
+    keys, query, groups = some_keys(), torch.randn(HEADS, 1, HEAD_DIM), np.arange(GROUPS)
+    index = make(name, code, rank=few(name))
+
+    def broken_off() -> Iterator[Tensor]:
+        yield 50 * torch.randn(200, keys.shape[1])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index.fit_to(broken_off)
+    fit(index, keys)
+    index.encode(groups, keys)
+    expected = fitted(name, code, keys, rank=few(name)).score(query, groups, scaling=1.0)
+    torch.testing.assert_close(index.score(query, groups, scaling=1.0), expected)
 
 
 @every_index
@@ -294,7 +303,7 @@ def work_of(index: KeyIndex, keys: Tensor, query: Tensor) -> Iterator[tuple[str,
     groups = np.arange(len(keys) // SIZE)
     if index.wants_queries:
         yield "observe queries", lambda: index.observe_queries(query)
-    yield "observe and fit", lambda: (observe(index, keys, tokens_at_once=len(keys)), index.fit())
+    yield "observe and fit", lambda: index.fit_to(lambda: [keys])
     yield "encode", lambda: index.encode(groups, keys)
     yield "score", lambda: index.score(query, groups, scaling=1.0)
 

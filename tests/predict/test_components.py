@@ -32,10 +32,7 @@ def falling_keys(*, mean: float = 5.0) -> Tensor:
 
 def index_of(keys: Tensor, code: str, rank: int) -> LowRankIndex:
     index = LowRankIndex(GEOMETRY, group_size=1, num_groups=len(keys), rank=rank, code=code)
-    index.observe(keys)
-    if index.looks_twice:
-        index.observe_again(keys)
-    index.fit()
+    index.fit_to(lambda: [keys])
     index.encode(np.arange(len(keys)), keys)
     return index
 
@@ -178,7 +175,7 @@ def test_fitting_and_scoring_keep_to_their_workspace(rank):
         LowRankIndex.workspace_bytes(geometry, **settings),
     )
     for work in (
-        lambda: (index.observe(keys), index.observe_again(keys), index.fit()),
+        lambda: index.fit_to(lambda: [keys]),
         partial(index.encode, ids, keys),
         partial(index.score, query, ids, scaling=1.0),
         partial(index.score_heads, query, ids, scaling=1.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,16 +82,16 @@ class IndexFitter:
         session = self._session
         index, size = session.indexes[layer_idx], session.layout.group_size
         stride = max(1, len(groups) * size // _SAMPLE_TOKENS)
-        index.forget_keys()
-        looks = (index.observe, index.observe_again) if index.looks_twice else (index.observe,)
-        for look in looks:
-            for keys, _ in session.records.stream(layer_idx, groups[::stride]):
-                look(_flat(keys).to(index.device))
-        index.fit()
+
+        def stored_keys(of: np.ndarray) -> Iterator[torch.Tensor]:
+            for keys, _ in session.records.stream(layer_idx, of):
+                yield _flat(keys).to(index.device)
+
+        index.fit_to(lambda: stored_keys(groups[::stride]))
         place = 0
-        for keys, _ in session.records.stream(layer_idx, groups):
-            part = groups[place : place + keys.shape[1] // size]
-            index.encode(part, _flat(keys).to(index.device))
+        for keys in stored_keys(groups):
+            part = groups[place : place + len(keys) // size]
+            index.encode(part, keys)
             place += len(part)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,8 +25,8 @@ class KeyIndex(ABC):
     """What stays in memory for every group of one layer, only to estimate attention.
 
     Codes are kept by group id, so sequences that share groups share their codes. The life
-    of an index: `observe_queries` as they come in a prefill, `observe` some keys, `fit`,
-    `encode` every group, then `score`.
+    of an index: `observe_queries` as they come in a prefill, `fit_to` some keys, `encode` every
+    group, then `score`.
 
     Parameters
     ----------
@@ -185,6 +186,20 @@ class KeyIndex(ABC):
     @abstractmethod
     def fit(self) -> None:
         """Fit to all keys observed since the last fit."""
+
+    def fit_to(self, parts: Callable[[], Iterable[Tensor]]) -> None:
+        """Fit to some keys and nothing else, looking at them as often as it serves.
+
+        Parameters
+        ----------
+        parts : callable
+            Gives the keys anew at every call, in parts of [num_tokens, num_kv_heads * head_dim].
+        """
+        self.forget_keys()
+        for look in (self.observe, self.observe_again)[: 1 + self.looks_twice]:
+            for keys in parts():
+                look(keys)
+        self.fit()
 
     def set_basis(self, basis: Tensor) -> None:
         """Use a projection [num_kv_heads * head_dim, rank] made elsewhere instead of a fit.

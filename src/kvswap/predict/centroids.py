@@ -117,6 +117,10 @@ class CentroidsIndex(KeyIndex):
             self._sample = EvenSample(most, self._geometry.key_dim)
         self._sample.add(keys)
 
+    def forget_keys(self) -> None:
+        """Forget the sample."""
+        self._sample = None
+
     def fit(self) -> None:
         """Find the centroids of every part of every KV head."""
         if self._sample is None or not len(self._sample.rows):

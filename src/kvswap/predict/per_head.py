@@ -206,6 +206,10 @@ class FittedPerHeadIndex(PerHeadIndex):
             wide = block.float().unflatten(1, (heads, dim)).transpose(0, 1)
             self._covariances.baddbmm_(wide.mT, wide)
 
+    def forget_keys(self) -> None:
+        """Forget the covariances."""
+        self._covariances = None
+
     def fit(self) -> None:
         """Find each head's projection."""
         if self._covariances is None:

@@ -101,6 +101,10 @@ class ShadowKVIndex(KeyIndex):
         """Take keys into the decomposition."""
         self._landmarks.observe(keys)
 
+    def forget_keys(self) -> None:
+        """Let the decomposition begin anew."""
+        self._landmarks.forget_keys()
+
     def fit(self) -> None:
         """Decompose the keys observed."""
         self._landmarks.fit()
