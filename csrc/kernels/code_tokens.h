@@ -64,30 +64,32 @@ float round_to(const float* x, int64_t head_dim, int scale, float* codes) {
 }
 
 // Spells the scale: of each column that says another bit, the code moves by one that is the
-// nearest to its other neighbour.
+// nearest to its other neighbour. Columns are looked at side by side.
 template <class S, class T>
 void spell(const float* x, int64_t head_dim, int scale, float* codes) {
   constexpr int kParts = Elements<S, T>::kParts;
   const float inverse = 1 / kScales[static_cast<size_t>(scale)];
   const int64_t part = head_dim / kParts, words = spelling_words(part);
-  for (int64_t column = 0; column < 8; ++column) {
-    int odd = scale >> column & 1;
-    float least = std::numeric_limits<float>::infinity(), moved = 0;
-    int64_t at = 0;
-    for (int64_t i = column; i < 8 * words * kParts; i += 8) {
-      const int64_t place = i % (8 * words) + i / (8 * words) * part;
-      const float code = codes[place], miss = x[place] * inverse - Grid<T>::offset - code;
-      odd ^= static_cast<int>(code) & 1;
-      float step = miss > 0 ? 1.0f : -1.0f;
-      if (code + step < Grid<T>::least || code + step > Grid<T>::most) step = -step;
+  float least[8], moved[8];
+  int32_t at[8] = {}, sums[8] = {};
+  std::fill(least, least + 8, std::numeric_limits<float>::infinity());
+  for (int64_t word = 0; word < words * kParts; ++word) {
+    const int64_t first = word % words * 8 + word / words * part;
+    for (int i = 0; i < 8; ++i) {
+      const float code = codes[first + i], miss = x[first + i] * inverse - Grid<T>::offset - code;
+      const float near = miss > 0 ? 1.0f : -1.0f, next = code + near;
+      const bool is_beyond = next < Grid<T>::least || next > Grid<T>::most;
+      const float step = is_beyond ? -near : near;
       const float cost = 1 - 2 * step * miss;  // what it adds to the squared error
-      if (cost < least) {
-        least = cost;
-        moved = code + step;
-        at = place;
-      }
+      const bool is_less = cost < least[i];
+      least[i] = is_less ? cost : least[i];
+      moved[i] = is_less ? code + step : moved[i];
+      at[i] = is_less ? static_cast<int32_t>(first) + i : at[i];
+      sums[i] += static_cast<int32_t>(code);
     }
-    if (odd) codes[at] = moved;
+  }
+  for (int i = 0; i < 8; ++i) {
+    if ((sums[i] ^ scale >> i) & 1) codes[at[i]] = moved[i];
   }
 }
 
