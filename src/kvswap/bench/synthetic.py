@@ -220,7 +220,8 @@ def refile(
 ) -> None:
     """Store keys and values made elsewhere in an empty cache, and fit its index.
 
-    The same path as a prefill's: groups are packed, written and encoded by the session.
+    The same path as a prefill's: groups are packed, written and encoded by the session, and a
+    layer has as many tokens at once as a chunk of a prefill has.
 
     Parameters
     ----------
@@ -244,8 +245,12 @@ def refile(
             given.append(queries[layer_idx].to(session.device))
         params = AttentionParams(scaling=keys.shape[2] ** -0.5)
         for at, (own_keys, own_values, *seen) in session.heads.split(layer_idx, given):
-            session.layers[at].append(batch, [RowInput(own_keys, own_keys, own_values, None)])
-            batch.note_columns(at, None, num_tokens)
+            chunks = (
+                each.split(session.config.prefill_chunk, 1) for each in (own_keys, own_values)
+            )
+            for chunk, of_values in zip(*chunks, strict=True):
+                session.layers[at].append(batch, [RowInput(chunk, chunk, of_values, None)])
+                batch.note_columns(at, None, chunk.shape[1])
             for query in seen:
                 session.observe_queries(at, query)
                 session.warmer.window.keep(batch, at, 0, query, params)
