@@ -45,6 +45,8 @@ from kvswap.hf.geometry import fingerprint
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality.jsonl"
 FACTS = ("extraction",)
+TELLING = ("niah_multikey_3", "niah_multivalue", "vt", "extraction")
+"""Tasks on which methods differ most; a table of these alone is in every record."""
 
 Reports = Mapping[tuple[str, int], Report]
 """By the reader's name and seed."""
@@ -232,7 +234,11 @@ def claims(args: argparse.Namespace, reports: Reports, share: str) -> None:
 def table(args: argparse.Namespace, reports: Reports, share: str) -> None:
     """Print the table; where every method answered every task, append the record of it."""
     asked = {name: label(name, share) for name in names_of(args.methods)}
-    print(markdown(reports.values(), asked))
+    tables = {
+        "whole": markdown(reports.values(), asked),
+        "brief": markdown(reports.values(), asked, TELLING),
+    }
+    print(tables["whole"])
     whole = [
         name
         for name, labelled in sorted(asked.items())
@@ -248,9 +254,10 @@ def table(args: argparse.Namespace, reports: Reports, share: str) -> None:
         device=describe_device(args.kv_dir),
         cache_state="O_DIRECT where the file system allows it",
         extra={
+            "tables": tables,
             "reports": {
                 f"{name}, seed {seed}": report.to_dict() for (name, seed), report in reports.items()
-            }
+            },
         },
     ).append(args.results)
 

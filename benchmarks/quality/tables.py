@@ -26,7 +26,9 @@ class Cell:
         return asdict(self)
 
 
-def markdown(reports: Collection[Report], asked: Mapping[str, str]) -> str:
+def markdown(
+    reports: Collection[Report], asked: Mapping[str, str], shown: Collection[str] | None = None
+) -> str:
     """Return a table with a row for each method asked: means over readers and seeds.
 
     Parameters
@@ -34,8 +36,12 @@ def markdown(reports: Collection[Report], asked: Mapping[str, str]) -> str:
     reports : collection of Report
     asked : mapping of str to str
         What methods are called in the table, and in the reports.
+    shown : collection of str, optional
+        Tasks that have a column; default: all. The column of all tasks is of all in any case.
     """
     tasks = list(dict.fromkeys(task for report in reports for task in report.tasks))
+    if shown is not None:
+        tasks = [task for task in tasks if task in shown]
     head = ["method", *tasks, "all", "recall", "KV memory", "of full", "read a token", "tokens/s"]
     lines = [_row(head), _row(["---"] * len(head))]
     found = [each for report in reports for each in report.methods]

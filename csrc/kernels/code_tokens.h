@@ -18,53 +18,69 @@
 namespace kvswap {
 namespace {
 
-// Codes are whole numbers from `least` to `most`; a level is `offset` above its code, times
-// the scale.
+// Codes are whole numbers from `least` to `most`, each of which stands for a level, times the
+// scale.
 template <class T>
 struct Grid {
-  static constexpr float least = -128, most = 127, offset = 0;
+  static constexpr float least = -128, most = 127;
   static constexpr int first = -1, last = 1;  // scales tried, counted from the smallest that fits
   // What would serve best by what is known beforehand: the largest size, and the mean of
   // squares relative to it.
   static float scale(float top, float) { return top / 127; }
+  static float level(float code) { return code; }
+  // The codes nearest to numbers in scales, and their levels.
+  template <class S>
+  static typename S::Reg nearest(typename S::Reg x, typename S::Reg* levels) {
+    *levels = S::min(S::max(S::round(x), S::set1(least)), S::set1(most));
+    return *levels;
+  }
 };
 template <>
 struct Grid<Nibbles> {
-  static constexpr float least = -8, most = 7, offset = 0.5f;
-  static constexpr int first = -3, last = 3;
-  static float scale(float top, float mean) { return std::sqrt(mean) * 0.3352f * top; }
+  static constexpr float least = -8, most = 7;
+  static constexpr int first = -3, last = 1;
+  static float scale(float top, float mean) { return std::sqrt(mean) * top; }
+  static float level(float code) { return kLevels[static_cast<int>(code) + 8]; }
+  template <class S>
+  static typename S::Reg nearest(typename S::Reg x, typename S::Reg* levels) {
+    const auto size = S::max(x, S::sub(S::zero(), x));
+    auto steps = S::set1(0.5f), level = S::set1(kHalfLevels[0]);
+    for (int i = 1; i < 8; ++i) {
+      const float below = kHalfLevels[i - 1], above = kHalfLevels[i];
+      const auto reached = S::reaches(size, S::set1((below + above) / 2));
+      steps = S::add(steps, reached);
+      level = S::fma(reached, S::set1(above - below), level);
+    }
+    const auto sign = S::fma(S::reaches(x, S::zero()), S::set1(2), S::set1(-1));
+    *levels = S::mul(level, sign);
+    return S::fma(steps, sign, S::set1(-0.5f));
+  }
 };
-
-template <class S, class T>
-typename S::Reg nearest(typename S::Reg level) {
-  return S::min(S::max(S::round(level), S::set1(Grid<T>::least)), S::set1(Grid<T>::most));
-}
 
 // The codes that are nearest to numbers at some scale; returns the squared error in scales.
 template <class S, class T>
 float round_to(const float* x, int64_t head_dim, int scale, float* codes) {
   const float inverse = 1 / kScales[static_cast<size_t>(scale)];
-  float error = 0;
   auto errors = S::zero();
-  const auto factor = S::set1(inverse), down = S::set1(-Grid<T>::offset);
   int64_t i = 0;
   for (; i + S::kLanes <= head_dim; i += S::kLanes) {
-    const auto level = S::fma(S::load(x + i), factor, down);
-    const auto code = nearest<S, T>(level);
-    const auto miss = S::sub(code, level);
+    const auto wanted = S::mul(S::load(x + i), S::set1(inverse));
+    typename S::Reg levels;
+    S::store(codes + i, Grid<T>::template nearest<S>(wanted, &levels));
+    const auto miss = S::sub(levels, wanted);
     errors = S::fma(miss, miss, errors);
-    S::store(codes + i, code);
   }
+  float error = S::sum(errors);
   for (; i < head_dim; ++i) {
-    const float level = x[i] * inverse - Grid<T>::offset;
-    codes[i] = nearest<portable::Simd, T>(level);
-    error += (codes[i] - level) * (codes[i] - level);
+    float level;
+    codes[i] = Grid<T>::template nearest<portable::Simd>(x[i] * inverse, &level);
+    error += (level - x[i] * inverse) * (level - x[i] * inverse);
   }
-  return error + S::sum(errors);
+  return error;
 }
 
-// Spells the scale: of each column that says another bit, the code moves by one that is the
-// nearest to its other neighbour. Columns are looked at side by side.
+// Spells the scale: of each column that says another bit, the code moves by one whose other
+// neighbour is the nearest. Columns are looked at side by side.
 template <class S, class T>
 void spell(const float* x, int64_t head_dim, int scale, float* codes) {
   constexpr int kParts = Elements<S, T>::kParts;
@@ -76,14 +92,15 @@ void spell(const float* x, int64_t head_dim, int scale, float* codes) {
   for (int64_t word = 0; word < words * kParts; ++word) {
     const int64_t first = word % words * 8 + word / words * part;
     for (int i = 0; i < 8; ++i) {
-      const float code = codes[first + i], miss = x[first + i] * inverse - Grid<T>::offset - code;
-      const float near = miss > 0 ? 1.0f : -1.0f, next = code + near;
-      const bool is_beyond = next < Grid<T>::least || next > Grid<T>::most;
-      const float step = is_beyond ? -near : near;
-      const float cost = 1 - 2 * step * miss;  // what it adds to the squared error
+      const float code = codes[first + i], wanted = x[first + i] * inverse;
+      const float miss = wanted - Grid<T>::level(code), near = miss > 0 ? 1.0f : -1.0f;
+      const bool is_beyond = code + near < Grid<T>::least || code + near > Grid<T>::most;
+      const float next = is_beyond ? code - near : code + near;
+      const float missed = wanted - Grid<T>::level(next);
+      const float cost = missed * missed - miss * miss;
       const bool is_less = cost < least[i];
       least[i] = is_less ? cost : least[i];
-      moved[i] = is_less ? code + step : moved[i];
+      moved[i] = is_less ? next : moved[i];
       at[i] = is_less ? static_cast<int32_t>(first) + i : at[i];
       sums[i] += static_cast<int32_t>(code);
     }

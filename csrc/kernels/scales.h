@@ -13,7 +13,7 @@
 
 namespace kvswap {
 
-static constexpr uint32_t kScaleBase = 106;  // exponent of the first ones, as float32 has it
+static constexpr uint32_t kScaleBase = 108;  // exponent of the first ones, as float32 has it
 
 // Eight bits, five of them the exponent: 0 is 0, 255 is no number.
 static constexpr auto kScales = [] {

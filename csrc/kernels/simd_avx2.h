@@ -32,10 +32,14 @@ struct Simd {
   static void load(const Nibbles* p, Reg* low, Reg* high) {
     const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     const __m256i wide = _mm256_cvtepu8_epi32(codes);
-    const __m256i first = _mm256_and_si256(wide, _mm256_set1_epi32(15));
-    const __m256i second = _mm256_srli_epi32(wide, 4);
-    *low = _mm256_sub_ps(_mm256_cvtepi32_ps(first), set1(7.5f));
-    *high = _mm256_sub_ps(_mm256_cvtepi32_ps(second), set1(7.5f));
+    *low = levels(wide);
+    *high = levels(_mm256_srli_epi32(wide, 4));
+  }
+  // Of an index only the lowest three bits count; the fourth says in which half it is.
+  static Reg levels(__m256i codes) {
+    const Reg below = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kLevels), codes);
+    const Reg above = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kLevels + 8), codes);
+    return _mm256_blendv_ps(below, above, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
   }
   static void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
@@ -51,6 +55,9 @@ struct Simd {
     __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_add_ps(y, _mm_movehl_ps(y, y));
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+  }
+  static Reg reaches(Reg x, Reg least) {  // 1 or 0
+    return _mm256_and_ps(_mm256_cmp_ps(x, least, _CMP_GE_OQ), set1(1));
   }
   static int num_from(Reg x, Reg least) {
     return __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps(x, least, _CMP_GE_OQ)));

@@ -31,8 +31,7 @@ struct Simd {
   }
   // Levels are looked up; of an index only the lowest four bits count.
   static void load(const Nibbles* p, Reg* low, Reg* high) {
-    const Reg levels = _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f, 0.5f,
-                                      1.5f, 2.5f, 3.5f, 4.5f, 5.5f, 6.5f, 7.5f);
+    const Reg levels = _mm512_loadu_ps(kLevels);
     const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m512i wide = _mm512_cvtepu8_epi32(codes);
     *low = _mm512_permutexvar_ps(wide, levels);
@@ -49,6 +48,9 @@ struct Simd {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static float sum(Reg x) { return _mm512_reduce_add_ps(x); }
+  static Reg reaches(Reg x, Reg least) {  // 1 or 0
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_GE_OQ), set1(1));
+  }
   static int num_from(Reg x, Reg least) {
     return __builtin_popcount(_mm512_cmp_ps_mask(x, least, _CMP_GE_OQ));
   }

@@ -35,8 +35,16 @@ struct Simd {
   }
   static void load(const Nibbles* p, Reg* low, Reg* high) {
     const uint32x4_t wide = vmovl_u16(vget_low_u16(vmovl_u8(load_four(p))));
-    *low = vsubq_f32(vcvtq_f32_u32(vandq_u32(wide, vdupq_n_u32(15))), set1(7.5f));
-    *high = vsubq_f32(vcvtq_f32_u32(vshrq_n_u32(wide, 4)), set1(7.5f));
+    *low = levels(vandq_u32(wide, vdupq_n_u32(15)));
+    *high = levels(vshrq_n_u32(wide, 4));
+  }
+  // The four bytes of each level are looked up.
+  static Reg levels(uint32x4_t codes) {
+    const uint8_t* bytes = reinterpret_cast<const uint8_t*>(kLevels);
+    const uint8x16x4_t table = {
+        {vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
+    const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100), codes, vdupq_n_u32(0x04040404));
+    return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(at)));
   }
   static void store(float* p, Reg x) { vst1q_f32(p, x); }
   static Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
@@ -47,6 +55,9 @@ struct Simd {
   static Reg min(Reg a, Reg b) { return vminq_f32(a, b); }
   static Reg round(Reg x) { return vrndnq_f32(x); }
   static float sum(Reg x) { return vaddvq_f32(x); }
+  static Reg reaches(Reg x, Reg least) {  // 1 or 0
+    return vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(x, least), vreinterpretq_u32_f32(set1(1))));
+  }
   static int num_from(Reg x, Reg least) {
     return -vaddvq_s32(vreinterpretq_s32_u32(vcgeq_f32(x, least)));
   }

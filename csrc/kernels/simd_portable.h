@@ -31,8 +31,8 @@ struct Simd {
   static Reg load(const int8_t* p) { return *p; }
   // Four bits each, as levels -7.5 to 7.5.
   static void load(const Nibbles* p, Reg* low, Reg* high) {
-    *low = static_cast<float>(p->both & 15) - 7.5f;
-    *high = static_cast<float>(p->both >> 4) - 7.5f;
+    *low = kLevels[p->both & 15];
+    *high = kLevels[p->both >> 4];
   }
   static void store(float* p, Reg x) { *p = x; }
   static Reg add(Reg a, Reg b) { return a + b; }
@@ -43,6 +43,7 @@ struct Simd {
   static Reg min(Reg a, Reg b) { return a < b ? a : b; }
   static Reg round(Reg x) { return std::nearbyint(x); }  // of two nearest the even one
   static float sum(Reg x) { return x; }
+  static Reg reaches(Reg x, Reg least) { return x >= least; }
   static int num_from(Reg x, Reg least) { return x >= least; }
   static float largest(Reg x) { return x; }
   static Reg exp(Reg x) { return std::exp(x); }

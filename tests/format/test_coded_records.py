@@ -21,16 +21,16 @@ from tests.format.test_golden_bytes import MANIFEST, golden_manifest
 
 # Two tokens of one head, keys then values.
 GOLDEN = {
-    ("int8", 16): "d936ebe19019c1eb32daf1f5e801f100ff0e19aee23a552ae8294c45f9c11070"
-    "e324ece311097b0d21f4f6f5050d152a520d37f1dd0f16147505bdd6db15d3ae",
-    ("rot4", 16): "b55b66756089737668a9c9d2763b9dfaa66a777588989fa9fd883b5655984919",
-    ("rot4", 24): "ca848a993949974ddc4b95d94a86a3501a39ac5adb42a6a8a2c636259671aebe"
-    "555c987a67a82816865ab0c6777ba6a8",
-    ("rot4", 80): "85588a796759788c9963c96b659c59a75fac768669db56496897b7a7987b9d29"
-    "8b7847b79a598569771c7a40773777765896e4d64c99a8c37a866549a77a6b37"
-    "5869a74719505cbaa55765b70a597eeb8893349553594359bd3697aa89a43745"
-    "187f7968784a7a7b836ccc87c57b0a9995d818a95a9a8ac9c73948b68aa7dd87"
-    "77f366768be5f4618752cc687dbb857765c9d1074578a7ca54665a8a4486b746",
+    ("int8", 16): "d936ebe18f19c1eb32daf1f5e802f001ff0e19aee13a552ae8294c45f9c11070"
+    "e324ece3120a7b0d21f4f6f5050d1629520d37f1de1017147505bdd6db15d3ae",
+    ("rot4", 16): "c34d6665508a628568b9dad2763b9deba56b666589889fb8fd883c4644a94919",
+    ("rot4", 24): "da839b9a2939a83edd3ca4e93a7693612b39ac5adb43a6a8b2c537259662aead"
+    "555c987b67a81a15864bb0d5767ca6b8",
+    ("rot4", 80): "74488c795749798d9952d96c54ad49b74fbd75966aec35296896c7a6996c9e1a"
+    "8c7937c7ab49845a771d7b307726778648a6e3e63da9b8d27b75544ab78b5c27"
+    "4969a8371a405dcbb44765c70a5a7eec88b222a4423a314ace1597bb9ac32624"
+    "097f7a69693c7b6c826dde97d47c0aa9a3e908ba4c9b8bdad72938d68bb7ee97"
+    "77f266768ce4f3508741dd586ecd847654dae0073479b6db43553b9b3386c735",
 }
 each = pytest.mark.parametrize(("codec", "dim"), GOLDEN)
 
@@ -69,11 +69,12 @@ def by_the_document(record: bytes, codec: str, dim: int) -> np.ndarray:
         spelling = row[: min(len(row) // 8, 4) * 8].reshape(-1, 8)
         both = spelling if codec == "int8" else np.concatenate((spelling, spelling >> 4))
         number = sum(int((both[:, i] & 1).sum() & 1) << i for i in range(8))
-        scale = (1 + number % 8 / 8) * 2.0 ** (number // 8 - 21) if number else 0.0
+        scale = (1 + number % 8 / 8) * 2.0 ** (number // 8 - 19) if number else 0.0
         if codec == "int8":
             levels = row.view(np.int8).astype(float)
         else:
-            levels = np.concatenate((row & 15, row >> 4)) - 7.5
+            above = np.array([0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733])
+            levels = np.concatenate((-above[::-1], above))[np.concatenate((row & 15, row >> 4))]
         decoded.append((levels * scale) @ matrix * signs)
     return np.array(decoded)
 

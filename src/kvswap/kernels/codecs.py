@@ -2,9 +2,10 @@
 
 What all vectors of a head share is taken off (`kvswap.kernels.centres`). The rest is multiplied
 by a fixed orthogonal matrix that spreads each element over all of them, so that no outlier is
-left, and rounded to a uniform grid with one scale a token and head. The matrix is never undone a
-token: dot products do not change when both sides are turned, and a weighted sum of turned values
-is turned back once (`kvswap.kernels.slots`).
+left, and rounded to levels with one scale a token and head: evenly spaced ones in eight bits, those
+that are best for a Gaussian in four. The matrix is never undone a token: dot products do not change
+when both sides are turned, and a weighted sum of turned values is turned back once
+(`kvswap.kernels.slots`).
 
 The scale has eight bits, each of which one eighth of the codes spell together: it is one where an
 odd number of them is odd. A record has no bytes beside its codes and stays a power of two, where
@@ -15,7 +16,7 @@ References
 ----------
 QuaRot, https://arxiv.org/abs/2404.00456, and TurboQuant, https://arxiv.org/abs/2504.19874:
 randomised rotations of keys and values before rounding. J. Max, Quantizing for minimum
-distortion, IRE Trans. IT-6, 1960: the step of the four-bit grid. R. N. Bracewell, The Hartley
+distortion, IRE Trans. IT-6, 1960, table I: the sixteen levels. R. N. Bracewell, The Hartley
 transform, 1986: the matrix for lengths that are no power of two. R. Crandall, Some notes on
 steganography, 1998: bits in the parity of several numbers, of which the cheapest changes.
 
@@ -30,8 +31,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-
-from kvswap.kernels.coding import GAUSSIAN_STEP_4BIT
 
 CODEC_NUMBERS = {"raw": 0, "int8": 1, "rot4": 2}
 """As csrc/kernels/api.h numbers them."""
@@ -103,22 +102,27 @@ def _signs(head_dim: int) -> list[float]:
 # -- grids ----------------------------------------------------------------------------------
 
 
+LEVELS = torch.tensor([0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733])
+LEVELS = torch.cat((-LEVELS.flip(0), LEVELS))
+"""What the codes of ``rot4`` stand for, from the lowest to the highest, in scales."""
+
+_EDGES = (LEVELS[1:] + LEVELS[:-1]) / 2
+
+
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """Codes are whole numbers; a level is ``offset`` above its code, times the scale.
+    """Codes are whole numbers, each of which stands for a level, times the scale.
 
     Attributes
     ----------
     least, most : int
         Of the codes.
-    offset : float
     tried : range
         Scales that are tried, counted from the smallest that is as large as wanted.
     """
 
     least: int
     most: int
-    offset: float
     tried: range
 
     def wanted_scale(self, vectors: Tensor) -> Tensor:
@@ -127,28 +131,34 @@ class _Grid:
         if self.most == 127:
             return top / 127
         shape = vectors / top.clamp(min=1e-30)[..., None]  # squares stay numbers
-        return shape.square().mean(-1).sqrt() * GAUSSIAN_STEP_4BIT * top
+        return shape.square().mean(-1).sqrt() * top
 
-    def round(self, vectors: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the codes nearest to vectors, and what the levels are above them."""
-        levels = vectors / scales()[scale][..., None] - self.offset
-        codes = torch.round(levels).clamp_(self.least, self.most)
-        return codes, levels - codes
+    def level(self, codes: Tensor) -> Tensor:
+        """Return what codes stand for, in scales."""
+        return codes if self.most == 127 else LEVELS[codes.long() + 8]
 
-    def spell(self, codes: Tensor, missed: Tensor, scale: Tensor, columns: Tensor) -> None:
+    def nearest(self, wanted: Tensor) -> Tensor:
+        """Return the codes whose levels are nearest."""
+        if self.most == 127:
+            return torch.round(wanted).clamp_(self.least, self.most)
+        return torch.bucketize(wanted, _EDGES, right=True).float() - 8
+
+    def spell(self, codes: Tensor, wanted: Tensor, scale: Tensor, columns: Tensor) -> None:
         """Let codes spell the scale of that number, moving one of a column where need be."""
+        missed = wanted - self.level(codes)
         step = torch.where(missed > 0, 1.0, -1.0)
         beyond = (codes + step < self.least) | (codes + step > self.most)
-        step[beyond] *= -1
-        at = (1 - 2 * step * missed)[..., columns].argmin(-1)  # what it adds to the error
+        following = torch.where(beyond, codes - step, codes + step)
+        cost = (wanted - self.level(following)).square() - missed.square()
+        at = cost[..., columns].argmin(-1, keepdim=True)
+        places = columns.expand(*at.shape[:-1], -1).gather(-1, at)[..., 0]
         odd = codes[..., columns].remainder(2).sum(-1).remainder(2).to(scale.dtype)
         says_other = odd != (scale[..., None] >> torch.arange(8)) & 1
-        places = columns.expand(*at.shape, -1).gather(-1, at[..., None])[..., 0]
-        moved = codes.gather(-1, places) + step.gather(-1, places) * says_other
+        moved = torch.where(says_other, following.gather(-1, places), codes.gather(-1, places))
         codes.scatter_(-1, places, moved)
 
 
-_GRIDS = {"int8": _Grid(-128, 127, 0.0, range(-1, 2)), "rot4": _Grid(-8, 7, 0.5, range(-3, 4))}
+_GRIDS = {"int8": _Grid(-128, 127, range(-1, 2)), "rot4": _Grid(-8, 7, range(-3, 2))}
 
 
 @cache
@@ -169,7 +179,7 @@ def scales() -> Tensor:
     the last no number.
     """
     number = torch.arange(256)
-    values = torch.ldexp(1 + (number & 7) / 8, (number >> 3) - 21).float()
+    values = torch.ldexp(1 + (number & 7) / 8, (number >> 3) - 19).float()
     values[0], values[NO_NUMBER] = 0, float("nan")
     return values
 
@@ -204,14 +214,16 @@ def encode(vectors: Tensor, codec: str, centre: Tensor | None = None) -> Tensor:
     best = torch.zeros_like(fits)
     for shift in grid.tried:
         scale = (fits + shift).clamp(1, NO_NUMBER - 1)
-        _, missed = grid.round(turned, scale)
+        levels = turned / scales()[scale][..., None]
+        missed = levels - grid.level(grid.nearest(levels))
         found = missed.square().sum(-1) * (scales()[scale] / wanted).square()
         is_better = found < error
         error, best = torch.where(is_better, found, error), torch.where(is_better, scale, best)
     best[(fits >= NO_NUMBER) | ~turned.isfinite().all(-1)] = NO_NUMBER
     best[wanted < scales()[1] / 2] = 0
-    codes, missed = grid.round(turned, best)
-    grid.spell(codes, missed, best, spelling_columns(vectors.shape[-1], codec))
+    levels = turned / scales()[best][..., None]
+    codes = grid.nearest(levels)
+    grid.spell(codes, levels, best, spelling_columns(vectors.shape[-1], codec))
     codes[(best == 0) | (best == NO_NUMBER)] = 0
     codes[..., :8] += (best == NO_NUMBER)[..., None].float()
     return _as_bytes(codes.to(torch.int16), codec)
@@ -241,7 +253,7 @@ def decode_turned(codes: Tensor, codec: str) -> Tensor:
         numbers, levels = codes, codes.view(torch.int8).float()
     else:
         numbers = torch.cat((codes & 15, codes >> 4), -1)
-        levels = numbers.float().sub_(7.5)
+        levels = LEVELS[numbers.long()]
     columns = spelling_columns(levels.shape[-1], codec)
     bits = (numbers[..., columns] & 1).sum(-1) & 1
     scale = scales()[(bits << torch.arange(8)).sum(-1)]
