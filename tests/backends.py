@@ -52,6 +52,7 @@ class SteppedBackend:
         See `Fault`.
     """
 
+    name = "stepped"
     has_workers = False
 
     def __init__(self, *, is_late: bool = False, fault: Fault = no_fault) -> None:

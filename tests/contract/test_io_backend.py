@@ -572,10 +572,13 @@ def backend_of(directory: Path, **settings: Any) -> IOBackend:
 def test_a_backend_can_be_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in (("posix", PosixBackend), ("uring", UringBackend)):
         monkeypatch.setenv("KVSWAP_IO", name)
-        assert isinstance(backend_of(tmp_path), kind)
+        plain = backend_of(tmp_path)
+        assert isinstance(plain, kind)
+        assert plain.name == name
         paced = backend_of(tmp_path, device_model="nvme")
         assert isinstance(paced, PacedBackend)
         assert isinstance(paced._inner, kind)
+        assert paced.name == f"{name}, paced as nvme"
 
 
 def test_one_that_is_not_there_is_an_error_where_forced_and_said_once_where_not(

@@ -16,8 +16,6 @@ from kvswap.core.units import parse_bytes
 
 F = TypeVar("F", bound=Callable[..., object])
 
-_IN_MEMORY = ("tmpfs", "ramfs")
-
 
 def read_size(_: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """Return an option's size such as ``256MiB`` in bytes; a click callback."""
@@ -115,17 +113,10 @@ def scratch_directory() -> Path:
 
 def is_in_memory(directory: Path) -> bool:
     """Whether a directory's file system keeps files in memory, as far as can be told."""
-    try:
-        mounts = Path("/proc/self/mounts").read_text(errors="replace").splitlines()
-    except OSError:
-        return False
-    resolved, best, kind = directory.resolve(), Path("/"), ""
-    for mount in mounts:
-        _, point, type_, *_ = mount.split(" ")
-        path = Path(point.replace("\\040", " "))
-        if resolved.is_relative_to(path) and len(path.parts) >= len(best.parts):
-            best, kind = path, type_
-    return kind in _IN_MEMORY
+    from kvswap.core.device_facts import IN_MEMORY
+    from kvswap.storage.facts import file_system  # brings numpy, which no help needs
+
+    return file_system(directory)[0] in IN_MEMORY
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -232,10 +232,13 @@ class IOBackend(Protocol):
 
     Attributes
     ----------
+    name : str
+        For records of what was measured.
     has_workers : bool
         Whether work ends by itself; else it ends where somebody waits or asks.
     """
 
+    name: str
     has_workers: bool
 
     def submit(self, batch: Batch, on_done: Completion) -> Ticket:

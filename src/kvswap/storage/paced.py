@@ -61,6 +61,7 @@ class PacedBackend:
         make = PlainPacer if native is None else native.Pacer
         self._pacer = make(model.bytes_per_s, model.iops)
         self._inner, self.model = inner, model
+        self.name = f"{inner.name}, paced as {model.name}"
         self.has_workers = inner.has_workers
 
     def submit(self, batch: Batch, on_done: Completion) -> Ticket:

@@ -44,6 +44,7 @@ class PosixBackend:
     has: thread k takes every ``num_threads``-th transfer, in order.
     """
 
+    name = "posix"
     has_workers = True
 
     def __init__(

@@ -235,6 +235,11 @@ class BlockStore:
         return self._is_direct
 
     @property
+    def backend_name(self) -> str:
+        """Which backend moves the bytes."""
+        return self._backend.name
+
+    @property
     def table_bytes(self) -> int:
         """Bytes of memory that the checksum table and the gaps' scratch buffer take."""
         return self._checksums.nbytes + self._scratch.nbytes

@@ -49,6 +49,7 @@ class UringBackend:
     submitted only where this process waits, asks or submits again.
     """
 
+    name = "uring"
     has_workers = False
 
     def __init__(self, depth: int = DEPTH) -> None:
