@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kvswap.core.config import CacheConfig as CacheConfig
     from kvswap.core.config import StorageConfig as StorageConfig
     from kvswap.core.device_model import DeviceModel as DeviceModel
+    from kvswap.core.device_profile import DeviceProfile as DeviceProfile
     from kvswap.core.errors import KVSwapError as KVSwapError
     from kvswap.core.stats import CacheStats as CacheStats
     from kvswap.hf.attach import attach as attach
@@ -31,6 +32,7 @@ _HOMES = {
     "StorageConfig": "kvswap.core.config",
     "CacheStats": "kvswap.core.stats",
     "DeviceModel": "kvswap.core.device_model",
+    "DeviceProfile": "kvswap.core.device_profile",
     "KVSwapError": "kvswap.core.errors",
     "Selector": "kvswap.predict",
     "register_selector": "kvswap.predict",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
+from kvswap.core.checks import check_positive, check_text
 from kvswap.core.errors import ConfigError
 
 
@@ -36,17 +39,9 @@ class DeviceModel:
 
     def __post_init__(self) -> None:
         for field in ("bytes_per_s", "iops"):
-            value = getattr(self, field)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float))
-                or not math.isfinite(value)
-                or value <= 0
-            ):
-                raise ConfigError(f"{field} must be a positive number, got {value!r}")
+            check_positive(field, getattr(self, field))
         for field in ("name", "source"):
-            if not isinstance(getattr(self, field), str):
-                raise ConfigError(f"{field} must be a text, got {getattr(self, field)!r}")
+            check_text(field, getattr(self, field))
 
     def gap_bytes(self, record_bytes: int) -> int:
         """Return the largest gap between records that costs less to read than a request."""
@@ -93,3 +88,46 @@ def as_device_model(value: DeviceModel | str | dict[str, Any] | None) -> DeviceM
             raise ConfigError(f"device_model has unknown or missing fields: {error}") from error
     known = ", ".join(PRESETS)
     raise ConfigError(f"device_model must be a DeviceModel or one of {known}, got {value!r}")
+
+
+def fit_limits(bytes_per_s: Mapping[int, float]) -> tuple[float, float]:
+    """Fit a model's two limits to what a device gave at several request sizes.
+
+    Parameters
+    ----------
+    bytes_per_s : mapping of int to float
+        Rate by bytes of a request; of two sizes at least.
+
+    Returns
+    -------
+    bytes_per_s, iops : float
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer sizes.
+
+    Notes
+    -----
+    Small requests show the one limit, large ones the other. Each place to part them is tried;
+    each limit is the median of its side, so that one bad point moves neither far, and the pair
+    stays whose rates are nearest in the sum of the logarithms' distances. Where all sizes show
+    one limit the other is the bound that they give: nothing measured contradicts it.
+
+    References
+    ----------
+    KVSwap, https://arxiv.org/abs/2511.11907: what part of its bandwidth a device gives by the
+    size of requests. That curve bends and the model has a corner, near which it promises more than
+    its device gave.
+    """
+    sizes = sorted(bytes_per_s)
+    if len(sizes) < 2:
+        raise ConfigError(f"a device model needs rates of two sizes, got {len(sizes)}")
+    best, least = (0.0, 0.0), math.inf
+    for split in range(1, len(sizes)):
+        iops = median(bytes_per_s[size] / size for size in sizes[:split])
+        peak = median(bytes_per_s[size] for size in sizes[split:])
+        off = sum(abs(math.log(min(iops * size, peak) / bytes_per_s[size])) for size in sizes)
+        if off < least:
+            best, least = (peak, iops), off
+    return best
