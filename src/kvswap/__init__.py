@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvswap.storage.store import BlockStore as BlockStore
     from kvswap.tune.budgets import fit_budgets as fit_budgets
     from kvswap.tune.calibrate import calibrate as calibrate
+    from kvswap.tune.profile import profile_device as profile_device
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     "BlockStore": "kvswap.storage.store",
     "calibrate": "kvswap.tune.calibrate",
     "fit_budgets": "kvswap.tune.budgets",
+    "profile_device": "kvswap.tune.profile",
 }
 
 __all__ = sorted(_HOMES)

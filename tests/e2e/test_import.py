@@ -50,8 +50,9 @@ def test_settings_and_errors_need_no_torch():
     assert found == []
 
 
-def test_a_block_store_needs_no_torch():
-    _, found = imported("kvswap.BlockStore")
+@pytest.mark.parametrize("name", ["BlockStore", "profile_device"])
+def test_what_is_only_about_devices_needs_no_torch(name):
+    _, found = imported(f"kvswap.{name}")
     assert "torch" not in found
     assert "transformers" not in found
 
@@ -66,7 +67,7 @@ def test_public_names_are_those_of_the_architecture():
     promised = {
         "attach", "KVSwapCache", "CacheConfig", "StorageConfig", "CacheStats", "Selector",
         "register_selector", "selector_names", "register_index", "index_names", "BlockStore",
-        "calibrate", "DeviceModel", "KVSwapError",
+        "calibrate", "DeviceModel", "DeviceProfile", "profile_device", "KVSwapError",
     }  # fmt: skip
     assert promised <= set(kvswap.__all__)
 

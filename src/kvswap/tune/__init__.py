@@ -1,6 +1,1 @@
-"""Offline: fit and choose."""
-
-from kvswap.tune.budgets import fit_budgets
-from kvswap.tune.calibrate import calibrate
-
-__all__ = ["calibrate", "fit_budgets"]
+"""Offline: measure, fit and choose. Imports nothing: to measure a device takes no torch."""
