@@ -36,9 +36,10 @@ from kvswap.bench.evaluation.capture import capture
 from kvswap.bench.evaluation.in_memory import stock_cache
 from kvswap.bench.evaluation.plan import Plan
 from kvswap.bench.noting import QueryNotes, noting
+from kvswap.bench.plots import check_plot
 from kvswap.bench.prefill import StoredPrefill
 from kvswap.bench.reader import load_reader
-from kvswap.bench.recall_plot import check_plot, save_recall_plot
+from kvswap.bench.recall_plot import save_recall_plot
 from kvswap.bench.record import Record
 from kvswap.bench.tasks import Words
 from kvswap.core.config import CacheConfig, StorageConfig

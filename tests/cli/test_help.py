@@ -18,6 +18,7 @@ from tests.cli.processes import execute_python
         ["eval", "--help"],
         ["calibrate", "--help"],
         ["budgets", "--help"],
+        ["profile", "--help"],
         ["nonsense"],
         ["run", "--nonsense"],
     ],
@@ -34,12 +35,12 @@ def test_nothing_heavy_is_imported(arguments):
 def test_help_names_every_command(kvswap):
     result = kvswap("--help")
     assert (result.code, result.err) == (0, "")
-    for command in ("demo", "run", "eval", "calibrate", "budgets"):
+    for command in ("demo", "run", "eval", "calibrate", "budgets", "profile"):
         assert f"  {command} " in result.out
     assert kvswap() == result
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "eval", "calibrate", "budgets"])
+@pytest.mark.parametrize("command", ["demo", "run", "eval", "calibrate", "budgets", "profile"])
 def test_help_of_a_command_fits_a_terminal(kvswap, command):
     result = kvswap(command, "--help")
     assert result.code == 0

@@ -18,6 +18,7 @@ REPLACED = {
     # A budget below the tiny model's full cache, so that selection and reads are exercised.
     'kv_memory="256MiB"': 'kv_memory="16MiB"',
     'kv_memory="512MiB"': 'kv_memory="24MiB"',
+    'profile_device("kv")': 'profile_device("kv", seconds=1, file_bytes="16MiB")',
 }
 """Text of Python blocks, besides the model's name."""
 
@@ -27,11 +28,17 @@ OPTIONS = {
     "--max-new-tokens": "4",
     "--questions": "2",
     "--samples": "2",
+    "--seconds": "1",
+    "--size": "16MiB",
     "--tasks": "niah_single_1",
 }
-"""Values of the command's options; ``demo`` gets its sizes even where a document names none."""
+"""Values of the command's options."""
 
-DEMO_SIZES = ("--context", "--kv-memory", "--questions")
+SIZES = {
+    "demo": ("--context", "--kv-memory", "--questions"),
+    "profile": ("--seconds", "--size"),
+}
+"""Options that a command gets even where a document names none."""
 
 BOOK = "It was a wet spring, and the old bridge did not stand for long. " * 16
 """Text of ``book.txt``: more tokens than one step selects."""
@@ -64,7 +71,7 @@ def python(source: str, model: Path) -> str:
 def command(words: list[str], model: Path) -> list[str]:
     """Return the arguments of ``kvswap`` as they are run."""
     words = [str(model) if word == MODEL else word for word in words]
-    for option in DEMO_SIZES if words[:1] == ["demo"] else ():
+    for option in SIZES.get(words[0], ()):
         if option not in words:
             words += [option, ""]
     return [

@@ -5,29 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kvswap.core.errors import ConfigError
 from kvswap.core.stats import LayerRecall
-
-SUFFIXES = (".png", ".svg")
-
-
-def check_plot(path: Path) -> None:
-    """Say at once what would keep a plot from being written.
-
-    Raises
-    ------
-    ConfigError
-        If the file's name does not end as one of `SUFFIXES`, its folder is not there, or
-        matplotlib is missing.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"plot must be a file named {' or '.join(SUFFIXES)}, got {path.name}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"plot must lie in an existing directory, got {path}")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("plot needs matplotlib: pip install 'kvswap[plot]'") from error
 
 
 def save_recall_plot(path: Path, by_method: Mapping[str, Sequence[LayerRecall]]) -> None:
@@ -36,7 +14,7 @@ def save_recall_plot(path: Path, by_method: Mapping[str, Sequence[LayerRecall]])
     Parameters
     ----------
     path : Path
-        See `check_plot`.
+        See `kvswap.bench.plots.check_plot`.
     by_method : mapping of str to sequence of LayerRecall
     """
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The command ``kvswap``: demo, run, eval, calibrate.
+"""The command ``kvswap``: demo, run, eval, calibrate, budgets, profile.
 
 Nothing here imports torch, and only what was called imports anything else.
 """

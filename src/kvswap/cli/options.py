@@ -150,8 +150,8 @@ def check_plot(path: Path | None, *, recall: int) -> None:
     """
     if path is None:
         return
-    from kvswap.bench import recall_plot
+    from kvswap.bench import plots
 
     if not recall:
         raise ConfigError("--plot must come with --recall, which measures what it draws")
-    recall_plot.check_plot(path)
+    plots.check_plot(path)
