@@ -62,6 +62,7 @@ class H2O(EvictionMethod):
         check_share(recent_share=recent_share)
         self._recent_share, self._takes_mean = recent_share, takes_mean
         self.sees_question = sees_question
+        self._scored: tuple[StoredPrefill, list[Tensor]] | None = None  # the last document's
 
     @property
     def least_tokens(self) -> int:
@@ -73,8 +74,7 @@ class H2O(EvictionMethod):
     ) -> Kept:
         recent = min(budget_tokens - 1, round(budget_tokens * self._recent_share))
         kept = []
-        for layer_idx in range(prefill.num_layers):
-            scores = self._score(prefill, layer_idx)
+        for layer_idx, scores in enumerate(self._scores_of(prefill)):
             if later is not None:
                 scores = (
                     scores + question_mass(prefill, later, layer_idx) / later.num_question_tokens
@@ -83,6 +83,14 @@ class H2O(EvictionMethod):
             votes[:, prefill.num_tokens - recent :] = torch.inf
             kept.append(best(votes, budget_tokens))
         return tuple(kept)
+
+    def _scores_of(self, prefill: StoredPrefill) -> list[Tensor]:
+        """Return each layer's scores, which one question after the other adds to."""
+        if self._scored is not None and self._scored[0] is prefill:
+            return self._scored[1]
+        scores = [self._score(prefill, layer_idx) for layer_idx in range(prefill.num_layers)]
+        self._scored = (prefill, scores) if self.sees_question else None
+        return scores
 
     def _score(self, prefill: StoredPrefill, layer_idx: int) -> Tensor:
         keys, positions = prefill.keys[layer_idx], prefill.query_positions
