@@ -15,6 +15,7 @@ from kvswap.core.curves import Curve, height, rate
 from kvswap.core.device_facts import DeviceFacts
 from kvswap.core.device_model import DeviceModel, fit_limits
 from kvswap.core.errors import ConfigError
+from kvswap.core.files import whole_file
 from kvswap.core.profile_points import ProfilePoint, ProfileWarning
 
 PROFILE_NAME = "kvswap-profile.json"
@@ -212,15 +213,8 @@ class DeviceProfile:
         ConfigError
             If it cannot be written.
         """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.partial")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-            temporary.replace(target)
-        except OSError as error:
-            raise ConfigError(f"profile cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path, "profile") as file:
+            file.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DeviceProfile:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvswap.core.errors import ConfigError
+from kvswap.core.files import whole_file
 
 _FORMAT, _VERSION = "kvswap-budgets", 1
 
@@ -41,17 +42,10 @@ class LayerBudgets:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, by way of a temporary one beside it."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.partial")
         named = {"format": _FORMAT, "version": _VERSION} | asdict(self)
         named["num_layers"] = len(self.budget_tokens)
-        try:
-            temporary.write_text(json.dumps(named, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(target)
-        except OSError as error:
-            raise ConfigError(f"budgets cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path, "budgets") as file:
+            file.write_text(json.dumps(named, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerBudgets:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvswap.core.errors import ConfigError
+from kvswap.core.files import whole_file
 
 _FORMAT = "kvswap-projection"
 _OVERSAMPLING = 16
@@ -40,18 +40,10 @@ class Projection:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, by way of a temporary one beside it."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.partial")
         tensors = {f"layer.{i}": basis.contiguous() for i, basis in enumerate(self.bases)}
-        try:
-            save_file(
-                tensors, temporary, metadata={"format": _FORMAT, "fingerprint": self.fingerprint}
-            )
-            temporary.replace(target)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"projection cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        named = {"format": _FORMAT, "fingerprint": self.fingerprint}
+        with whole_file(path, "projection", SafetensorError) as file:
+            save_file(tensors, file, metadata=named)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Projection:
