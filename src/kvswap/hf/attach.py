@@ -109,10 +109,9 @@ def _with_projection(model: PreTrainedModel, shape: ModelShape, config: CacheCon
     kind = INDEXES.get(config.index)
     if not kind.takes_basis:
         raise ConfigError(f"projection must be left out for the {config.index} index")
-    code = config.code or kind.codes[0]
-    if code in kind.codes and not kind.takes_basis_with(code):
+    if config.code in kind.codes and not kind.takes_basis_with(config.code):
         raise ConfigError(
-            f"projection must be left out with the {code} code, got {config.projection!r}"
+            f"projection must be left out with the {config.code} code, got {config.projection!r}"
         )
     projection = Projection.load(config.projection)
     if projection.fingerprint != fingerprint(model):
