@@ -25,10 +25,8 @@ struct Nibbles {
   uint8_t both;
 };
 
-// What codes from 8 on stand for, and those below with the other sign: J. Max, Quantizing for
-// minimum distortion, IRE Trans. IT-6, 1960, table I. In all, from the lowest to the highest:
-static constexpr float kHalfLevels[8] = {0.1284f, 0.3881f, 0.6568f, 0.9424f,
-                                         1.256f,  1.618f,  2.069f,  2.733f};
+// What the codes stand for: J. Max, Quantizing for minimum distortion, IRE Trans. IT-6, 1960,
+// table I. Those from 8 on are the sizes of the others.
 static constexpr float kLevels[16] = {-2.733f,  -2.069f,  -1.618f, -1.256f, -0.9424f, -0.6568f,
                                       -0.3881f, -0.1284f, 0.1284f, 0.3881f, 0.6568f,  0.9424f,
                                       1.256f,   1.618f,   2.069f,  2.733f};

@@ -44,9 +44,9 @@ struct Grid<Nibbles> {
   template <class S>
   static typename S::Reg nearest(typename S::Reg x, typename S::Reg* levels) {
     const auto size = S::max(x, S::sub(S::zero(), x));
-    auto steps = S::set1(0.5f), level = S::set1(kHalfLevels[0]);
+    auto steps = S::set1(0.5f), level = S::set1(kLevels[8]);
     for (int i = 1; i < 8; ++i) {
-      const float below = kHalfLevels[i - 1], above = kHalfLevels[i];
+      const float below = kLevels[7 + i], above = kLevels[8 + i];
       const auto reached = S::reaches(size, S::set1((below + above) / 2));
       steps = S::add(steps, reached);
       level = S::fma(reached, S::set1(above - below), level);

@@ -193,10 +193,8 @@ class LayerCache:
     ) -> None:
         """Attend to selected groups, rolling buffer and new tokens."""
         session = self._session
-        queries, centre = (
-            [given.query for given in rows],
-            session.records.centres.of(self.layer_idx),
-        )
+        queries = [given.query for given in rows]
+        centre = session.records.centres.of(self.layer_idx)
         pending = session.selected(batch, self.layer_idx, queries, scaling=params.scaling)
         for turn, part in enumerate(session.prefetcher.rounds(pending)):
             for row, given in enumerate(rows):
