@@ -55,17 +55,22 @@ def device_facts(directory: Path, *, mounts: Path = MOUNTS, sysfs: Path = SYSFS)
 
 def file_system(directory: Path, *, mounts: Path = MOUNTS) -> tuple[str, str]:
     """Return the type of a directory's file system and what is mounted; empty where not known."""
-    try:
-        lines = mounts.read_text(errors="replace").splitlines()
-    except OSError:
-        return "", ""
     resolved, best, found = directory.resolve(), Path("/"), ("", "")
-    for line in lines:
-        source, point, kind, *_ = map(_unescaped, line.split(" "))
-        path = Path(point)
+    for source, path, kind in mounted(mounts):
         if resolved.is_relative_to(path) and len(path.parts) >= len(best.parts):
             best, found = path, (kind, source)
     return found
+
+
+def mounted(mounts: Path = MOUNTS) -> Iterator[tuple[str, Path, str]]:
+    """Yield source, place and type of all that is mounted, in order; none where not known."""
+    try:
+        lines = mounts.read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        source, point, kind, *_ = map(_unescaped, line.split(" "))
+        yield source, Path(point), kind
 
 
 def _unescaped(text: str) -> str:
