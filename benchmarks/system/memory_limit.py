@@ -114,7 +114,7 @@ def measure(side: str, args: argparse.Namespace) -> dict[str, Any]:
     command += ["--seed", str(args.seed), "--kv-dir", str(args.kv_dir)]
     command += ["--layers", str(args.layers)] if args.layers else []
     ended: dict[str, Any] = {"side": side, "reached_tokens": 0}
-    with memory_group("kvswap-bench") as group:
+    with memory_group("bench") as group:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
