@@ -14,6 +14,7 @@ import torch
 
 from kvswap.kernels.native import has_triton
 from kvswap.storage.uring import uring_error
+from tests.labs import need_lab
 
 pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,6 +190,21 @@ def test_memory_limit(tmp_path):
     )  # fmt: skip
     assert_whole(record)
     assert record["extra"]["kvswap"]["finished"]
+
+
+@pytest.mark.root
+@pytest.mark.skipif(uring_error() is not None, reason=f"{uring_error()}")
+def test_fidelity(tmp_path):
+    need_lab()
+    records = run("lab/fidelity.py", tmp_path, "--quick", "--fast-dir", str(tmp_path))
+    assert [record["metric"] for record in records] == [
+        "paced_fidelity_error_swarm",
+        "paced_fidelity_error",
+        "drives_at_once_error",
+    ]
+    for record in records:
+        assert_whole(record)
+    assert set(records[0]["extra"]["bytes_per_s"]) == {"paced", "kernel"}
 
 
 def test_reader_quality(tmp_path):

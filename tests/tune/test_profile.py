@@ -125,7 +125,7 @@ def test_the_file_is_a_quarter_of_what_is_free_or_less(tmp_path, monkeypatch, em
 @pytest.mark.parametrize(("free", "asked"), [(64 * MIB - 1, None), (8 << 30, "3GiB"), (0, "16MiB")])
 def test_without_room_it_is_refused_before_anything_is_written(tmp_path, monkeypatch, free, asked):
     use_facts(monkeypatch, free_bytes=free)
-    monkeypatch.setattr(profile_module, "_make_store", None)
+    monkeypatch.setattr(profile_module, "make_store", None)
     with pytest.raises(StoreFullError, match="a quarter of the free space") as refused:
         profiled(tmp_path, file_bytes=asked)
     assert refused.value.have_bytes == free // 4

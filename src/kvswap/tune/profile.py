@@ -102,7 +102,7 @@ def profile_device(
     facts = device_facts(path)
     length = _file_bytes(path, facts, file_bytes)
     date, begun = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), _clock()
-    with _make_store(storage) as store:
+    with make_store(storage) as store:
         store.reserve(0, length)
         measuring = _Measuring(store, on_progress)
         measuring.fill(length, until=begun + seconds / _FILL_PARTS)
@@ -225,7 +225,7 @@ def _file_bytes(path: Path, facts: DeviceFacts, asked: int | str | None) -> int:
     return length
 
 
-def _make_store(storage: StorageConfig) -> BlockStore:
+def make_store(storage: StorageConfig) -> BlockStore:
     """Make an empty store of short records; that it is not direct is for the profile to say."""
     geometry = KVGeometry(
         num_layers=1, num_heads=1, num_kv_heads=1, head_dim=RECORD_BYTES // 16, dtype="float16"
