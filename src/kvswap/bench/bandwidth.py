@@ -1,4 +1,4 @@
-"""A device kept busy: requests of one size, the next ones submitted before these are there."""
+"""A device kept busy: requests of one size, and always enough of them submitted."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from kvswap.core.config import StorageConfig
 from kvswap.core.device_model import DeviceModel
 from kvswap.storage import BlockStore, Extents
 from kvswap.storage.base import Ticket
+from kvswap.storage.uring import DEPTH as MOST_IN_KERNEL
 from kvswap.tune.probe import BATCH_BYTES, FILL, RECORD_BYTES, Probe, Trial
 from kvswap.tune.profile import make_store
 
-_IN_FLIGHT = 2  # batches: as when the next layer's groups are read while this one's are waited for
-_MOST = BATCH_BYTES // _IN_FLIGHT
+DEPTH = 16
+"""Requests of a batch."""
+
+IN_FLIGHT = MOST_IN_KERNEL // DEPTH
+"""Batches: as many requests as the engine gives to the kernel, so that a moment in which this
+process does not run, as on a busy machine, leaves no device idle."""
+
+_MOST = BATCH_BYTES // IN_FLIGHT
 
 
 class Stream:
@@ -77,13 +84,13 @@ class _BusyProbe(Probe):
 
     def busy(self, trial: Trial, *, seconds: float) -> float:
         """Return bytes a second; nothing is left out of the time."""
-        assert trial.batch_bytes <= min(_MOST, self.file_bytes // (2 * _IN_FLIGHT))
+        assert trial.batch_bytes <= min(_MOST, self.file_bytes // (2 * IN_FLIGHT))
         before, in_flight = self._requests(trial), deque[Ticket]()
         begun = self._clock()
         for number, ids in enumerate(self._batches(trial)):
-            first = number % _IN_FLIGHT * (_MOST // RECORD_BYTES)
+            first = number % IN_FLIGHT * (_MOST // RECORD_BYTES)
             in_flight.append(self._submit(ids, first, is_write=trial.is_write))
-            if len(in_flight) == _IN_FLIGHT:
+            if len(in_flight) == IN_FLIGHT:
                 in_flight.popleft().wait()
             if self._clock() - begun >= seconds:
                 break
@@ -102,5 +109,5 @@ class _BusyProbe(Probe):
 
 
 def least_file_bytes(trial: Trial) -> int:
-    """Return the length of a file that such requests need."""
-    return max(FILL.batch_bytes, 2 * _IN_FLIGHT * trial.batch_bytes)
+    """Return the length of the file that such requests need: each place is idle for a while."""
+    return max(FILL.batch_bytes, 2 * IN_FLIGHT * trial.batch_bytes)
