@@ -109,6 +109,11 @@ class Reader:
             assert extras <= set(known), f"{self.place}: no extra {extras - set(known)}"
 
     def _sh_python(self, words: list[str]) -> None:
+        if words[0] == "-m":
+            words = [f"{words[1].replace('.', '/')}/__main__.py", *words[2:]]
+        if "--" in words:  # another command, to be run by this one
+            words, within = words[: words.index("--")], words[words.index("--") + 1 :]
+            getattr(self, f"_sh_{within[0]}")(within[1:])
         script = ROOT / words[0]
         assert script.is_file(), f"{self.place}: no {words[0]}"
         asked = {word.partition("=")[0] for word in words if word.startswith("--")}
