@@ -18,6 +18,7 @@ import numpy as np
 from transformers import DynamicCache
 
 import kvswap
+from kvswap.bench.lab import FAST_DIR, LOCAL_BYTES_PER_S
 from kvswap.bench.record import Record, describe_device
 from kvswap.bench.replay import replay_config
 from kvswap.bench.requests import ReadLog, least_seconds
@@ -40,7 +41,6 @@ from kvswap.core.device_model import PRESETS
 from kvswap.hf.geometry import read_shape
 
 HERE = Path(__file__).resolve().parents[1]
-LOCAL_BYTES_PER_S = 1e9  # a model that is faster needs its store in memory
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=device_models(),
     )  # fmt: skip
     parser.add_argument(
-        "--fast-dir", type=Path, default=Path("/dev/shm"),
+        "--fast-dir", type=Path, default=FAST_DIR,
         help="for device models faster than the local disk",
     )  # fmt: skip
     add_selection(parser, str(HERE / "traces" / "reader_32k.npz"))
