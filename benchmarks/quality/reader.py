@@ -29,8 +29,8 @@ from kvswap.bench.questions import (
 )
 from kvswap.bench.reader import KINDS, READER_DIRECTORY, load_reader, make_document
 from kvswap.bench.record import Record, describe_device
-from kvswap.bench.synthetic import refile
 from kvswap.core.units import format_bytes
+from kvswap.tune.synthetic import refile
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "reader_quality.jsonl"
 

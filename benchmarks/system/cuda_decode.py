@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 import kvswap
 from kvswap.bench.record import Record, describe_device
-from kvswap.bench.replay import register_replay
+from kvswap.bench.replay import replay_selector
 from kvswap.bench.script import (
     add_options,
     add_selection,
@@ -30,10 +30,11 @@ from kvswap.bench.script import (
     store_directory,
 )
 from kvswap.bench.stepping import Side, alternate, describe, fill_stock, ratios, stepper
-from kvswap.bench.synthetic import SHAPES, random_model, refile, synthetic_context
+from kvswap.bench.synthetic import SHAPES, random_model
 from kvswap.core.units import format_bytes
 from kvswap.hf.geometry import read_shape
 from kvswap.kernels.native import TRITON, asked_for, is_interpreting, kernel_name
+from kvswap.tune.synthetic import refile, synthetic_context
 
 HERE = Path(__file__).resolve().parents[1]
 WARM_TURNS = 3
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace, directory: Path, context: int, device: str) ->
         kv_memory=int(full_bytes * args.share),
         max_context=room,
         budget_tokens=args.budget_tokens,
-        selector=register_replay(
+        selector=replay_selector(
             model, source=args.selection, foresees=args.foresees, seed=args.seed
         ),
         storage=kvswap.StorageConfig(directories=[directory]),

@@ -35,9 +35,10 @@ from kvswap.bench.script import (
     store_directory,
 )
 from kvswap.bench.stepping import Side, alternate, describe, fill_stock, ratios, stepper
-from kvswap.bench.synthetic import SHAPES, fill, random_model, synthetic_context
+from kvswap.bench.synthetic import SHAPES, fill, random_model
 from kvswap.core.units import format_bytes
 from kvswap.hf.geometry import read_shape
+from kvswap.tune.synthetic import synthetic_context
 
 HERE = Path(__file__).resolve().parents[1]
 WARM_TURNS = 3

@@ -36,9 +36,10 @@ from kvswap.bench.script import (
     store_directory,
 )
 from kvswap.bench.stepping import Context, Side, alternate, describe, hold_everything, stepper
-from kvswap.bench.synthetic import random_model, refile, synthetic_context
+from kvswap.bench.synthetic import random_model
 from kvswap.core.device_model import PRESETS
 from kvswap.hf.geometry import read_shape
+from kvswap.tune.synthetic import refile, synthetic_context
 
 HERE = Path(__file__).resolve().parents[1]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import kvswap
 from kvswap.bench.record import Record, describe_device
-from kvswap.bench.replay import register_replay
+from kvswap.bench.replay import replay_selector
 from kvswap.bench.script import (
     add_options,
     add_selection,
@@ -26,17 +26,11 @@ from kvswap.bench.script import (
     store_directory,
 )
 from kvswap.bench.stepping import Side, alternate, describe, ratios, stepper
-from kvswap.bench.synthetic import (
-    SHAPES,
-    WHITE,
-    KeyModel,
-    random_model,
-    refile,
-    synthetic_context,
-)
+from kvswap.bench.synthetic import SHAPES, random_model
 from kvswap.bench.traces import Trace
 from kvswap.core.units import parse_bytes
 from kvswap.hf.geometry import read_shape
+from kvswap.tune.synthetic import WHITE, refile, synthetic_context
 
 HERE = Path(__file__).resolve().parents[1]
 TRACE = HERE / "traces" / "reader_32k.npz"
@@ -80,7 +74,7 @@ def run(args: argparse.Namespace, keys: str) -> Record:
     longest = max(args.contexts) + 1024
     model = random_model(args.shape, num_layers=args.layers, max_positions=longest, seed=args.seed)
     geometry = read_shape(model).geometry
-    like = KeyModel.of(Trace.load(TRACE)) if keys == "reader" else WHITE
+    like = Trace.load(TRACE).keys if keys == "reader" else WHITE
     fill_s, caches = {}, {}
     with ExitStack() as stack:
         directory = stack.enter_context(store_directory(args.kv_dir))
@@ -91,7 +85,7 @@ def run(args: argparse.Namespace, keys: str) -> Record:
                 kv_memory=parse_bytes(args.kv_memory) if args.kv_memory else asked,
                 max_context=context + 1024,
                 budget_tokens=args.budget_tokens or None,
-                selector=register_replay(
+                selector=replay_selector(
                     model, source=args.selection, foresees=args.foresees, seed=args.seed
                 ),
                 storage=kvswap.StorageConfig(directories=[directory]),

@@ -20,9 +20,9 @@ from transformers import DynamicCache
 import kvswap
 from kvswap.bench.questions import Reading, full_kv_bytes, longest_context
 from kvswap.bench.reader import READER_DIRECTORY, Document, load_reader, make_document
-from kvswap.bench.synthetic import refile
 from kvswap.bench.traces import AlwaysForesight, Trace, collect, key_spectrum, recording
 from kvswap.predict import register_selector
+from kvswap.tune.synthetic import refile
 
 TRACE = Path(__file__).resolve().parents[1] / "traces" / "reader_32k.npz"
 

@@ -10,9 +10,9 @@ import kvswap
 from kvswap.bench.evaluation.capture import capture, kept_positions
 from kvswap.bench.evaluation.in_memory import stock_cache
 from kvswap.bench.evaluation.storing import load_prefill, save_prefill
-from kvswap.bench.synthetic import refile
 from kvswap.cache.session import CacheSession
 from kvswap.core.errors import ConfigError, UnsupportedModelError
+from kvswap.tune.synthetic import refile
 from tests.families import make_model
 
 IDS = torch.randint(3, 97, (1, 300), generator=torch.Generator().manual_seed(5))

@@ -9,13 +9,21 @@ import pytest
 import torch
 
 import kvswap
-from kvswap.bench.replay import StatedReuseSelector, TraceSelector, register_replay
+from kvswap.bench.replay import TraceSelector, replay_selector
 from kvswap.bench.requests import ReadLog, least_seconds
-from kvswap.bench.synthetic import WHITE, KeyModel, fill, random_model, synthetic_layer
+from kvswap.bench.synthetic import fill, random_model
 from kvswap.bench.traces import Trace, key_spectrum
 from kvswap.core.device_model import PRESETS
 from kvswap.core.geometry import KVGeometry
 from kvswap.predict import SELECTORS
+from kvswap.tune.replay import StatedReuseSelector
+from kvswap.tune.synthetic import (
+    WHITE,
+    KeyModel,
+    refile,
+    synthetic_context,
+    synthetic_layer,
+)
 from tests.caches import SMALL, config_for
 
 PINNED = np.array([0, 98, 99])
@@ -112,7 +120,7 @@ def test_stated_reuse_foresees_nothing_and_keeps_its_rate():
 @pytest.mark.parametrize("head_groups", [1, 2])
 def test_estimated_and_real_queries_are_told_apart_in_a_model(head_groups, tmp_path):
     model = random_model("toy", num_layers=3, seed=0)
-    name = register_replay(model, source="0.5", seed=0, head_groups=head_groups)
+    name = replay_selector(model, source="0.5", seed=0, head_groups=head_groups)
     asked: list[tuple[int, int]] = []
     kind = SELECTORS.get(name)
     original = kind.select
@@ -155,3 +163,28 @@ def test_synthetic_keys_have_the_spectrum_and_drift_asked_for(drift):
         assert energy[0] / energy[-1] == pytest.approx(8, rel=0.4)
     white, _ = synthetic_layer(geometry, 0, 20000, seed=0, like=WHITE)
     assert key_spectrum(white)[0].max() < 1.3 / 32
+
+
+def test_rows_of_a_batch_keep_the_rate_each_by_itself():
+    made, watch = selector(StatedReuseSelector, reuse_rate=0.5, seed=0, num_rows=3)
+    steps = [[ask(made, watch, 1, 1, budget=43) for _ in range(3)] for _ in range(2)]
+    early = [ask(made, watch, 0, 1, budget=43) for _ in range(3)]
+    assert early == steps[1]
+    free = [[set(row) - set(PINNED.tolist()) for row in step] for step in steps]
+    assert [len(now & then) for now, then in zip(*free, strict=True)] == [20] * 3
+    assert free[0][0] != free[0][1] != free[0][2]
+
+
+def test_a_context_is_stored_for_each_row_of_a_batch(tmp_path):
+    model = random_model("toy", num_layers=2, seed=0)
+    name = replay_selector(model, source="0.5", num_rows=3)
+    config = config_for(tmp_path, max_context=600, max_batch=3, **{**SMALL, "selector": name})
+    with kvswap.attach(model, config) as cache, torch.no_grad():
+        geometry = cache.session.geometry
+        refile(cache, synthetic_context(geometry, 512, seed=0), 512, batch_size=3)
+        layout = cache.session.layout
+        records = 3 * 512 // layout.group_size * geometry.num_layers
+        assert cache.stats().io.bytes_written == records * layout.record_bytes
+        model(input_ids=torch.tensor([[5]] * 3), past_key_values=cache)
+        assert cache.seq_len == 513
+        assert cache.stats().decode_tokens == 3

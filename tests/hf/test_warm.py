@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import kvswap
-from kvswap.bench.synthetic import refile, synthetic_context
 from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.hf.geometry import read_shape
+from kvswap.tune.synthetic import refile, synthetic_context
 from tests.backends import FailingOnce, SteppedBackend, use_backend
 from tests.caches import FEWEST_SLOTS, SMALL, config_for, greedy, step, stock_cache
 from tests.e2e.test_interrupts import interrupted, lines_of, points

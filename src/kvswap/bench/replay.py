@@ -1,137 +1,19 @@
-"""Selections that follow a trace or a stated reuse rate, for timing models with random weights.
-
-Scoring and top-k run as always; only their result is replaced, so that what is read and what
-is found in memory are those of a trained model.
-"""
+"""Selections that follow a recorded trace, and how a script says what is replayed."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvswap.bench.traces import LayerWatch, Trace
+from kvswap.bench.traces import Trace
 from kvswap.core.config import CacheConfig, StorageConfig
 from kvswap.core.errors import ConfigError
 from kvswap.hf.geometry import read_shape
-from kvswap.predict import register_selector
-from kvswap.predict.topk import TopKSelector
-
-_NUMBER = itertools.count()
-_STEPS = 256  # of a stated rate, walked there and back
-
-
-class ReplaySelector(TopKSelector):
-    """Base: tells a layer's calls apart and asks `replay` or `foretell` for the selection.
-
-    A layer may be asked twice a step: for its estimated query while the layer before it is
-    at work, then for its real one within itself; a prediction that does not pay is left out.
-    Which of both a call is follows from the layer at work.
-
-    What is replayed is laid out beforehand, apart from pinned groups, so that a step pays for
-    its own selection and for little more.
-    """
-
-    num_layers: int
-    """Of the cache: each head group of a model's layer is one."""
-    head_groups: int = 1
-    watch: LayerWatch
-    foresees: bool
-    """Prediction is right; else it is what `foretell` says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._steps = [0] * self.num_layers
-        self._foretold: dict[int, np.ndarray] = {}
-        self._last: dict[int, np.ndarray] = {}
-        self._laid_out_for = (0, 0)
-
-    def select(
-        self, scores: Tensor, *, layer_idx: int, budget_groups: int, pinned: np.ndarray
-    ) -> np.ndarray:
-        """Select as always, then replace the result; see `Selector.select`."""
-        super().select(scores, layer_idx=layer_idx, budget_groups=budget_groups, pinned=pinned)
-        self._lay_out_if_needed(len(scores), max(0, budget_groups - len(pinned)), pinned)
-        return np.sort(np.concatenate((pinned, self._chosen(layer_idx))))
-
-    def _chosen(self, layer_idx: int) -> np.ndarray:
-        """Return what this call selects besides what is pinned."""
-        is_real = layer_idx // self.head_groups == self.watch.layer_idx
-        if not is_real and layer_idx in self._foretold:  # the real query was never asked for
-            self._steps[layer_idx] += 1
-            self._foretold.pop(layer_idx)
-        step = self._steps[layer_idx]
-        if not is_real:
-            early = self.replay if self.foresees else self.foretell
-            self._foretold[layer_idx] = chosen = early(layer_idx, step)
-            return chosen
-        foretold = self._foretold.pop(layer_idx, None)
-        chosen = self.replay(layer_idx, step) if not self.foresees or foretold is None else foretold
-        self._last[layer_idx] = chosen
-        self._steps[layer_idx] += 1
-        return chosen
-
-    def _lay_out_if_needed(self, num_groups: int, free: int, pinned: np.ndarray) -> None:
-        """Lay out for as many groups; a context may grow by an eighth before it is done anew."""
-        known, was_free = self._laid_out_for
-        if was_free != free or not known <= num_groups <= known + known // 8:
-            is_free = np.ones(num_groups, bool)
-            is_free[pinned] = False
-            self.lay_out(is_free, free)
-            self._last.clear()
-            self._laid_out_for = (num_groups, free)
-
-    def lay_out(self, is_free: np.ndarray, count: int) -> None:
-        """Prepare selections of so many groups out of those that are not pinned.
-
-        Parameters
-        ----------
-        is_free : ndarray [num_groups], bool
-        count : int
-        """
-        raise NotImplementedError
-
-    def replay(self, layer_idx: int, step: int) -> np.ndarray:
-        """Return the positions that the real query selects, pinned ones left out."""
-        raise NotImplementedError
-
-    def foretell(self, layer_idx: int, step: int) -> np.ndarray:
-        """Return those of the estimated one: by default last step's, as if nothing was foreseen."""
-        return self._last.get(layer_idx, np.empty(0, np.int64))
-
-
-class StatedReuseSelector(ReplaySelector):
-    """Keeps a stated share of a layer's last selection and draws the rest at random."""
-
-    reuse_rate: float
-    seed: int
-
-    def lay_out(self, is_free: np.ndarray, count: int) -> None:
-        """Draw a walk: each step keeps ``reuse_rate`` of the one before."""
-        random = np.random.default_rng(self.seed)
-        places = np.flatnonzero(is_free)
-        count = min(count, len(places))
-        # What is let go is not drawn again at once, where there is enough to draw from.
-        renewed = min(count - round(count * self.reuse_rate), len(places) - count)
-        within = random.choice(len(places), count, replace=False)
-        self._walk = [np.sort(places[within])]
-        for _ in range(_STEPS - 1):
-            is_in = np.zeros(len(places), bool)
-            is_in[within] = True
-            coming = random.choice(np.flatnonzero(~is_in), renewed, replace=False)
-            kept = random.choice(within, count - renewed, replace=False)
-            within = np.concatenate((kept, coming))
-            self._walk.append(np.sort(places[within]))
-
-    def replay(self, layer_idx: int, step: int) -> np.ndarray:
-        """Walk on; layers are at different places of the same walk."""
-        at = (step + 17 * layer_idx) % (2 * _STEPS - 2)
-        return self._walk[min(at, 2 * _STEPS - 2 - at)]
+from kvswap.tune.replay import ReplaySelector, StatedReuseSelector, register_replay
 
 
 class TraceSelector(ReplaySelector):
@@ -157,10 +39,9 @@ class TraceSelector(ReplaySelector):
         """Return what was recorded."""
         return self._real[self._source(layer_idx, step)]
 
-    def foretell(self, layer_idx: int, step: int) -> np.ndarray:
-        """Return what the estimated query selected; last step's selection where none was made."""
-        recorded = self._early.get(self._source(layer_idx, step))
-        return super().foretell(layer_idx, step) if recorded is None else recorded
+    def foretell(self, layer_idx: int, step: int) -> np.ndarray | None:
+        """Return what the estimated query selected; None where none was made."""
+        return self._early.get(self._source(layer_idx, step))
 
     def _source(self, layer_idx: int, step: int) -> tuple[int, int]:
         """Return the step and the layer of the trace to follow."""
@@ -187,13 +68,14 @@ class TraceSelector(ReplaySelector):
         return np.flatnonzero(is_taken & is_free)
 
 
-def register_replay(
+def replay_selector(
     model: PreTrainedModel,
     *,
     source: str,
     foresees: bool = False,
     seed: int = 0,
     head_groups: int = 1,
+    num_rows: int = 1,
 ) -> str:
     """Register a selector for one cache of a model and return its name.
 
@@ -211,24 +93,19 @@ def register_replay(
         Of the stated reuse.
     head_groups : int
         The cache's.
+    num_rows : int
+        Sequences of a batch.
     """
     if source == "topk":
         return source
-    num_layers = read_shape(model).geometry.split(head_groups).num_layers
-    fields: dict[str, object] = {"num_layers": num_layers, "head_groups": head_groups}
-    kind: type[ReplaySelector]
+    fields = {"foresees": foresees, "head_groups": head_groups, "num_rows": num_rows}
     if Path(source).suffix == ".npz":
-        kind, fields["trace"] = TraceSelector, Trace.load(source)
-    else:
-        try:
-            rate = float(source)
-        except ValueError as error:
-            raise ConfigError(f"source must be a rate or an .npz file, got {source!r}") from error
-        kind, fields["reuse_rate"], fields["seed"] = StatedReuseSelector, rate, seed
-    fields |= {"foresees": foresees, "watch": LayerWatch(model)}
-    name = f"replay-{next(_NUMBER)}"
-    register_selector(name)(type("Replay", (kind,), fields))
-    return name
+        return register_replay(model, TraceSelector, trace=Trace.load(source), **fields)
+    try:
+        rate = float(source)
+    except ValueError as error:
+        raise ConfigError(f"source must be a rate or an .npz file, got {source!r}") from error
+    return register_replay(model, StatedReuseSelector, reuse_rate=rate, seed=seed, **fields)
 
 
 def replay_config(
@@ -249,7 +126,7 @@ def replay_config(
     """
     storage = StorageConfig(directories=[directory], device_model=given.pop("device_model", None))
     full_bytes = args.context * read_shape(model).geometry.token_bytes
-    selector = register_replay(
+    selector = replay_selector(
         model,
         source=args.selection,
         foresees=args.foresees,

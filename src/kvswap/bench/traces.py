@@ -5,47 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvswap.cache.foresight import Foresight
 from kvswap.core.errors import ConfigError
-from kvswap.hf.geometry import decoder_layers, read_shape
 from kvswap.predict.topk import TopKSelector
+from kvswap.tune.replay import LayerWatch
+from kvswap.tune.synthetic import KeyModel
 
 _NEAR_GROUPS = 64  # so close to the end, groups keep their distance to it
 _RUN_GROUPS = 16  # runs stay whole where a trace is stretched over a longer context
-
-
-class LayerWatch:
-    """Knows the disk layer at work: an estimated query is always another layer's.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        Hooks stay on it as long as it lives.
-
-    Attributes
-    ----------
-    layer_idx : int
-        Among the layers on disk; -1 before the first and within other layers.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.layer_idx = -1
-        shape = read_shape(model)
-        for index, layer in enumerate(decoder_layers(model, shape)):
-            at = shape.disk_layers.index(index) if index in shape.disk_layers else -1
-            layer.register_forward_pre_hook(self._hook(at))
-
-    def _hook(self, at: int) -> Any:
-        def begin(_: nn.Module, __: tuple[Any, ...]) -> None:
-            self.layer_idx = at
-
-        return begin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +65,11 @@ class Trace:
         """Write it compressed."""
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, **{name: getattr(self, name) for name in self.__slots__})
+
+    @property
+    def keys(self) -> KeyModel:
+        """How keys are spread, the mean over the layers."""
+        return KeyModel("as recorded", self.spectrum.mean(0), float(self.drift.mean()))
 
     def place(self, recorded: np.ndarray, step: int, layer: int, num_groups: int) -> np.ndarray:
         """Return recorded positions within another context, in the same order.

@@ -15,12 +15,12 @@ from transformers import Cache, PreTrainedModel
 from kvswap.bench.evaluation.budget import Budget
 from kvswap.bench.evaluation.in_memory import stock_cache
 from kvswap.bench.prefill import StoredPrefill
-from kvswap.bench.synthetic import refile
 from kvswap.cache.plan import plan_cache
 from kvswap.core.config import CacheConfig
 from kvswap.hf.attach import attach, context_limit
 from kvswap.hf.geometry import read_shape
 from kvswap.predict import INDEXES, SELECTORS
+from kvswap.tune.synthetic import refile
 
 FULL = "full"
 
