@@ -149,6 +149,17 @@ def test_roofline(tmp_path):
         assert min(record["extra"]["seconds_per_step"]["io"]) > 0
 
 
+def test_plan_error(tmp_path):
+    (record,) = run("system/plan_error.py", tmp_path, "--quick")
+    assert_whole(record)
+    assert record["metric"] == "plan_error"
+    assert record["value"] == max(record["samples"])
+    for setting in record["extra"]["settings"]:
+        told, seen = setting["hit_rates"]
+        assert told == pytest.approx(seen, abs=0.1)
+        assert setting["tokens_per_s_foretold"] > 0
+
+
 def test_scaling(tmp_path):
     (record,) = run("system/scaling.py", tmp_path, "--quick", "--keys", "reader")
     assert_whole(record)

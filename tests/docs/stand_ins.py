@@ -36,9 +36,13 @@ OPTIONS = {
 
 SIZES = {
     "demo": ("--context", "--kv-memory", "--questions"),
+    "plan": ("--context", "--kv-memory"),
     "profile": ("--seconds", "--size"),
 }
 """Options that a command gets even where a document names none."""
+
+FLAGS = {"plan": ("--force",)}
+"""What a command is told besides: the folder of a test may lie anywhere."""
 
 BOOK = "It was a wet spring, and the old bridge did not stand for long. " * 16
 """Text of ``book.txt``: more tokens than one step selects."""
@@ -74,6 +78,7 @@ def command(words: list[str], model: Path) -> list[str]:
     for option in SIZES.get(words[0], ()):
         if option not in words:
             words += [option, ""]
+    words += FLAGS.get(words[0], ())
     return [
         OPTIONS.get(before, word) for before, word in zip(["", *words[:-1]], words, strict=True)
     ]

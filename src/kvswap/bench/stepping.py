@@ -34,13 +34,15 @@ class Side(NamedTuple):
     steps: int
 
 
-def stepper(model: PreTrainedModel, cache: Cache, implementation: str) -> Callable[[int], float]:
-    """Return what decodes tokens with a cache, see `Side`."""
+def stepper(
+    model: PreTrainedModel, cache: Cache, implementation: str, *, rows: int = 1
+) -> Callable[[int], float]:
+    """Return what decodes tokens of so many sequences with a cache, see `Side`."""
 
     @torch.no_grad()
     def run(count: int) -> float:
         model.set_attn_implementation(implementation)
-        token = TOKEN.to(model.device)
+        token = TOKEN.repeat(rows, 1).to(model.device)
         _finish(model)
         begin = time.perf_counter()
         for _ in range(count):

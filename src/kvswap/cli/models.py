@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 
 from kvswap.core.errors import ConfigError, KVSwapError
 
+_STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -63,6 +65,25 @@ class ModelSource:
         """Return the model's config, without its weights."""
         with self._explained("config"):
             return AutoConfig.from_pretrained(**self._where)
+
+    def find_dtype(self, config: Any) -> str:
+        """Return what the weights are in, as torch names it, without reading them.
+
+        Raises
+        ------
+        ConfigError
+            If neither the config nor a checkpoint here says.
+        """
+        named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        if named is not None:
+            return str(named).removeprefix("torch.")
+        for path in sorted(Path(self.name).glob("*.safetensors")) if self.is_directory else ():
+            with self._explained("weights"), safe_open(path, framework="pt") as file:
+                found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            for dtype, name in _STORED.items():
+                if dtype in found:
+                    return name
+        raise ConfigError(f"dtype must be given for a model that names none, got {self.name}")
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer."""

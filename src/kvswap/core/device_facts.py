@@ -55,9 +55,22 @@ class DeviceFacts:
         return self.file_system in IN_MEMORY
 
     @property
+    def is_no_disk(self) -> bool:
+        """Whether files lie in memory, or in layers of files over one another."""
+        return self.is_in_memory or self.file_system in ("overlay", "aufs")
+
+    @property
     def name(self) -> str:
         """What to call the device: by its model, the kernel's name, or the file system."""
         return self.model or self.device or self.file_system or "a device"
+
+    def is_same(self, other: DeviceFacts) -> bool:
+        """Whether both are of one file system, as far as can be told: by type, drive and size."""
+        ours, theirs = (
+            (each.file_system, each.model, each.block_size_bytes, each.total_bytes)
+            for each in (self, other)
+        )
+        return ours == theirs
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""

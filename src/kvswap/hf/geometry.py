@@ -59,22 +59,43 @@ def read_shape(model: PreTrainedModel) -> ModelShape:
     UnsupportedModelError
         If its attention cannot be served; the message names what is missing.
     """
-    name = type(model).__name__
-    config = model.config
+    dtype = str(model.dtype).removeprefix("torch.")
+    return shape_of(model.config, dtype=dtype, model_class=type(model).__name__)
+
+
+def shape_of(config: Any, *, dtype: str, model_class: str) -> ModelShape:
+    """Read the shape of a model that need not be there.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+    dtype : str
+        Of its weights, as torch names it.
+    model_class : str
+        For messages.
+
+    Raises
+    ------
+    UnsupportedModelError
+        As `read_shape`, or if the config lacks a field.
+    """
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(name, "only decoder-only models are")
+        raise UnsupportedModelError(model_class, "only decoder-only models are")
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            name, "multi-head latent attention expands keys after the cache"
+            model_class, "multi-head latent attention expands keys after the cache"
         )
+    for field in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        if not isinstance(getattr(text, field, None), int):
+            raise UnsupportedModelError(model_class, f"its config has no {field}")
     layers = stock_layers(config)
     disk = tuple(i for i, layer in enumerate(layers) if layer is None)
     if not disk:
-        raise UnsupportedModelError(name, "it has no layer of full attention")
-    dtype = str(model.dtype).removeprefix("torch.")
+        raise UnsupportedModelError(model_class, "it has no layer of full attention")
     if dtype not in DTYPE_BYTES:
-        raise UnsupportedModelError(name, f"dtype {dtype} is none of {', '.join(DTYPE_BYTES)}")
+        known = ", ".join(DTYPE_BYTES)
+        raise UnsupportedModelError(model_class, f"dtype {dtype} is none of {known}")
     heads = text.num_attention_heads
     geometry = KVGeometry(
         num_layers=len(disk),
@@ -89,7 +110,7 @@ def read_shape(model: PreTrainedModel) -> ModelShape:
         num_layers=len(layers),
         max_positions=getattr(text, "max_position_embeddings", None),
         model_type=text.model_type,
-        model_class=name,
+        model_class=model_class,
     )
 
 

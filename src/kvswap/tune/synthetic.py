@@ -69,7 +69,7 @@ def random_weights(
     torch.set_default_dtype(dtype)  # weights are made in place: no float32 copy of them
     try:
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(before)
     return model.to(dtype).eval()

@@ -1,0 +1,183 @@
+"""``kvswap plan``: say what a run will take, before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvswap.cli.options import DIRECTORY, DTYPES, read_size
+
+if TYPE_CHECKING:
+    from kvswap.core.device_profile import DeviceProfile
+
+_REUSE = 0.77
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What was asked for.
+
+    Attributes
+    ----------
+    model : str
+        A directory or a name on the Hub.
+    context, batch : int
+    kv_memory : int
+        Bytes.
+    kv_dir : Path
+    dtype : str
+    settings : dict
+        Of the cache, those that were given.
+    device_model : str or None
+        A device to be as slow as.
+    profile : Path or None
+        A device's profile; default: the one in ``kv_dir``.
+    reuse : float
+    has_speed, force : bool
+    """
+
+    model: str
+    context: int
+    batch: int
+    kv_memory: int
+    kv_dir: Path
+    dtype: str
+    settings: dict[str, Any]
+    device_model: str | None
+    profile: Path | None
+    reuse: float
+    has_speed: bool
+    force: bool
+
+
+@click.command(short_help="Say what a run will take: memory, disk, time and wear.")
+@click.option("--model", required=True, metavar="DIR_OR_HUB_ID", help="Its config is enough.")
+@click.option("--context", required=True, type=click.IntRange(min=1), help="Tokens of a sequence.")
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--kv-memory",
+    required=True,
+    callback=read_size,
+    metavar="SIZE",
+    help="Memory for the cache, as 256MiB.",
+)
+@click.option("--kv-dir", required=True, type=DIRECTORY, help="Directory for the cache.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@click.option("--index", metavar="NAME[:RANK][+CODE]", help="Key index, as lowrank:64+rot4.")
+@click.option("--record-codec", metavar="NAME", help="Form of records: raw, int8 or rot4.")
+@click.option("--group-size", type=click.IntRange(min=1), help="Tokens read as a unit.")
+@click.option("--budget-tokens", type=click.IntRange(min=1), help="Selected by a layer.")
+@click.option("--num-slots", type=click.IntRange(min=1), help="Groups that a layer can hold.")
+@click.option(
+    "--reuse",
+    default=_REUSE,
+    show_default=True,
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    help="Share of selected groups that the step before selected too.",
+)
+@click.option("--device-model", metavar="NAME", help="Be as slow as this device, as emmc.")
+@click.option(
+    "--profile",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="FILE",
+    help="Of the device, by kvswap profile.  [default: that in the directory, if any]",
+)
+@click.option("--no-speed", is_flag=True, help="Memory and disk alone: nothing is run.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Take a directory in memory too, and a profile of another device, to be as slow as it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
+def plan(*, as_json: bool, no_speed: bool, **given: Any) -> None:
+    """Say what a run will take: memory by part, disk, tokens a second, wear.
+
+    And what would change with twice or half the memory. For the times, a few layers with random
+    weights run on this machine, with a cache in the directory that is gone afterwards.
+    """
+    names = ("index", "record_codec", "group_size", "budget_tokens", "num_slots")
+    settings = {name: value for name in names if (value := given.pop(name)) is not None}
+    request = PlanRequest(settings=settings, has_speed=not no_speed, **given)
+    profile = _profile(request)
+    from kvswap.cli.progress import StageBars, waiting
+
+    with waiting("Starting"):
+        from kvswap.cli.models import ModelSource
+        from kvswap.cli.plan_report import print_forecast
+        from kvswap.cli.quiet import quieten_transformers
+        from kvswap.core.config import CacheConfig, StorageConfig
+        from kvswap.tune.forecast import forecast
+        from kvswap.tune.outline import ModelOutline
+
+        quieten_transformers()
+        source = ModelSource(request.model)
+        config = source.load_config()
+        dtype = source.find_dtype(config) if request.dtype == "auto" else request.dtype
+        outline = ModelOutline.of(config, dtype=dtype)
+    paced = _device_model(request, profile)
+    storage = StorageConfig(directories=[request.kv_dir], device_model=paced)
+    wanted = CacheConfig(
+        kv_memory=request.kv_memory,
+        storage=storage,
+        max_context=request.context,
+        max_batch=request.batch,
+        **request.settings,
+    )
+    with StageBars({"rehearse": "Rehearsing"}) as bars:
+        found = forecast(
+            outline,
+            wanted,
+            batch_size=request.batch,
+            reuse=request.reuse,
+            profile=profile,
+            has_speed=request.has_speed,
+            on_progress=bars,
+        )
+    if as_json:
+        click.echo(json.dumps(found.to_dict()))
+    else:
+        print_forecast(found)
+
+
+def _profile(request: PlanRequest) -> DeviceProfile | None:
+    """Return the device's profile, after a look at the device.
+
+    Raises
+    ------
+    ConfigError
+        If files in the directory lie in memory, or the profile is of another device; neither
+        where it was forced.
+    """
+    from kvswap.core.device_profile import PROFILE_NAME, DeviceProfile
+    from kvswap.core.errors import ConfigError
+    from kvswap.storage.facts import device_facts
+
+    facts = device_facts(request.kv_dir)
+    if facts.is_no_disk and not request.force:
+        raise ConfigError(
+            f"kv-dir must be on a disk, got {request.kv_dir} on {facts.file_system}"
+            " (--force takes it)"
+        )
+    path = request.profile or request.kv_dir / PROFILE_NAME
+    if not path.exists():
+        return None
+    profile = DeviceProfile.load(path)
+    if not profile.device.is_same(facts) and not request.force:
+        raise ConfigError(
+            f"profile must be of the device at {request.kv_dir} ({facts.name}), got {path} of"
+            f" {profile.device.name} (--force is as slow as that)"
+        )
+    return profile
+
+
+def _device_model(request: PlanRequest, profile: DeviceProfile | None) -> Any:
+    """Return the device to be as slow as: a named one, or that of a profile made elsewhere."""
+    from kvswap.storage.facts import device_facts
+
+    if request.device_model is not None or profile is None:
+        return request.device_model
+    return None if profile.device.is_same(device_facts(request.kv_dir)) else profile.device_model()

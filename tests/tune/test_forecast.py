@@ -1,0 +1,159 @@
+"""A forecast adds up what was rehearsed, and says what does not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import kvswap
+from kvswap.core.errors import BudgetError, ConfigError
+from kvswap.tune import forecast as module
+from kvswap.tune.forecast import forecast
+from kvswap.tune.outline import ModelOutline
+from kvswap.tune.rehearsal import Forward, Rehearsal
+from kvswap.tune.synthetic import refile, synthetic_context
+from tests.caches import config_for
+from tests.families import make_model
+
+LAYERS, CONTEXT, CHUNK = 6, 2048, 128
+
+
+@pytest.fixture(scope="module")
+def outline():
+    config = make_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=8192).config
+    return ModelOutline.of(config, dtype="float32")
+
+
+def config_in(path, **changes):
+    settings = {"kv_memory": "1MiB", "max_context": CONTEXT, "prefill_chunk": CHUNK}
+    return config_for(path, **(settings | changes))
+
+
+@pytest.fixture
+def linear(monkeypatch):
+    """Rehearsals that take a line in the context: outside 1 ms, a layer 2 ms and 1 us a token."""
+    asked = []
+
+    def layers(tokens: int) -> Forward:
+        return Forward(outer_s=1e-3, layers_s=(2e-3 + 1e-6 * tokens,) * 4)
+
+    def rehearse(model, config, plan, *, context, reuse, foresees=False):
+        asked.append((plan, context, foresees))
+        chunk = config.prefill_chunk
+        return Rehearsal(
+            context=context,
+            chunk_tokens=chunk,
+            first_chunk=layers(0),
+            last_chunk=layers(context - chunk),
+            index_s=1e-5 * context,
+            step=layers(0 if foresees else context),
+            hit_rate=reuse,
+            layer_requests=3.0,
+            layer_bytes=3e4,
+            layer_stall_s=1e-3,
+        )
+
+    monkeypatch.setattr(module, "rehearse", rehearse)
+    return asked
+
+
+def test_a_step_is_the_whole_models(outline, tmp_path, linear):
+    speed = forecast(outline, config_in(tmp_path)).asked.speed
+    assert speed.step_s == pytest.approx(1e-3 + LAYERS * (2e-3 + 1e-6 * CONTEXT))
+    assert speed.tokens_per_s == pytest.approx(1 / speed.step_s)
+    assert speed.foreseen_tokens_per_s == pytest.approx(1 / (1e-3 + LAYERS * 2e-3))
+    assert speed.bytes_read_per_step == pytest.approx(LAYERS * 3e4)
+    assert speed.index_s == pytest.approx(LAYERS * 1e-5 * CONTEXT)
+    assert speed.rehearsed_context == CONTEXT
+
+
+@pytest.mark.parametrize("context", [CONTEXT, CONTEXT + 100])
+def test_a_prefill_is_all_its_chunks_each_after_what_lies_before_it(
+    outline, tmp_path, linear, context
+):
+    speed = forecast(outline, config_in(tmp_path, max_context=context)).asked.speed
+    expected = 0.0
+    for start in range(0, context, CHUNK):
+        share = min(CHUNK, context - start) / CHUNK
+        expected += share * (1e-3 + LAYERS * (2e-3 + 1e-6 * start))
+    assert speed.ttft_s == pytest.approx(expected)
+
+
+def test_what_is_too_long_to_rehearse_is_drawn_out_from_two_lengths(
+    outline, tmp_path, linear, monkeypatch
+):
+    whole = forecast(outline, config_in(tmp_path)).asked.speed
+    linear.clear()
+    monkeypatch.setattr(module, "REHEARSAL_BYTES", 1)
+    config = config_in(tmp_path, budget_tokens=128)
+    speed = forecast(outline, config).asked.speed
+    assert {context for _, context, _ in linear} == {256, 512}
+    assert speed.rehearsed_context == 512
+    for name in ("step_s", "ttft_s", "index_s", "tokens_per_s"):
+        assert getattr(speed, name) == pytest.approx(getattr(whole, name))
+
+
+def test_half_the_memory_and_twice_of_it_are_planned_and_rehearsed_too(outline, tmp_path, linear):
+    found = forecast(outline, config_in(tmp_path))
+    assert [each.kv_memory for each in found.outlooks] == [2**19, 2**20, 2**21]
+    for outlook in found.outlooks[1:]:
+        assert outlook.plan.total_bytes <= outlook.kv_memory
+        assert outlook.speed is not None
+    assert found.asked is found.outlooks[1]
+    assert found.asked.speed.foreseen_tokens_per_s is not None
+
+
+def test_half_the_memory_may_be_too_little(outline, tmp_path, linear):
+    with pytest.raises(BudgetError) as refused:
+        forecast(outline, config_in(tmp_path, kv_memory=1000))
+    need = refused.value.need_bytes
+    found = forecast(outline, config_in(tmp_path, kv_memory=need))
+    assert found.outlooks[0].plan is None
+    assert found.outlooks[0].speed is None
+    assert found.outlooks[0].need_bytes == need
+
+
+def test_without_speed_nothing_is_run(outline, tmp_path, linear):
+    found = forecast(outline, config_in(tmp_path), has_speed=False)
+    assert linear == []
+    assert all(outlook.speed is None for outlook in found.outlooks)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_disk_takes_what_a_run_writes(outline, tmp_path, batch_size):
+    config = config_in(tmp_path, kv_memory="3MiB", max_batch=batch_size)
+    found = forecast(outline, config, batch_size=batch_size, has_speed=False)
+    assert found.full_kv_bytes == batch_size * CONTEXT * outline.shape.geometry.token_bytes
+    model = make_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=8192)
+    with kvswap.attach(model, config) as cache, torch.no_grad():
+        tokens = CONTEXT - 8
+        context = synthetic_context(outline.shape.geometry, tokens, seed=0)
+        refile(cache, context, tokens, batch_size=batch_size)
+        written = cache.stats().io.bytes_written
+        room = cache.session.placement.planned_bytes
+    assert found.written_bytes == pytest.approx(written, rel=0.04)
+    assert written <= found.disk_bytes == room
+    per_token = written / (tokens * batch_size)
+    assert found.token_bytes_written == pytest.approx(per_token, rel=0.04)
+
+
+def test_it_is_ready_for_json(outline, tmp_path, linear):
+    named = json.loads(json.dumps(forecast(outline, config_in(tmp_path)).to_dict()))
+    assert named["outlooks"][1]["plan"]["rank"] > 0
+    assert named["outline"]["geometry"]["num_layers"] == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "words"),
+    [
+        ({"max_context": None}, {}, "max_context must be given"),
+        ({}, {"reuse": 1.0}, "reuse must be in"),
+        ({}, {"reuse": -0.1}, "reuse must be in"),
+        ({"index": "nosuch"}, {}, "lowrank"),
+    ],
+)
+def test_bad_settings_are_refused(outline, tmp_path, changes, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        forecast(outline, config_in(tmp_path, **changes), **settings)
