@@ -136,6 +136,54 @@ def test_rows_are_repeated_and_selected(model, attached, generated):
     on_and_on(model, cache, stock, 4)
 
 
+@pytest.mark.parametrize("rest", [0, 20])
+def test_what_all_rows_begin_with_is_stored_and_read_once(model, attached, limit, rest):
+    cache, stock = attached(prefill_chunk=16), stock_cache(model)
+    ids = torch.cat((prompt(70).repeat(3, 1), prompt(rest, 3, seed=9)), 1)
+    cache.prefill(ids)
+    step(model, stock, ids)
+    groups = 16 + 3 * ((6 + rest) // 4)  # four whole chunks, and what each row has for itself
+    records = groups * cache.session.geometry.num_layers
+    nbytes = records * cache.session.layout.record_bytes
+    cache.session.records.drain()
+    assert cache.stats().io.bytes_written == nbytes
+    assert_same_logits(*(step(model, each, prompt(1, 3, seed=2)) for each in (cache, stock)))
+    if limit == "fewest slots":
+        assert cache.stats().decode_bytes_read == nbytes
+    on_and_on(model, cache, stock, 1, rows=3)
+
+
+def test_what_only_some_rows_begin_with_is_each_rows_own(model, attached):
+    cache, stock = attached(prefill_chunk=16), stock_cache(model)
+    ids = prompt(40).repeat(3, 1)
+    ids[2, 3] += 1
+    cache.prefill(ids)
+    step(model, stock, ids)
+    on_and_on(model, cache, stock, 1, rows=3)
+    cache.prefill(prompt(20).repeat(3, 1))  # nor is a further turn, alike or not
+    step(model, stock, prompt(20).repeat(3, 1))
+    on_and_on(model, cache, stock, 2, rows=3)
+
+
+def test_a_common_beginning_that_is_broken_off_leaves_all_rows(model, attached, monkeypatch):
+    cache, stock = attached(prefill_chunk=16), stock_cache(model)
+    ids = torch.cat((prompt(48).repeat(3, 1), prompt(7, 3, seed=9)), 1)
+    whole, calls = cache._forward_chunk, iter(range(9))
+
+    def break_off(*arguments):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        whole(*arguments)
+
+    monkeypatch.setattr(cache, "_forward_chunk", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        cache.prefill(ids)
+    assert cache.seq_len == 32
+    cache.prefill(ids[:, 32:])
+    step(model, stock, ids)
+    on_and_on(model, cache, stock, 1, rows=3)
+
+
 def second_turn_of(inputs: dict, tokens: torch.Tensor, pads: int) -> dict:
     """Append a turn to each row of a padded batch; the first row's is shorter by some pads."""
     new = prompt(11, len(tokens), seed=17)

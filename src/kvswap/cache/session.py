@@ -139,6 +139,11 @@ class CacheSession:
             on_device=self.accelerator is not None,
         )
 
+    def allocate_once(self, batch_size: int) -> None:
+        """Take all memory for a batch, or for as many rows as the config asks for, if not yet."""
+        if not self.is_allocated:
+            self.allocate(max(batch_size, self.config.max_batch or 0))
+
     def allocate(self, batch_size: int) -> None:
         """Take all memory for a batch, once.
 
@@ -268,8 +273,7 @@ class CacheSession:
 
     def new_batch(self, batch_size: int) -> SequenceBatch:
         """Return empty sequences, taking the session's memory if they are its first."""
-        if not self.is_allocated:
-            self.allocate(max(batch_size, self.config.max_batch or 0))
+        self.allocate_once(batch_size)
         batch = SequenceBatch(
             self.layout, batch_size, self.device, choice_groups=self.choice_groups
         )

@@ -128,11 +128,34 @@ class KVSwapCache(Cache):
         -----
         Peak memory is that of one chunk (``prefill_chunk``), whatever the length. Interrupted,
         it leaves whole chunks stored; ``seq_len`` says how many tokens.
+
+        Chunks that are the same in all rows at the beginning of an empty cache are computed,
+        stored and later read once for all of them.
         """
         self._check_open()
         if self._forwards.binding is None:
             raise SessionClosedError("the cache is not attached to a model")
         self._session.check_length(self.seq_len + input_ids.shape[1])
+        if attention_mask is None and not self.seq_len:
+            input_ids = self._prefill_shared(input_ids)
+        self._prefill(input_ids, attention_mask)
+
+    def _prefill_shared(self, input_ids: Tensor) -> Tensor:
+        """Store the whole chunks that all rows begin with, once; return what is left to store."""
+        rows, chunk = len(input_ids), self._config.prefill_chunk
+        same = (input_ids == input_ids[:1]).all(0).long().cumprod(0)
+        shared = int(same.sum()) // chunk * chunk
+        if rows == 1 or not shared:
+            return input_ids
+        self._session.allocate_once(rows)
+        try:
+            self._prefill(input_ids[:1, :shared], None)
+        finally:  # whatever came between: the rows are there, with what was stored
+            if self._forwards.batch is not None and self._forwards.batch.batch_size == 1:
+                self.batch_repeat_interleave(rows)
+        return input_ids[:, shared:]
+
+    def _prefill(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         past, total = self.seq_len, input_ids.shape[1]
         if attention_mask is not None:
             check_mask_width(attention_mask, past + total)
