@@ -184,12 +184,15 @@ class SlotTable:
         row_of: NDArray[np.int32],
         group_in: NDArray[np.int64],
         last_used: NDArray[np.int64],
+        priority: NDArray[np.float32] | None,
     ) -> None: ...
     def take(
         self,
         layer_idx: int,
+        rows: NDArray[np.int32],
         wanted: NDArray[np.int64],
         step: int,
+        weight: float,
         missing: NDArray[np.int64],
-        rows: NDArray[np.int64],
+        given: NDArray[np.int64],
     ) -> int: ...

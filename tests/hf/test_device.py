@@ -74,6 +74,16 @@ def test_tokens_equal_the_stock_cache(way, tmp_path):
     assert torch.equal(tokens, expected)
 
 
+def test_a_reuse_policy_is_told_what_the_device_scored(tmp_path):
+    model = small_model()
+    settings = {**SMALL, "group_size": 8, "budget_tokens": 48, "num_slots": 9, "reuse": "score"}
+    with attached(model, tmp_path, **settings) as cache:
+        step(model, cache, prompt(120).to(DEVICE))
+        step(model, cache, prompt(1).to(DEVICE))
+        scored = cache.session.reuse.policy.priority > 0
+        assert scored[:, :15].all()  # six of these groups are selected
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_families_of_all_kinds_of_attention_are_served(family, tmp_path):
     model, ids = small_model(family), prompt(41).to(DEVICE)

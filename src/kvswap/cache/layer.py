@@ -298,7 +298,7 @@ class LayerCache:
     def _keep_in_memory(self, groups: np.ndarray, keys: Tensor, values: Tensor) -> None:
         """Put flushed groups, which are recent tokens, into slots: no need to read them."""
         session, group_size = self._session, self._session.layout.group_size
-        newest = min(len(groups), session.reuse.num_slots)
+        newest = min(len(groups), session.reuse.num_slots(self.layer_idx))
         session.reuse.take(self.layer_idx, groups[-newest:], step=session.prefetcher.tick())
         rows = session.reuse.lookup(self.layer_idx, groups[-newest:])
         for place, row in enumerate(rows.tolist(), start=len(groups) - newest):

@@ -20,6 +20,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from kvswap.cache.reuse import make_reuse
 from kvswap.cache.rolling import RollingBuffer
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.window import QueryWindow
@@ -311,7 +312,7 @@ class _Shape:
 
     @property
     def _slot_bytes(self) -> int:
-        return self.layout.record_bytes + 16  # the record, the id it holds, its last use
+        return self.layout.record_bytes + 20  # the record, the id it holds, its last use, its row
 
     @property
     def _staging_row_bytes(self) -> int:
@@ -337,9 +338,10 @@ class _Shape:
             index = layers * self.index.plan_bytes(self.geometry, **form)
             workspace = self.index.workspace_bytes(self.geometry, **form)
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
-        # holders and stripe; its place in a sequence and in the saved one; what is taken off coded
-        # tokens; what lies in gaps that are read through.
+        # holders and stripe; what says whether it stays in memory; its place in a sequence and in
+        # the saved one; what is taken off coded tokens; what lies in gaps that are read through.
         tables = self.num_groups * 8 * layers + SequentialPlacement.plan_bytes(self.num_groups)
+        tables += make_reuse(self.config.reuse).plan_bytes(layers, self.num_groups)
         tables += SequenceBatch.plan_table_bytes(
             layout, self.batch_size, self.max_context, budget_groups if rank else 0
         )

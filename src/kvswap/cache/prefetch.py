@@ -104,8 +104,7 @@ class Prefetcher:
     def _hold(self, ahead: Pending, step: int) -> None:
         """Keep the slots of reads on their way: nothing else may be read to there."""
         if ahead.ticket is not None:
-            rows = self._reuse.lookup(ahead.layer_idx, ahead.missing)
-            self._reuse.touch(ahead.layer_idx, rows[rows >= 0], step=step)
+            self._reuse.hold(ahead.layer_idx, ahead.missing, step=step)
 
     def wait(self, pending: Pending) -> None:
         """Wait until a submitted read is in memory; the one place that may stall.
@@ -169,7 +168,7 @@ class Prefetcher:
             yield pending.needed
             return
         self._count(pending)
-        layer_idx, size = pending.layer_idx, self._reuse.num_slots
+        layer_idx, size = pending.layer_idx, self._reuse.num_slots(pending.layer_idx)
         here = np.setdiff1d(pending.needed, pending.missing, assume_unique=True)
         ordered = np.concatenate((here, pending.missing))
         for first in range(0, len(ordered), size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -52,6 +53,9 @@ class GroupSelection:
     group_size : int
     layer_groups : tuple of int
         Most groups that each layer selects.
+    observe : callable, optional
+        Is told what every group of a row scores before one is selected;
+        `ReusePolicy.observe`.
     """
 
     def __init__(
@@ -61,10 +65,11 @@ class GroupSelection:
         *,
         group_size: int,
         layer_groups: tuple[int, ...],
+        observe: Callable[[int, np.ndarray, np.ndarray, int], None] | None = None,
     ) -> None:
         self._selector, self._reduce = make_selector(config.selector), config.reduce
         self._indexes = indexes
-        self._layer_groups = layer_groups
+        self._layer_groups, self._observe = layer_groups, observe
         worth = worth_reading(config, self._selector)
         self._least = [math.log(worth / groups) if worth else -math.inf for groups in layer_groups]
         self._sink_groups = ceil_div(config.sink_tokens, group_size)
@@ -125,7 +130,7 @@ class GroupSelection:
         if len(groups) <= self._layer_groups[layer_idx]:
             return None
         pinned = self._pinned_of(groups, layer_idx)
-        every = reach is not None  # more than the best may be looked at
+        every = reach is not None or self._observe is not None  # not only the best are looked at
         scores = self._score(groups, layer_idx, query, scaling, last, every=every)
         late = np.empty(0, np.int64)
         if reach is not None:
@@ -174,6 +179,8 @@ class GroupSelection:
             scores = index.score_best(query, groups, scaling=scaling, wanted=wanted, kept=last)
         else:
             scores = index.score(query, groups, scaling=scaling, wanted=wanted)
+        if self._observe is not None:
+            self._observe(layer_idx, groups, scores.cpu().numpy(), self._layer_groups[layer_idx])
         if self._least[layer_idx] > -math.inf and last[0] >= 0:
             discourage(scores, last, self._least[layer_idx])
         return scores if self._selector.serves_device else scores.cpu()

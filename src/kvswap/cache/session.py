@@ -20,7 +20,7 @@ from kvswap.cache.prefetch import Pending, Prefetcher
 from kvswap.cache.recall import RecallSampler
 from kvswap.cache.records import RecordIO
 from kvswap.cache.residence import Residence
-from kvswap.cache.reuse import ReuseBuffer
+from kvswap.cache.reuse import ReuseBuffer, make_reuse
 from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.sequences import Sequences
@@ -175,6 +175,7 @@ class CacheSession:
             num_slots=plan.num_slots,
             num_groups=plan.num_groups,
             record_bytes=self.layout.record_bytes,
+            policy=make_reuse(self.config.reuse),
             pool=self.residence.pool,
         )
         self.attention = self.residence.attention
@@ -204,11 +205,13 @@ class CacheSession:
         if self.accelerator is not None:
             for index in self.indexes if kind.serves_device_with(plan.code) else ():
                 index.move(self.accelerator)
+        policy = self.reuse.policy
         self.selection = GroupSelection(
             self.config,
             self.indexes,
             group_size=self.layout.group_size,
             layer_groups=plan.layer_groups,
+            observe=policy.observe if policy.wants_scores else None,
         )
         self.warmer = Warmer(self)
         self.recall = RecallSampler(self)

@@ -175,6 +175,12 @@ class CacheConfig:
         A layer asks for no more groups that are not in memory than can be read while others
         compute, as measured so far, the best first; what is in memory takes the place of the
         others. **Answers then depend on timing**, and on the machine.
+    reuse : str
+        Which groups leave memory first, a name in the registry of reuse policies: "lru",
+        those unused for longest; "lfu", those used least often, or "lfu:64" with the number of
+        selections in which a use comes to count half; "score", those that the index expected
+        least of, with a half-life too; "sieve". It decides what is read, never what is
+        attended to.
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads of a head group.
     code : {"bf16", "int8", "rot4", "rot2", "rot1", "band"}, optional
@@ -216,6 +222,7 @@ class CacheConfig:
     correct_prediction: bool = True
     worth_reading: float | None = None
     deadline: bool = False
+    reuse: str = "lfu"
     rank: int | None = None
     code: str | None = None
     projection: str | os.PathLike[str] | None = None
@@ -291,7 +298,7 @@ class CacheConfig:
         if self.worth_reading is not None:
             _share("worth_reading", self.worth_reading)
         _one_of("reduce", self.reduce, REDUCTIONS)
-        for name in ("index", "selector"):
+        for name in ("index", "selector", "reuse"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a name, got {getattr(self, name)!r}")
         if self.on_progress is not None and not callable(self.on_progress):

@@ -1,0 +1,17 @@
+"""Reuse buffer: groups kept in memory from earlier steps, and policies that say which stay."""
+
+from kvswap.cache.reuse import lfu, lru, score, sieve
+from kvswap.cache.reuse.base import REUSE_POLICIES, ReusePolicy, make_reuse, register_reuse
+from kvswap.cache.reuse.buffer import ReuseBuffer
+
+__all__ = [
+    "REUSE_POLICIES",
+    "ReuseBuffer",
+    "ReusePolicy",
+    "lfu",
+    "lru",
+    "make_reuse",
+    "register_reuse",
+    "score",
+    "sieve",
+]
