@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import kvswap
+from kvswap.bench.belady import UseLog
 from kvswap.bench.peers import SCRIPTS, Peer
 from kvswap.bench.record import Record, describe_device
 from kvswap.bench.replay import replay_config
@@ -142,6 +143,7 @@ def run(args: argparse.Namespace, directory: Path) -> list[Record]:
         progress("filling kvswap")
         with torch.no_grad():
             fill(cache, args.context, seed=args.seed)
+            uses = UseLog(cache.session)
             sides = {"kvswap": Side(stepper(model, cache, attached), args.steps)}
             sides |= in_memory_sides(args, model)
         sides |= {name: Side(peer.run, 1) for name, peer in peers.items()}
@@ -150,7 +152,7 @@ def run(args: argparse.Namespace, directory: Path) -> list[Record]:
         extra = {
             "seconds_per_step": seconds,
             "full_kv_bytes": full_bytes,
-            "kvswap": describe(cache, seconds["kvswap"]),
+            "kvswap": describe(cache, seconds["kvswap"], uses),
             "peers": {name: peer.about for name, peer in peers.items()},
             "peak_rss_bytes": peak_rss_bytes(),
         }
@@ -213,7 +215,8 @@ def main() -> None:
     note(
         args,
         f"KV memory {format_bytes(seen['memory']['total'])} of"
-        f" {format_bytes(extra['full_kv_bytes'])}, hit rate {seen['hit_rate']:.2f},"
+        f" {format_bytes(extra['full_kv_bytes'])}, hit rate {seen['hit_rate']:.2f}"
+        f" (Bélády's {seen['hit_rate_bound']:.2f}),"
         f" {format_bytes(seen['bytes_read_per_token'])} and"
         f" {seen['requests_per_token']:.0f} requests a token,"
         f" stall {seen['stall_s_per_token'] * 1e3:.1f} ms",

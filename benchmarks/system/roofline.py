@@ -18,6 +18,7 @@ import numpy as np
 from transformers import DynamicCache
 
 import kvswap
+from kvswap.bench.belady import UseLog
 from kvswap.bench.lab import FAST_DIR, LOCAL_BYTES_PER_S
 from kvswap.bench.record import Record, describe_device
 from kvswap.bench.replay import replay_config
@@ -101,7 +102,7 @@ def measure(bench: Bench, name: str, directory: Path, beside: Path) -> Record:
         refile(cache, bench.context, args.context)
         refile(resident, bench.context, args.context)
         hold_everything(resident)
-        log = ReadLog.of(cache.session)
+        log, uses = ReadLog.of(cache.session), UseLog(cache.session)
         io: list[float] = []
         alone: list[float] = []
         measured = stepper(model, cache, attached)
@@ -133,7 +134,7 @@ def measure(bench: Bench, name: str, directory: Path, beside: Path) -> Record:
         held = resident.stats()
         extra = {
             "seconds_per_step": seconds,
-            "kvswap": describe(cache, seconds["measured"]),
+            "kvswap": describe(cache, seconds["measured"], uses),
             "full_kv_bytes": bench.full_bytes,
             "compute_hit_rate": held.hit_rate,
             "compute_bytes_read_per_token": held.bytes_read_per_token,
@@ -186,7 +187,8 @@ def main() -> None:
         note(
             args,
             f"compute over an empty context {record.extra['compute_over_empty']:.2f}, hit rate"
-            f" {seen['hit_rate']:.2f}, {seen['requests_per_token']:.0f} requests of"
+            f" {seen['hit_rate']:.2f} (Bélády's {seen['hit_rate_bound']:.2f}),"
+            f" {seen['requests_per_token']:.0f} requests of"
             f" {seen['bytes_per_request'] / 1024:.0f} KiB, stall"
             f" {seen['stall_s_per_token'] * 1e3:.1f} ms a token",
         )

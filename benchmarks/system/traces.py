@@ -20,7 +20,15 @@ from transformers import DynamicCache
 import kvswap
 from kvswap.bench.questions import Reading, full_kv_bytes, longest_context
 from kvswap.bench.reader import READER_DIRECTORY, Document, load_reader, make_document
-from kvswap.bench.traces import AlwaysForesight, Trace, collect, key_spectrum, recording
+from kvswap.bench.traces import (
+    AlwaysForesight,
+    Trace,
+    collect,
+    key_spectrum,
+    noting_scores,
+    recording,
+)
+from kvswap.cache.reuse import register_reuse
 from kvswap.predict import register_selector
 from kvswap.tune.synthetic import refile
 
@@ -37,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--continuation", type=int, default=100, help="tokens read on, of each")
     parser.add_argument("--budget-tokens", type=int, default=512)
     parser.add_argument("--share", type=float, default=1 / 16, help="KV memory of full KV")
+    parser.add_argument("--scores", action="store_true", help="keep every group's score too")
     parser.add_argument("--kv-dir", type=Path, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="toy size; kept only if --out says so")
@@ -77,6 +86,7 @@ def follow(
         storage=kvswap.StorageConfig(directories=[args.kv_dir]),
         budget_tokens=args.budget_tokens,
         selector=name,
+        reuse=name if args.scores else "lfu",
     )
     with kvswap.attach(models[0], config) as cache:
         stock = DynamicCache(config=models[1].config)
@@ -129,6 +139,7 @@ def main() -> None:
     part, names, spectra = [], [], []
     kind = recording(models[0])
     register_selector("recording")(kind)
+    register_reuse("recording")(noting_scores(kind))
     with tempfile.TemporaryDirectory(dir=args.kv_dir, prefix="kvswap-bench-") as directory:
         args.kv_dir = Path(directory)
         for number in range(args.documents):

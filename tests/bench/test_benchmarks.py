@@ -75,6 +75,7 @@ def test_decode_throughput(tmp_path):
         assert_whole(record)
     assert 0 < records[2]["value"] <= 0.5
     assert 0 < records[0]["extra"]["kvswap"]["hit_rate"] < 1
+    assert 0 < records[0]["extra"]["kvswap"]["hit_rate_bound"] < 1
 
 
 def test_cuda_decode_refuses_where_there_is_no_gpu(tmp_path):
@@ -181,10 +182,24 @@ def test_overhead(tmp_path):
     assert record["extra"]["kvswap"]["requests_per_token"] == 0
 
 
+def test_reuse(tmp_path):
+    (record,) = run("system/reuse.py", tmp_path, "--quick")
+    assert_whole(record)
+    assert record["metric"] == "hit_rate_of_belady"
+    assert record["value"] == min(record["samples"])
+    for rows in record["extra"]["found"].values():
+        assert {row["policy"] for row in rows} >= {"lfu", "lru", "sieve"}
+        for row in rows:
+            assert 0 < row["hit_rate"] <= row["bound"] < 1
+
+
 def test_traces(tmp_path):
     trace = tmp_path / "trace.npz"
-    found = call("system/traces.py", tmp_path, "--quick", "--json", "--out", str(trace))
+    options = ["--quick", "--json", "--scores", "--out", str(trace)]
+    found = call("system/traces.py", tmp_path, *options)
     assert json.loads(found)["steps"] > 8
+    table = call("system/reuse.py", tmp_path, "--quick", "--trace", str(trace))
+    assert table.count("score ") == 2  # once for each number of slots
     with np.load(trace) as arrays:
         groups, predicted = arrays["groups"], arrays["predicted"]
         assert groups.shape == predicted.shape

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from kvswap.bench.belady import UseLog
 from kvswap.hf.cache import KVSwapCache
 
 TOKEN = torch.tensor([[5]])
@@ -98,8 +99,18 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
     return [float(x) for x in np.divide(above, below)]
 
 
-def describe(cache: KVSwapCache, seconds: list[float]) -> dict[str, Any]:
-    """Return what is always reported beside a figure, of steps that took so many seconds."""
+def describe(
+    cache: KVSwapCache, seconds: list[float], uses: UseLog | None = None
+) -> dict[str, Any]:
+    """Return what is always reported beside a figure, of steps that took so many seconds.
+
+    Parameters
+    ----------
+    cache : KVSwapCache
+    seconds : list of float
+    uses : UseLog, optional
+        Of all its steps; what they could have found at most is reported then.
+    """
     stats, report = cache.stats(), cache.memory_report()
     tokens = max(1, stats.decode_tokens)
     reads = max(1, stats.decode_reads)
@@ -112,6 +123,7 @@ def describe(cache: KVSwapCache, seconds: list[float]) -> dict[str, Any]:
         "requests_per_token": stats.decode_reads / tokens,
         "bytes_per_request": stats.decode_bytes_read / reads,
         "hit_rate": stats.hit_rate,
+        "hit_rate_bound": None if uses is None else uses.bound,
         "bytes_written": stats.io.bytes_written,
         "memory": report,
         "selected_tokens": cache.session.plan.budget_groups * cache.session.layout.group_size,

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvswap.cache.foresight import Foresight
+from kvswap.cache.reuse.lru import LRUPolicy
 from kvswap.core.errors import ConfigError
 from kvswap.predict.topk import TopKSelector
 from kvswap.tune.replay import LayerWatch
@@ -37,6 +38,8 @@ class Trace:
         Energy of the keys' directions, falling; their sum is 1.
     drift : ndarray [layers], float32
         Share of the keys' energy in the part that is linear in the position.
+    scores : ndarray [steps, layers, most groups], float16, or None
+        What the index estimated of every group for the real query; -inf where there is none.
     """
 
     groups: np.ndarray
@@ -45,6 +48,7 @@ class Trace:
     part: np.ndarray
     spectrum: np.ndarray
     drift: np.ndarray
+    scores: np.ndarray | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
@@ -57,14 +61,15 @@ class Trace:
         """
         try:
             with np.load(path) as arrays:
-                return cls(**{name: arrays[name] for name in cls.__slots__})
-        except (OSError, KeyError, ValueError) as error:
+                return cls(**{name: arrays[name] for name in cls.__slots__ if name in arrays})
+        except (OSError, TypeError, ValueError) as error:
             raise ConfigError(f"source must be a trace, got {str(path)!r}: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write it compressed."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **{name: getattr(self, name) for name in self.__slots__})
+        arrays = {name: getattr(self, name) for name in self.__slots__}
+        np.savez_compressed(path, **{name: a for name, a in arrays.items() if a is not None})
 
     @property
     def keys(self) -> KeyModel:
@@ -120,6 +125,7 @@ class RecordingSelector(TopKSelector):
     watch: LayerWatch
     real: dict[int, list[tuple[np.ndarray, int]]]
     estimated: dict[int, list[np.ndarray]]
+    scored: dict[int, list[np.ndarray]]
 
     def select(
         self, scores: Tensor, *, layer_idx: int, budget_groups: int, pinned: np.ndarray
@@ -151,7 +157,23 @@ def recording(model: PreTrainedModel) -> type[RecordingSelector]:
     For a cache whose heads are not split into groups.
     """
     notes: dict[str, object] = {"watch": LayerWatch(model), "real": {}, "estimated": {}}
-    return type("Recording", (RecordingSelector,), notes)
+    return type("Recording", (RecordingSelector,), notes | {"scored": {}})
+
+
+def noting_scores(kind: type[RecordingSelector]) -> type[LRUPolicy]:
+    """Return a reuse policy class, to be registered, that notes what real queries score."""
+
+    class Noting(LRUPolicy):
+        wants_scores = True
+
+        def observe(
+            self, layer_idx: int, groups: np.ndarray, scores: np.ndarray, wanted: int
+        ) -> None:
+            """Note it beside what the selector notes."""
+            if layer_idx == kind.watch.layer_idx:
+                kind.scored.setdefault(layer_idx, []).append(scores.astype(np.float16))
+
+    return Noting
 
 
 def collect(
@@ -178,6 +200,12 @@ def collect(
     for layer_idx, guesses in kind.estimated.items():
         for step, best in enumerate(guesses):
             predicted[step, layer_idx, : len(best)] = best
+    scores = None
+    if kind.scored:
+        scores = np.full((steps, layers, totals.max()), -np.inf, np.float16)
+        for layer_idx, seen in kind.scored.items():
+            for step, row in enumerate(seen):
+                scores[step, layer_idx, : len(row)] = row
     if totals.max() < np.iinfo(np.int16).max:
         groups, predicted = groups.astype(np.int16), predicted.astype(np.int16)
     return Trace(
@@ -187,6 +215,7 @@ def collect(
         part=np.array(part, np.int16),
         spectrum=spectrum.astype(np.float32),
         drift=drift.astype(np.float32),
+        scores=scores,
     )
 
 

@@ -299,8 +299,7 @@ class LayerCache:
         """Put flushed groups, which are recent tokens, into slots: no need to read them."""
         session, group_size = self._session, self._session.layout.group_size
         newest = min(len(groups), session.reuse.num_slots(self.layer_idx))
-        session.reuse.take(self.layer_idx, groups[-newest:], step=session.prefetcher.tick())
-        rows = session.reuse.lookup(self.layer_idx, groups[-newest:])
+        rows = session.prefetcher.put(self.layer_idx, groups[-newest:])
         for place, row in enumerate(rows.tolist(), start=len(groups) - newest):
             tokens = slice(place * group_size, (place + 1) * group_size)
             slot = session.residence.pool[row : row + 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,6 +51,21 @@ class Pending:
     stall_s: float = 0.0
 
 
+class Use(NamedTuple):
+    """Groups that one layer needs in memory at once.
+
+    Attributes
+    ----------
+    groups : ndarray, int64
+        Without repeats.
+    is_asked : bool
+        They are to be attended to; else they are put into slots without a read, as flushed.
+    """
+
+    groups: np.ndarray
+    is_asked: bool = True
+
+
 class Prefetcher:
     """Brings selected groups into the reuse buffer.
 
@@ -61,11 +77,17 @@ class Prefetcher:
         Into those slots.
     stats : CacheStats
         Hits and stalls are counted here.
+
+    Attributes
+    ----------
+    noted : list of (int, Use), or None
+        A list is given each layer's uses as they come; None, as at first, is not.
     """
 
     def __init__(self, reuse: ReuseBuffer, records: Reads, stats: CacheStats) -> None:
         self._reuse, self._records, self._stats = reuse, records, stats
         self._clock = 0
+        self.noted: list[tuple[int, Use]] | None = None
 
     def tick(self) -> int:
         """Return a new moment: slots used before it may be given away."""
@@ -149,6 +171,17 @@ class Prefetcher:
     def _count(self, pending: Pending) -> None:
         self._stats.groups_selected += len(pending.needed)
         self._stats.groups_hit += len(pending.needed) - pending.missed
+        self._note(pending.layer_idx, Use(pending.needed))
+
+    def _note(self, layer_idx: int, use: Use) -> None:
+        if self.noted is not None:
+            self.noted.append((layer_idx, use))
+
+    def put(self, layer_idx: int, groups: np.ndarray) -> np.ndarray:
+        """Return a row for each group, whose bytes the caller has and fills in."""
+        self._reuse.take(layer_idx, groups, step=self.tick())
+        self._note(layer_idx, Use(groups, is_asked=False))
+        return self._reuse.lookup(layer_idx, groups)
 
     def rounds(self, pending: Pending) -> Iterator[np.ndarray]:
         """Yield the needed groups in as many parts as the slots ask for, each in memory.
