@@ -59,10 +59,14 @@ def run(args: argparse.Namespace) -> tuple[Record, dict[str, list[Found]]]:
     for path in args.trace:
         trace = load(path, args.quick)
         names = dict.fromkeys([*(args.policy or policies_for(trace)), DEFAULT])
-        found[path.name] = [follow(trace, name, slots) for slots in args.slots for name in names]
+        found[path.name] = [
+            *(follow(trace, name, slots) for slots in args.slots for name in names),
+            *(follow(trace, DEFAULT, slots, shared=True) for slots in args.slots),
+        ]
         steps, layers, most = trace.groups.shape
         sizes[path.name] = {"steps": steps, "layers": layers, "groups_a_selection": most}
-    shares = [each.share for rows in found.values() for each in rows if each.policy == DEFAULT]
+    everything = [each for rows in found.values() for each in rows]
+    shares = [each.share for each in everything if each.policy == DEFAULT and not each.shared]
     record = Record(
         metric="hit_rate_of_belady",
         unit="share",
@@ -87,12 +91,13 @@ def main() -> None:
     args = parse_arguments()
     record, found = run(args)
     publish([record], args)
-    for name, rows in found.items():
-        note(args, f"{name}: policy, slots, hit rate, Bélády's, share of it, and reading ahead")
+    for trace, rows in found.items():
+        note(args, f"{trace}: policy, slots, hit rate, Bélády's, share of it, and reading ahead")
         for each in rows:
+            name = f"{each.policy}{' shared' if each.shared else ''}"
             note(
                 args,
-                f"  {each.policy:10s} {each.slots:4.2f} {each.hit_rate:7.4f} {each.bound:7.4f}"
+                f"  {name:10s} {each.slots:4.2f} {each.hit_rate:7.4f} {each.bound:7.4f}"
                 f" {each.share:7.4f} {each.hit_rate_ahead:7.4f}",
             )
 

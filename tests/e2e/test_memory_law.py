@@ -26,6 +26,8 @@ CONFIGS = {
     "warmed": {**SMALL, "warm_window": 5},
     "least recently used": {**SMALL, "num_slots": 9, "reuse": "lru"},
     "by score": {**SMALL, "num_slots": 9, "reuse": "score:8"},
+    "shared": {**SMALL, "num_slots": 9, "share_slots": True},
+    "shared, planned": {"max_context": 512, "kv_memory": "1MiB", "share_slots": True},
     "sieve": {**SMALL, "num_slots": 9, "reuse": "sieve"},
     "int8 records": {**SMALL, "record_codec": "int8"},
     "rot4 records": {"record_codec": "rot4", "max_context": 512, "kv_memory": "1MiB"},

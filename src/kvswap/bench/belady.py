@@ -68,6 +68,20 @@ def _next_uses(
     return found[::-1]
 
 
+def most_hits_shared(uses: Sequence[tuple[int, Use]], num_slots: int) -> int:
+    """Compute the most hits that slots allow which all layers share; see `most_hits`.
+
+    Parameters
+    ----------
+    uses : sequence of (int, Use)
+        Each with its layer, in the order of time.
+    num_slots : int
+        Of all layers together.
+    """
+    apart = 1 + max((int(use.groups.max(initial=0)) for _, use in uses), default=0)
+    return most_hits([use._replace(groups=use.groups + at * apart) for at, use in uses], num_slots)
+
+
 class UseLog:
     """Notes which groups the layers of a session ask for.
 
@@ -92,7 +106,10 @@ class UseLog:
     @property
     def bound(self) -> float:
         """Most that the hit rate could be since it was noted; 1 where nothing was asked for."""
-        layers = self.by_layer()
-        asked = sum(len(use.groups) for uses in layers for use in uses if use.is_asked)
-        slots = self._session.plan.num_slots
-        return sum(most_hits(uses, slots) for uses in layers) / asked if asked else 1.0
+        asked = sum(len(use.groups) for _, use in self._uses if use.is_asked)
+        if not asked:
+            return 1.0
+        layers, slots = self.by_layer(), self._session.plan.num_slots
+        if self._session.config.share_slots:
+            return most_hits_shared(self._uses, slots * len(layers)) / asked
+        return sum(most_hits(uses, slots) for uses in layers) / asked

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from kvswap.bench.belady import most_hits
+from kvswap.bench.belady import most_hits, most_hits_shared
 from kvswap.bench.traces import Trace
 from kvswap.cache.prefetch import Prefetcher, Use
-from kvswap.cache.reuse import REUSE_POLICIES, ReuseBuffer, make_reuse
+from kvswap.cache.reuse import REUSE_POLICIES, ReuseBuffer, SlotExchange, make_reuse
 from kvswap.core.stats import CacheStats
 from kvswap.storage.base import Ticket
 
@@ -26,6 +26,8 @@ class Found:
     policy : str
     slots : float
         Slots of a layer over the groups of one selection.
+    shared : bool
+        They move between layers.
     hit_rate, bound : float
         Groups found in memory of those asked for, and the most that could be.
     hit_rate_ahead : float
@@ -34,6 +36,7 @@ class Found:
 
     policy: str
     slots: float
+    shared: bool
     hit_rate: float
     bound: float
     hit_rate_ahead: float
@@ -54,7 +57,7 @@ def policies_for(trace: Trace) -> list[str]:
     return [n for n in names if trace.scores is not None or not make_reuse(n).wants_scores]
 
 
-def follow(trace: Trace, policy: str, slots: float) -> Found:
+def follow(trace: Trace, policy: str, slots: float, *, shared: bool = False) -> Found:
     """Let one policy serve a trace, its parts one after the other.
 
     Parameters
@@ -63,53 +66,72 @@ def follow(trace: Trace, policy: str, slots: float) -> Found:
     policy : str
     slots : float
         Slots of a layer over the groups of one selection.
+    shared : bool
+        Let them move between layers.
 
     Notes
     -----
     Tables, prefetcher and counters are those of a session; only no byte is read.
     """
-    num_slots = round(slots * trace.groups.shape[2])
-    stats, uses = _serve(trace, policy, num_slots, reads_ahead=False)
-    bound = sum(most_hits(layer, num_slots) for layer in uses) / stats.groups_selected
-    ahead, _ = _serve(trace, policy, num_slots, reads_ahead=True)
+    served = _Served(trace, policy, round(slots * trace.groups.shape[2]), shared=shared)
+    ahead = _Served(trace, policy, served.num_slots, shared=shared)
+    served.run(reads_ahead=False)
+    ahead.run(reads_ahead=True)
     return Found(
         policy=policy,
         slots=slots,
-        hit_rate=stats.hit_rate,
-        bound=bound,
-        hit_rate_ahead=ahead.hit_rate,
+        shared=shared,
+        hit_rate=served.stats.hit_rate,
+        bound=served.bound(),
+        hit_rate_ahead=ahead.stats.hit_rate,
     )
 
 
-def _serve(
-    trace: Trace, policy: str, num_slots: int, *, reads_ahead: bool
-) -> tuple[CacheStats, list[list[Use]]]:
-    """Return the counters, and what each layer asked for."""
-    steps, num_layers, _ = trace.groups.shape
-    reuse = ReuseBuffer(
-        num_layers=num_layers,
-        num_slots=num_slots,
-        num_groups=int(trace.num_groups.max()) + 1,
-        record_bytes=_RECORD_BYTES,
-        policy=make_reuse(policy),
-    )
-    stats = CacheStats()
-    prefetcher = Prefetcher(reuse, _NoReads(), stats)
-    prefetcher.noted = []
-    for step, layer_idx in np.ndindex(steps, num_layers):
-        ahead, early = None, _ids(trace.predicted[step, layer_idx])
+class _Served:
+    """A trace on its way through a session's tables."""
+
+    def __init__(self, trace: Trace, policy: str, num_slots: int, *, shared: bool) -> None:
+        self.num_slots, self._trace, self._shared = num_slots, trace, shared
+        _, self._num_layers, selected = trace.groups.shape
+        self._reuse = ReuseBuffer(
+            num_layers=self._num_layers,
+            num_slots=num_slots,
+            num_groups=int(trace.num_groups.max()) + 1,
+            record_bytes=_RECORD_BYTES,
+            policy=make_reuse(policy),
+            exchange=SlotExchange(num_slots, [selected] * self._num_layers) if shared else None,
+        )
+        self.stats = CacheStats()
+        self._prefetcher = Prefetcher(self._reuse, _NoReads(), self.stats)
+        self._uses: list[tuple[int, Use]] = []
+        self._prefetcher.noted = self._uses
+
+    def run(self, *, reads_ahead: bool) -> None:
+        """Serve every step, first what was predicted where that is asked for."""
+        for step in range(len(self._trace.groups)):
+            self._reuse.share(step=self._prefetcher.tick())
+            for layer_idx in range(self._num_layers):
+                self._select(step, layer_idx, reads_ahead)
+
+    def _select(self, step: int, layer_idx: int, reads_ahead: bool) -> None:
+        trace, policy, ahead = self._trace, self._reuse.policy, None
+        early, chosen = _ids(trace.predicted[step, layer_idx]), _ids(trace.groups[step, layer_idx])
         if reads_ahead and len(early):
-            ahead = prefetcher.submit(layer_idx, [early])
-        chosen = _ids(trace.groups[step, layer_idx])
-        if trace.scores is not None and reuse.policy.wants_scores:
+            ahead = self._prefetcher.submit(layer_idx, [early])
+        if trace.scores is not None and policy.wants_scores:
             there = int(trace.num_groups[step, layer_idx])
             scores = trace.scores[step, layer_idx, :there].astype(np.float32)
-            reuse.policy.observe(layer_idx, np.arange(there), scores, len(chosen))
-        prefetcher.bring(prefetcher.submit(layer_idx, [chosen], ahead=ahead))
-    layers: list[list[Use]] = [[] for _ in range(num_layers)]
-    for layer_idx, use in prefetcher.noted:
-        layers[layer_idx].append(use)
-    return stats, layers
+            policy.observe(layer_idx, np.arange(there), scores, len(chosen))
+        self._prefetcher.bring(self._prefetcher.submit(layer_idx, [chosen], ahead=ahead))
+
+    def bound(self) -> float:
+        """Return the most that the hit rate could have been."""
+        if self._shared:
+            hits = most_hits_shared(self._uses, self.num_slots * self._num_layers)
+        else:
+            mine = [[use for at, use in self._uses if at == i] for i in range(self._num_layers)]
+            hits = sum(most_hits(uses, self.num_slots) for uses in mine)
+        return hits / self.stats.groups_selected
 
 
 def _ids(recorded: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from kvswap.cache.reuse import make_reuse
+from kvswap.cache.reuse import SlotExchange, make_reuse
 from kvswap.cache.rolling import RollingBuffer
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.window import QueryWindow
@@ -233,7 +233,10 @@ class _Shape:
         left -= more_rows * self._staging_row_bytes
         slots = plan.num_slots
         if self.config.num_slots is None:
-            fit = left // (self.geometry.num_layers * self._slot_bytes)
+            if self.config.share_slots:  # at most a byte a slot, and 4 of rounding up
+                left = max(0, left - 4 * self.geometry.num_layers)
+            each = self._slot_bytes + int(self.config.share_slots)
+            fit = left // (self.geometry.num_layers * each)
             slots = max(slots, min(self.all_slots, slots + fit))
         return self._plan(plan.rank, plan.budget_groups, slots, plan.staging_rows + more_rows)
 
@@ -314,6 +317,11 @@ class _Shape:
     def _slot_bytes(self) -> int:
         return self.layout.record_bytes + 20  # the record, the id it holds, its last use, its row
 
+    def _exchange_bytes(self, slots: int) -> int:
+        """Bytes of what says which layer gets slots."""
+        shares = self.config.share_slots
+        return SlotExchange.plan_bytes(self.geometry.num_layers, slots) if shares else 0
+
     @property
     def _staging_row_bytes(self) -> int:
         return 2 * self.layout.record_bytes + 2 * self._unpacked_bytes
@@ -351,7 +359,7 @@ class _Shape:
         staging = 2 * staging_rows * layout.record_bytes
         return {
             "index": index,
-            "slots": layers * slots * self._slot_bytes,
+            "slots": layers * slots * self._slot_bytes + self._exchange_bytes(slots),
             "rolling": RollingBuffer.plan_bytes(layout, self.batch_size),
             "tables": tables,
             "staging": staging,

@@ -20,7 +20,8 @@ from kvswap.cache.prefetch import Pending, Prefetcher
 from kvswap.cache.recall import RecallSampler
 from kvswap.cache.records import RecordIO
 from kvswap.cache.residence import Residence
-from kvswap.cache.reuse import ReuseBuffer, make_reuse
+from kvswap.cache.reuse import ReuseBuffer, SlotExchange, make_reuse
+from kvswap.cache.reuse.exchange import check_sharing
 from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.sequences import Sequences
@@ -106,6 +107,7 @@ class CacheSession:
         self.accelerator = accelerator
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
         check_selection(config)  # said now, not at the first forward
+        check_sharing(config)
         if accelerator is not None and config.record_codec != "raw":
             raise ConfigError(
                 f"record_codec must be raw where slots lie on a device ({self.device}),"
@@ -176,6 +178,7 @@ class CacheSession:
             num_groups=plan.num_groups,
             record_bytes=self.layout.record_bytes,
             policy=make_reuse(self.config.reuse),
+            exchange=self._exchange(plan),
             pool=self.residence.pool,
         )
         self.attention = self.residence.attention
@@ -189,6 +192,13 @@ class CacheSession:
         )
         self._make_indexes(plan)
         self.is_allocated = True
+
+    def _exchange(self, plan: CachePlan) -> SlotExchange | None:
+        """Return what moves slots between layers, none of which is left with too few."""
+        if not self.config.share_slots:
+            return None
+        selections = [groups * plan.batch_size for groups in plan.layer_groups]
+        return SlotExchange(plan.num_slots, [min(plan.num_slots, n) for n in selections])
 
     def _make_indexes(self, plan: CachePlan) -> None:
         kind = INDEXES.get(self.config.index)
@@ -361,6 +371,7 @@ class CacheSession:
             self.reuse.clear()  # its slots are lent to the prefill
         if self.is_selecting:
             self._prepare_to_select(batch)
+            self.reuse.share(step=self.prefetcher.tick())
             self.counters.decode_steps += 1
             self.counters.decode_tokens += q_len * batch.batch_size
         self._decode_base = (self.store.stats.bytes_read, self.store.stats.reads)

@@ -181,6 +181,10 @@ class CacheConfig:
         selections in which a use comes to count half; "score", those that the index expected
         least of, with a half-life too; "sieve". It decides what is read, never what is
         attended to.
+    share_slots : bool
+        Let slots move between layers, to where they are found to save most reads, as long as each
+        keeps what one selection needs. It counts what each layer misses and costs a little for
+        every selection; not with "sieve".
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads of a head group.
     code : {"bf16", "int8", "rot4", "rot2", "rot1", "band"}, optional
@@ -223,6 +227,7 @@ class CacheConfig:
     worth_reading: float | None = None
     deadline: bool = False
     reuse: str = "lfu"
+    share_slots: bool = False
     rank: int | None = None
     code: str | None = None
     projection: str | os.PathLike[str] | None = None
@@ -254,6 +259,7 @@ class CacheConfig:
         _at_least("head_groups", self.head_groups, 1)
         _one_of("correct_prediction", self.correct_prediction, (True, False))
         _one_of("deadline", self.deadline, (True, False))
+        _one_of("share_slots", self.share_slots, (True, False))
         _one_of("exact_append", self.exact_append, (True, False))
         size = self.group_size
         if size is not None and (size > 256 or size & (size - 1)):

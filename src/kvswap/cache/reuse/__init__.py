@@ -3,11 +3,13 @@
 from kvswap.cache.reuse import lfu, lru, score, sieve
 from kvswap.cache.reuse.base import REUSE_POLICIES, ReusePolicy, make_reuse, register_reuse
 from kvswap.cache.reuse.buffer import ReuseBuffer
+from kvswap.cache.reuse.exchange import SlotExchange
 
 __all__ = [
     "REUSE_POLICIES",
     "ReuseBuffer",
     "ReusePolicy",
+    "SlotExchange",
     "lfu",
     "lru",
     "make_reuse",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvswap.cache.reuse.base import ReusePolicy
+from kvswap.cache.reuse.exchange import SlotExchange
 from kvswap.cache.reuse.priority import PriorityPolicy
 from kvswap.kernels.native import native
 from kvswap.storage.buffers import aligned_empty
@@ -23,13 +24,15 @@ class ReuseBuffer:
     Parameters
     ----------
     num_layers, num_slots : int
-        Each layer has ``num_slots`` of its own.
+        Each layer has ``num_slots``: of its own, unless there is an exchange.
     num_groups : int
         Group ids are below this.
     record_bytes : int
         Bytes of a slot.
     policy : ReusePolicy
         New; its tables are made here.
+    exchange : SlotExchange, optional
+        Lets `share` move slots between layers; only with a `PriorityPolicy`.
     pool : Tensor [num_layers * num_slots, record_bytes], uint8, optional
         Slots on a device; default: memory of its own.
 
@@ -51,6 +54,7 @@ class ReuseBuffer:
         num_groups: int,
         record_bytes: int,
         policy: ReusePolicy,
+        exchange: SlotExchange | None = None,
         pool: Any = None,
     ) -> None:
         self.is_sound = True
@@ -58,7 +62,8 @@ class ReuseBuffer:
         if pool is None:
             pool = aligned_empty((num_rows, record_bytes))
         self.pool: Any = pool
-        self._rows = list(np.arange(num_rows, dtype=np.int32).reshape(num_layers, num_slots))
+        self._exchange = exchange
+        self._rows = self._evenly(num_layers)
         self._row_of = np.full((num_layers, num_groups), -1, np.int32)
         self._group_in = np.full(num_rows, -1, np.int64)
         self._last_used = np.full(num_rows, -1, np.int64)
@@ -70,11 +75,17 @@ class ReuseBuffer:
             table = module.SlotTable(self._row_of, self._group_in, self._last_used, policy.priority)
             self._native = (policy, table)
 
+    def _evenly(self, num_layers: int) -> list[np.ndarray]:
+        """Return the rows of each layer, as many for each."""
+        rows = np.arange(len(self.pool), dtype=np.int32).reshape(num_layers, -1)
+        return [own.copy() for own in rows]
+
     @property
     def slots_nbytes(self) -> int:
         """Bytes of the slots with their own bookkeeping."""
-        rows = sum(rows.nbytes for rows in self._rows)
-        return self.pool.nbytes + self._group_in.nbytes + self._last_used.nbytes + rows
+        beside = sum(rows.nbytes for rows in self._rows)
+        beside += 0 if self._exchange is None else self._exchange.nbytes
+        return self.pool.nbytes + self._group_in.nbytes + self._last_used.nbytes + beside
 
     @property
     def table_nbytes(self) -> int:
@@ -120,6 +131,48 @@ class ReuseBuffer:
             A row for each of them, whose bytes are the caller's to fill, or to `forget`; None
             where there are too few slots, and none is given.
         """
+        if self._exchange is None:
+            return self._take(layer_idx, groups, step)
+        own = self._rows[layer_idx]
+        before, nearly_gone = self._group_in[own], self._nearly_gone(layer_idx, groups)
+        missing, rows = self._take(layer_idx, groups, step)
+        gone = before[(before != self._group_in[own]) & (before >= 0)]
+        self._exchange.note(layer_idx, missing, gone, nearly_gone)
+        return missing, rows
+
+    def _nearly_gone(self, layer_idx: int, groups: np.ndarray) -> int:
+        """Count the groups asked for that would not be in memory with a few slots less."""
+        assert self._exchange is not None
+        own = self._rows[layer_idx]
+        held = self._group_in[own]
+        if (held < 0).any() or len(held) <= self._exchange.depth:
+            return 0
+        going = self.policy.choose(layer_idx, held, self._last_used[own], self._exchange.depth)
+        return int(np.count_nonzero(np.isin(groups, held[going])))
+
+    def share(self, *, step: int) -> None:
+        """Move a few slots between two layers where that clearly gains; no read may be in flight.
+
+        Parameters
+        ----------
+        step : int
+            Now: nothing of it has been asked for yet.
+        """
+        if self._exchange is None:
+            return
+        move = self._exchange.next_move([len(own) for own in self._rows])
+        if move is None:
+            return
+        with self.changing():
+            given = self._give(move.giver, move.num_slots, step)
+            assert given is not None, "between steps no slot is in use"
+            self._group_in[given] = self._last_used[given] = -1
+            self._rows[move.giver] = np.setdiff1d(self._rows[move.giver], given)
+            self._rows[move.taker] = np.union1d(self._rows[move.taker], given)
+
+    def _take(
+        self, layer_idx: int, groups: np.ndarray, step: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         if self._native is None:
             return self._take_plainly(layer_idx, groups, step)
         policy, table = self._native
@@ -176,12 +229,15 @@ class ReuseBuffer:
         self.is_sound = True
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Drop everything; each layer has its first slots again."""
         self.is_sound = True
         self._row_of.fill(-1)
         self._group_in.fill(-1)
         self._last_used.fill(-1)
         self.policy.clear()
+        if self._exchange is not None:
+            self._exchange.clear()
+            self._rows = self._evenly(len(self._rows))
 
     def forget_everywhere(self, groups: np.ndarray) -> None:
         """Drop groups of all layers, as when nobody holds them any more."""
