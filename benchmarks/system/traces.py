@@ -86,7 +86,7 @@ def follow(
         storage=kvswap.StorageConfig(directories=[args.kv_dir]),
         budget_tokens=args.budget_tokens,
         selector=name,
-        reuse=name if args.scores else "lfu",
+        reuse=name if args.scores else "lru",
     )
     with kvswap.attach(models[0], config) as cache:
         stock = DynamicCache(config=models[1].config)

@@ -179,8 +179,8 @@ class CacheConfig:
         Which groups leave memory first, a name in the registry of reuse policies: "lru",
         those unused for longest; "lfu", those used least often, or "lfu:64" with the number of
         selections in which a use comes to count half; "score", those that the index expected
-        least of, with a half-life too; "sieve". It decides what is read, never what is
-        attended to.
+        least of, with a half-life too; "sieve". All but the first take a few bytes for each
+        group and layer. It decides what is read, never what is attended to.
     share_slots : bool
         Let slots move between layers, to where they are found to save most reads, as long as each
         keeps what one selection needs. It counts what each layer misses and costs a little for
@@ -226,7 +226,7 @@ class CacheConfig:
     correct_prediction: bool = True
     worth_reading: float | None = None
     deadline: bool = False
-    reuse: str = "lfu"
+    reuse: str = "lru"
     share_slots: bool = False
     rank: int | None = None
     code: str | None = None
