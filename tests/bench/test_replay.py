@@ -183,6 +183,7 @@ def test_a_context_is_stored_for_each_row_of_a_batch(tmp_path):
         geometry = cache.session.geometry
         refile(cache, synthetic_context(geometry, 512, seed=0), 512, batch_size=3)
         layout = cache.session.layout
+        cache.session.records.drain()
         records = 3 * 512 // layout.group_size * geometry.num_layers
         assert cache.stats().io.bytes_written == records * layout.record_bytes
         model(input_ids=torch.tensor([[5]] * 3), past_key_values=cache)

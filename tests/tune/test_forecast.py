@@ -131,6 +131,7 @@ def test_the_disk_takes_what_a_run_writes(outline, tmp_path, batch_size):
         tokens = CONTEXT - 8
         context = synthetic_context(outline.shape.geometry, tokens, seed=0)
         refile(cache, context, tokens, batch_size=batch_size)
+        cache.session.records.drain()
         written = cache.stats().io.bytes_written
         room = cache.session.placement.planned_bytes
     assert found.written_bytes == pytest.approx(written, rel=0.04)
