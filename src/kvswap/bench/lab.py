@@ -19,13 +19,13 @@ from kvswap.bench.leftovers import is_left_over
 from kvswap.bench.limits import MemoryGroup, controller, memory_group, remove_group
 from kvswap.bench.loops import (
     CONTROL,
-    MEMORY_SYSTEMS,
     LoopDrive,
     drive_names,
     loop_drive,
     remove_drive,
 )
 from kvswap.bench.throttle import ThrottleGroup, throttle_group
+from kvswap.core.device_facts import IN_MEMORY
 from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import ConfigError
 from kvswap.core.units import format_bytes
@@ -161,7 +161,7 @@ def _check_room(folders: Sequence[Path], size_bytes: int) -> None:
             raise ConfigError(f"drives need an existing directory for their files, got {folder}")
         state = os.statvfs(folder)
         room = state.f_bavail * state.f_frsize
-        if file_system(folder)[0] in MEMORY_SYSTEMS:
+        if file_system(folder)[0] in IN_MEMORY:
             room = min(room, _free_memory_bytes() // 2)
         needed = size_bytes * folders.count(folder)
         if needed > room:

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvswap.bench.leftovers import own_name
+from kvswap.core.device_facts import IN_MEMORY
 from kvswap.core.errors import ConfigError
 from kvswap.storage.facts import file_system, mounted
 from kvswap.storage.faults import typed_errors
 from kvswap.storage.syscalls import fallocate
 
 CONTROL = Path("/dev/loop-control")
-MEMORY_SYSTEMS = ("tmpfs", "ramfs")
 _BLOCKS = Path("/sys/block")
 _SUFFIX = ".img"
 _UNMOUNTS = 20
@@ -152,7 +152,7 @@ def _make(name: str, size_bytes: int, folder: Path) -> LoopDrive:
     run_tool("mount", "-t", "ext4", "-o", "noatime", node, str(directory))
     run_tool("losetup", "--detach", node)  # when its last mount is gone
     device = Path(node).name
-    is_in_memory = file_system(folder)[0] in MEMORY_SYSTEMS
+    is_in_memory = file_system(folder)[0] in IN_MEMORY
     if not is_in_memory and (_BLOCKS / device / "loop" / "dio").read_text().strip() != "1":
         raise ConfigError(f"a loop drive's file needs O_DIRECT, got none in {folder}")
     number = (_BLOCKS / device / "dev").read_text().strip()
