@@ -104,3 +104,13 @@ def test_figures_of_the_readme_are_those_of_the_newest_records() -> None:
         half = 0.5 * 10 ** -len(figure[1] or "")
         stated = float(figure[0].replace(",", ""))
         assert abs(stated - newest[metric]) <= half * 1.001, f"{metric}: {newest[metric]}"
+
+
+@pytest.mark.parametrize(
+    ("document", "table"), [("README.md", "brief"), ("docs/concepts/methods.md", "whole")]
+)
+def test_the_table_of_methods_is_that_of_its_newest_record(document: str, table: str) -> None:
+    lines = (ROOT / "benchmarks/results/quality.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines if '"methods_in_table"' in line]
+    newest = max(records, key=lambda record: str(record["date"]))
+    assert newest["extra"]["tables"][table] in (ROOT / document).read_text(encoding="utf-8")
