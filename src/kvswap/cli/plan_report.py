@@ -47,7 +47,7 @@ def _heading(found: Forecast) -> str:
 
 def _rows(found: Forecast) -> list[tuple[str, ...]]:
     rows = [
-        _plan_row("of full KV", found, lambda p: f"1/{found.full_kv_bytes / p.total_bytes:.1f}"),
+        _plan_row("of full KV", found, lambda plan: _share(plan.total_bytes / found.full_kv_bytes)),
         _plan_row("index", found, _index),
         _plan_row("selected tokens a layer", found, _selected),
         _plan_row("slots, of a selection", found, _slots),
@@ -90,6 +90,10 @@ def _speed_row(name: str, found: Forecast, cell: Callable[[Speed], str]) -> tupl
 
 def _bytes_of(part: str) -> Callable[[CachePlan], str]:
     return lambda plan: format_bytes(plan.parts.get(part, 0))
+
+
+def _share(share: float) -> str:
+    return f"1/{1 / share:.1f}" if share < 1 else f"{share:.1f} times"
 
 
 def _index(plan: CachePlan) -> str:
