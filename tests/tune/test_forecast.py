@@ -10,6 +10,7 @@ import torch
 import kvswap
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.tune import forecast as module
+from kvswap.tune import lengths
 from kvswap.tune.forecast import forecast
 from kvswap.tune.outline import ModelOutline
 from kvswap.tune.rehearsal import Forward, Rehearsal
@@ -86,7 +87,7 @@ def test_what_is_too_long_to_rehearse_is_drawn_out_from_two_lengths(
 ):
     whole = forecast(outline, config_in(tmp_path)).asked.speed
     linear.clear()
-    monkeypatch.setattr(module, "REHEARSAL_BYTES", 1)
+    monkeypatch.setattr(lengths, "REHEARSAL_BYTES", 1)
     config = config_in(tmp_path, budget_tokens=128)
     speed = forecast(outline, config).asked.speed
     assert {context for _, context, _ in linear} == {256, 512}
@@ -131,7 +132,7 @@ def test_the_disk_takes_what_a_run_writes(outline, tmp_path, batch_size):
         tokens = CONTEXT - 8
         context = synthetic_context(outline.shape.geometry, tokens, seed=0)
         refile(cache, context, tokens, batch_size=batch_size)
-        cache.session.records.drain()
+        cache.session.records.drain()  # the last writes may be under way
         written = cache.stats().io.bytes_written
         room = cache.session.placement.planned_bytes
     assert found.written_bytes == pytest.approx(written, rel=0.04)

@@ -17,6 +17,7 @@ from kvswap.core.units import ceil_div
 from kvswap.placement import SequentialPlacement
 from kvswap.storage.directory import check_directory
 from kvswap.storage.facts import device_facts
+from kvswap.tune.lengths import drawn_out, rehearsed_contexts
 from kvswap.tune.outline import ModelOutline
 from kvswap.tune.rehearsal import Forward, Rehearsal, rehearse
 
@@ -25,9 +26,6 @@ REUSE = 0.77
 
 FACTORS = (0.5, 1.0, 2.0)
 """Of the memory that is asked about: each is planned and rehearsed."""
-
-REHEARSAL_BYTES = 512 << 20
-"""Most keys and values that a rehearsal stores; beyond them, two are drawn out in a line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,12 +280,8 @@ class _Rehearsals:
 
     def contexts(self, plan: CachePlan) -> list[int]:
         """Return how many tokens to rehearse with: all, or else two numbers of them."""
-        geometry = self.outline.shape.geometry
-        layers = min(4, geometry.num_layers)
-        most = REHEARSAL_BYTES // (layers * geometry.layer_token_bytes * plan.batch_size)
-        least = 4 * plan.budget_groups * plan.layout.group_size if plan.rank else 0
-        most = max(most, least, 4 * self.config.prefill_chunk)
-        return [plan.max_context] if most >= plan.max_context else [most // 2, most]
+        chunk = self.config.prefill_chunk
+        return rehearsed_contexts(self.outline.shape, plan, prefill_chunk=chunk)
 
     def _speed(self, model: PreTrainedModel, plan: CachePlan, *, is_asked: bool) -> Speed:
         contexts = self.contexts(plan)
@@ -307,7 +301,7 @@ class _Rehearsals:
             tokens_per_s=plan.batch_size / step_s,
             foreseen_tokens_per_s=foreseen,
             ttft_s=self._prefill_s(runs, plan),
-            index_s=layers * _drawn([r.context for r in runs], [r.index_s for r in runs], plan),
+            index_s=layers * drawn_out(contexts, [run.index_s for run in runs], plan.max_context),
             hit_rate=last.hit_rate,
             bytes_read_per_step=layers * last.layer_bytes,
             requests_per_step=layers * last.layer_requests,
@@ -328,7 +322,7 @@ class _Rehearsals:
     def _whole(self, runs: list[Rehearsal], plan: CachePlan, part: str) -> float:
         """Return the seconds of the whole model's forward at the planned length."""
         found = [self._seconds(getattr(run, part)) for run in runs]
-        return _drawn([run.context for run in runs], found, plan)
+        return drawn_out([run.context for run in runs], found, plan.max_context)
 
     def _seconds(self, forward: Forward) -> float:
         shape = self.outline.shape
@@ -347,11 +341,3 @@ class _Rehearsals:
     def _tell(self, more: int) -> None:
         self._done += more
         self._on_progress("rehearse", self._done, self._total)
-
-
-def _drawn(contexts: list[int], found: list[float], plan: CachePlan) -> float:
-    """Draw a line through what was found at two lengths, to the planned one; it never falls."""
-    if len(found) == 1:
-        return found[0]
-    slope = (found[1] - found[0]) / (contexts[1] - contexts[0])
-    return found[1] + max(0.0, slope) * (plan.max_context - contexts[1])

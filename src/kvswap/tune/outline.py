@@ -15,7 +15,8 @@ from kvswap.hf.geometry import ModelShape, shape_of
 from kvswap.kernels.records import DTYPES
 from kvswap.tune.synthetic import random_weights
 
-_DISK_LAYERS = 4  # the first, the last, and two that stand for all others
+DISK_LAYERS = 4
+"""Of a shortened model, at most: the first, the last, and two that stand for all others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,7 @@ class ModelOutline:
             If what is made of the shortened config has other layers.
         """
         shape = self.shape
-        disk = shape.disk_layers[:_DISK_LAYERS]
+        disk = shape.disk_layers[:DISK_LAYERS]
         config = shorten(self.config, disk[-1] + 1)
         made = random_weights(config, dtype=DTYPES[shape.geometry.dtype], device=device)
         found = shape_of(config, dtype=shape.geometry.dtype, model_class=shape.model_class)
