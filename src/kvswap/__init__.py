@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvswap.core.device_profile import DeviceProfile as DeviceProfile
     from kvswap.core.errors import KVSwapError as KVSwapError
     from kvswap.core.stats import CacheStats as CacheStats
+    from kvswap.core.tuned_plan import TunedPlan as TunedPlan
     from kvswap.hf.attach import attach as attach
     from kvswap.hf.cache import KVSwapCache as KVSwapCache
     from kvswap.predict.base import Selector as Selector
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kvswap.tune.budgets import fit_budgets as fit_budgets
     from kvswap.tune.calibrate import calibrate as calibrate
     from kvswap.tune.profile import profile_device as profile_device
+    from kvswap.tune.tuning import tune_cache as tune_cache
 
 __version__ = "0.1.0"
 
@@ -34,6 +36,7 @@ _HOMES = {
     "CacheStats": "kvswap.core.stats",
     "DeviceModel": "kvswap.core.device_model",
     "DeviceProfile": "kvswap.core.device_profile",
+    "TunedPlan": "kvswap.core.tuned_plan",
     "KVSwapError": "kvswap.core.errors",
     "Selector": "kvswap.predict",
     "register_selector": "kvswap.predict",
@@ -44,6 +47,7 @@ _HOMES = {
     "calibrate": "kvswap.tune.calibrate",
     "fit_budgets": "kvswap.tune.budgets",
     "profile_device": "kvswap.tune.profile",
+    "tune_cache": "kvswap.tune.tuning",  # not `tune`, which is the package
 }
 
 __all__ = sorted(_HOMES)

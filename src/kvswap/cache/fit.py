@@ -81,7 +81,7 @@ class IndexFitter:
     def _fit_layer(self, layer_idx: int, groups: np.ndarray) -> None:
         session = self._session
         index, size = session.indexes[layer_idx], session.layout.group_size
-        stride = max(1, len(groups) * size // _SAMPLE_TOKENS)
+        stride = sample_stride(len(groups) * size)
 
         def stored_keys(of: np.ndarray) -> Iterator[torch.Tensor]:
             for keys, _ in session.records.stream(layer_idx, of):
@@ -93,6 +93,11 @@ class IndexFitter:
             part = groups[place : place + len(keys) // size]
             index.encode(part, keys)
             place += len(part)
+
+
+def sample_stride(num_tokens: int) -> int:
+    """Return of how many groups one is fitted to, where there are so many tokens."""
+    return max(1, num_tokens // _SAMPLE_TOKENS)
 
 
 def _flat(keys: torch.Tensor) -> torch.Tensor:

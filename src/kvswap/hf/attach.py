@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from kvswap.cache.session import CacheSession
 from kvswap.core.config import CacheConfig
 from kvswap.core.errors import ConfigError
+from kvswap.core.tuned_plan import TunedPlan
 from kvswap.hf.cache import KVSwapCache
 from kvswap.hf.geometry import ModelShape, fingerprint, read_shape, stock_layers
 from kvswap.kernels.accelerator import accelerator_of
@@ -17,16 +19,19 @@ from kvswap.predict import INDEXES
 from kvswap.predict.budgets import LayerBudgets
 from kvswap.predict.projection import Projection
 
+PlanOrFile = TunedPlan | str | os.PathLike[str]
 
-def attach(model: PreTrainedModel, config: CacheConfig | KVSwapCache) -> KVSwapCache:
+
+def attach(model: PreTrainedModel, config: CacheConfig | KVSwapCache | PlanOrFile) -> KVSwapCache:
     """Give a model a KV cache on disk.
 
     Parameters
     ----------
     model : PreTrainedModel
         Any causal model whose attention goes through transformers' attention interface.
-    config : CacheConfig or KVSwapCache
-        What to make, or a cache from `KVSwapCache.open`.
+    config : CacheConfig, KVSwapCache, TunedPlan or path
+        What to make, a cache from `KVSwapCache.open`, or what `kvswap tune` found for this
+        model, or its file.
 
     Returns
     -------
@@ -37,8 +42,8 @@ def attach(model: PreTrainedModel, config: CacheConfig | KVSwapCache) -> KVSwapC
     Raises
     ------
     ConfigError
-        If a setting cannot be used, the budget is too small, or an opened cache was made
-        with another model.
+        If a setting cannot be used, the budget is too small, or an opened cache or a plan was
+        made with another model.
     UnsupportedModelError
         If the model's attention cannot be served.
     KernelUnavailableError
@@ -49,8 +54,12 @@ def attach(model: PreTrainedModel, config: CacheConfig | KVSwapCache) -> KVSwapC
     if isinstance(config, KVSwapCache):
         config.bind(model)
         return config
+    if isinstance(config, (TunedPlan, str, os.PathLike)):
+        config = planned_config(model, config)
     if not isinstance(config, CacheConfig):
-        raise ConfigError(f"config must be a CacheConfig or a KVSwapCache, got {config!r}")
+        raise ConfigError(
+            f"config must be a CacheConfig, a KVSwapCache or a plan's file, got {config!r}"
+        )
     shape = read_shape(model)
     config = _with_budgets(model, shape, _with_projection(model, shape, config))
     layers = stock_layers(model.config)
@@ -69,6 +78,26 @@ def attach(model: PreTrainedModel, config: CacheConfig | KVSwapCache) -> KVSwapC
         cache.close()
         raise
     return cache
+
+
+def planned_config(model: PreTrainedModel, plan: PlanOrFile, **changes: Any) -> CacheConfig:
+    """Return the settings of a tuned plan, after checking whose it is.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    plan : TunedPlan or path
+    **changes
+        Fields of `CacheConfig` that take the place of the plan's.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, was tuned for another model, or a setting cannot be used.
+    """
+    found = plan if isinstance(plan, TunedPlan) else TunedPlan.load(plan)
+    found.check(fingerprint(model))
+    return found.cache_config(**changes)
 
 
 def context_limit(shape: ModelShape, config: CacheConfig) -> int:

@@ -29,7 +29,7 @@ TOKEN_PARTS = tuple(Fraction(part, 4) for part in (1, 2, 3, 4, 6, 8))
 _SIZES = 4  # of groups: that of the rules, and twice as long ones
 _MOST_RECORD_BYTES = 256 << 10  # beyond, no device reads any faster
 _RANKS = (1, 2, 4, 8)  # parts of the largest rank
-_CODES = ("rot4", "int8")  # tried beside the default of a small rank
+_CODES = ("int8",)  # tried beside the default of a small rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

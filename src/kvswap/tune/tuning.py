@@ -10,13 +10,9 @@ been published.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -24,66 +20,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvswap.core.checks import check_positive
 from kvswap.core.config import CacheConfig
 from kvswap.core.device_profile import DeviceProfile
 from kvswap.core.errors import ConfigError
 from kvswap.core.tuned_plan import TunedPlan, TunedTrial
-from kvswap.hf.attach import context_limit
-from kvswap.hf.cache import KVSwapCache
-from kvswap.hf.geometry import fingerprint, read_shape
-from kvswap.kernels.accelerator import accelerator_of
-from kvswap.predict import INDEXES
-from kvswap.storage.directory import check_directory
 from kvswap.storage.facts import device_facts
 from kvswap.tune.cost import work_of
-from kvswap.tune.coverage import Coverage, Estimator, coverage
+from kvswap.tune.coverage import Coverage, Estimator
 from kvswap.tune.lengths import drawn_out, rehearsed_contexts
+from kvswap.tune.measuring import Measuring
 from kvswap.tune.notes import Notes
 from kvswap.tune.outline import ModelOutline
 from kvswap.tune.rehearsal import rehearse
-from kvswap.tune.sample import QUERIES, SHOWN_QUERIES, layer_sample, reading, spread_layers
 from kvswap.tune.search import Candidate, Search
-from kvswap.tune.space import Setting, SettingSpace, free_groups, slots_by_estimator
+from kvswap.tune.space import Setting, free_groups
+from kvswap.tune.task import TuningOptions, TuningTask
 
-MOST_LAYERS = 6
-"""Layers in which recall is measured."""
-
-_MEASURING_PART = 0.4  # of the time, after which no further layer is begun
 _REHEARSED_CHUNK = 256  # tokens: of a rehearsal only the steps count here
-
-_clock = time.monotonic
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuningOptions:
-    """How to tune.
-
-    Parameters
-    ----------
-    indexes : sequence of str
-        Key indexes to try, each as `CacheConfig.index` takes it; one without rank or code with a
-        few of its own. Default: the config's.
-    record_codecs : sequence of str
-        Forms of records to try. ``rot4`` costs answers, which recall does not show: it is
-        tried only where it is named.
-    recall_floor : float, optional
-        Least share of the sample's attention that what is chosen must reach. Default: what the
-        planner's rules reach with this memory.
-    minutes : float
-        How long it may take, about; the rehearsal of the rules' own setting is held at any rate.
-    """
-
-    indexes: Sequence[str] = ()
-    record_codecs: Sequence[str] = ("raw", "int8")
-    recall_floor: float | None = None
-    minutes: float = 8.0
-
-    def __post_init__(self) -> None:
-        check_positive("minutes", self.minutes)
-        floor = self.recall_floor
-        if floor is not None and not (isinstance(floor, (int, float)) and 0 < floor <= 1):
-            raise ConfigError(f"recall_floor must be a number in (0, 1], got {floor!r}")
 
 
 @torch.no_grad()
@@ -128,80 +81,24 @@ def tune_cache(
     StoreError
         If the disk cannot hold what is rehearsed.
     """
-    task = _Task(model, ids, config, options or TuningOptions(), profile)
+    task = TuningTask(model, ids, config, options or TuningOptions(), profile)
     with Notes(partial, task.key) as notes:
         plan = _Tuner(task, notes).run()
         notes.remove()
     return plan
 
 
-class _Task:
-    """What is to be tuned, checked as far as that needs no run."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        ids: Tensor,
-        config: CacheConfig,
-        options: TuningOptions,
-        profile: DeviceProfile | None,
-    ) -> None:
-        self.model, self.options, self.profile = model, options, profile
-        self.shape = read_shape(model)
-        self.context, self.rows = context_limit(self.shape, config), config.max_batch or 1
-        self.config = replace(config, max_context=self.context, max_batch=self.rows)
-        self.ids = ids[:, : self.context]
-        self.directory = check_directory(config.storage.directories[0])
-        self.on_device = accelerator_of(model.device) is not None
-        self.space = SettingSpace(
-            self.shape.geometry,
-            self.config,
-            context=self.context,
-            batch_size=self.rows,
-            indexes=options.indexes,
-            record_codecs=["raw"] if self.on_device else options.record_codecs,
-            on_device=self.on_device,
-        )
-        self.settings = self.space.settings()
-        self._check_text()
-        self.fingerprint = fingerprint(model)
-
-    def _check_text(self) -> None:
-        largest = max(setting.group_size for setting in self.settings)
-        least = self.space.usual_tokens + QUERIES + 2 * largest
-        if self.ids.shape[1] <= least:
-            raise ConfigError(
-                f"text must be longer than {least} tokens to have groups to choose from,"
-                f" got {self.ids.shape[1]}"
-            )
-
-    @property
-    def key(self) -> str:
-        """Stands for everything that findings depend on."""
-        facts = device_facts(self.directory).to_dict()
-        named = {
-            "fingerprint": self.fingerprint,
-            "device": str(self.model.device),
-            "text": hashlib.sha256(self.ids.cpu().numpy().tobytes()).hexdigest(),
-            "config": self.config.to_dict(),
-            "settings": [setting.label for setting in self.settings],
-            "disk": [facts[name] for name in ("file_system", "model", "total_bytes")],
-        }
-        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-
-
 class _Tuner:
     """Measures, searches, and says what was found."""
 
-    def __init__(self, task: _Task, notes: Notes) -> None:
+    def __init__(self, task: TuningTask, notes: Notes) -> None:
         self.task, self.notes = task, notes
-        self._begin_s = _clock()
         self._longest_s = 0.0
         outline = ModelOutline.of(task.model.config, dtype=task.shape.geometry.dtype)
         self._short = outline.shortened(device=task.model.device.type)
 
     def run(self) -> TunedPlan:
-        layers, found = _Measuring(self.task, self.notes, self._begin_s).run()
+        layers, found = Measuring(self.task, self.notes).run()
         candidates = [self._candidate(setting, found) for setting in self.task.settings]
         floor = self._floor(candidates)
         search = Search(
@@ -209,7 +106,7 @@ class _Tuner:
             floor=floor,
             rehearse=self._rehearse,
             has_time=self._has_time,
-            on_progress=lambda done, total: self._tell("rehearse", done, total),
+            on_progress=lambda done, total: self.task.tell("rehearse", done, total),
         )
         best = search.run()
         return self._plan(best, search, floor, layers)
@@ -243,9 +140,9 @@ class _Tuner:
         known = self.notes.get(name)
         if known is not None:
             return float(known)
-        begin = _clock()
+        begin_s = self.task.spent_s
         seconds = self._step_s(candidate)
-        self._longest_s = max(self._longest_s, _clock() - begin)
+        self._longest_s = max(self._longest_s, self.task.spent_s - begin_s)
         self.notes.put(name, seconds)
         return seconds
 
@@ -267,12 +164,7 @@ class _Tuner:
         return drawn_out(contexts, found, plan.max_context)
 
     def _has_time(self, count: int) -> bool:
-        spent = _clock() - self._begin_s
-        return spent + count * self._longest_s < 60 * self.task.options.minutes
-
-    def _tell(self, stage: str, done: int, total: int) -> None:
-        if self.task.config.on_progress is not None:
-            self.task.config.on_progress(stage, done, total)
+        return self.task.spent_s + count * self._longest_s < self.task.limit_s
 
     def _plan(
         self, best: Candidate, search: Search, floor: float, layers: Sequence[int]
@@ -304,77 +196,6 @@ class _Tuner:
             trials=trials,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-
-
-class _Measuring:
-    """Measures what every estimator covers, one layer after another."""
-
-    def __init__(self, task: _Task, notes: Notes, begin_s: float) -> None:
-        self.task, self.notes, self._begin_s = task, notes, begin_s
-        self.wanted = slots_by_estimator(task.settings)
-        self._stack = ExitStack()
-        self._cache: KVSwapCache | None = None
-
-    def run(self) -> tuple[list[int], dict[Estimator, dict[int, Coverage]]]:
-        """Return which layers were looked at, and the mean over them."""
-        known = self.notes.get("layers")
-        layers = known or spread_layers(self.task.shape.geometry.num_layers, MOST_LAYERS)
-        total = len(layers) * len(self.wanted)
-        by_layer: list[dict[Estimator, dict[int, Coverage]]] = []
-        with self._stack:
-            for layer_idx in layers if self.wanted else ():
-                begin = _clock()
-                by_layer.append(self._layer(layer_idx, len(by_layer) * len(self.wanted), total))
-                if known is None and self._is_late(_clock() - begin, len(by_layer)):
-                    break
-        looked_at = sorted(layers[: len(by_layer)])
-        self.notes.put("layers", layers[: len(by_layer)])
-        if self.wanted:
-            self._tell(len(by_layer) * len(self.wanted), len(by_layer) * len(self.wanted))
-        mean = {
-            estimator: {
-                tokens: Coverage.mean([found[estimator][tokens] for found in by_layer])
-                for tokens in self.wanted[estimator]
-            }
-            for estimator in self.wanted
-        }
-        return looked_at, mean
-
-    def _is_late(self, layer_s: float, count: int) -> bool:
-        """Whether another layer would take the time that rehearsals need; two are the least."""
-        spent = _clock() - self._begin_s
-        return count >= 2 and spent + layer_s > _MEASURING_PART * 60 * self.task.options.minutes
-
-    def _layer(self, layer_idx: int, done: int, total: int) -> dict[Estimator, dict[int, Coverage]]:
-        sample = None
-        found: dict[Estimator, dict[int, Coverage]] = {}
-        for estimator, by_tokens in self.wanted.items():
-            name = f"layer {layer_idx}: {estimator.label}"
-            known = self.notes.get(name)
-            if known is None:
-                sample = sample or layer_sample(self._read(), layer_idx)
-                self._tell(done + len(found), total)
-                made = coverage(
-                    sample, self.task.shape.geometry, estimator, self.task.config, by_tokens
-                )
-                known = {str(tokens): each.to_dict() for tokens, each in made.items()}
-                self.notes.put(name, known)
-            found[estimator] = {int(k): Coverage.from_dict(v) for k, v in known.items()}
-        return found
-
-    def _read(self) -> KVSwapCache:
-        """Read the text, once it is needed."""
-        if self._cache is None:
-            kinds = {INDEXES.get(estimator.index) for estimator in self.wanted}
-            shown = SHOWN_QUERIES if any(kind.wants_queries for kind in kinds) else 0
-            self._cache = self._stack.enter_context(
-                reading(self.task.model, self.task.ids, self.task.config, shown=shown)
-            )
-        return self._cache
-
-    def _tell(self, done: int, total: int) -> None:
-        if self.task.config.on_progress is not None:
-            self.task.config.on_progress("measure", done, total)
 
 
 def stated_reuse(config: CacheConfig, plan: Any, missing: float) -> float:
