@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from kvswap.cli.devices import device_to_be, find_profile
 from kvswap.cli.options import DIRECTORY, DTYPES, read_size
-
-if TYPE_CHECKING:
-    from kvswap.core.device_profile import DeviceProfile
 
 _REUSE = 0.77
 
@@ -102,7 +100,7 @@ def plan(*, as_json: bool, no_speed: bool, **given: Any) -> None:
     names = ("index", "record_codec", "group_size", "budget_tokens", "num_slots")
     settings = {name: value for name in names if (value := given.pop(name)) is not None}
     request = PlanRequest(settings=settings, has_speed=not no_speed, **given)
-    profile = _profile(request)
+    profile = find_profile(request.kv_dir, request.profile, force=request.force)
     from kvswap.cli.progress import StageBars, waiting
 
     with waiting("Starting"):
@@ -118,7 +116,7 @@ def plan(*, as_json: bool, no_speed: bool, **given: Any) -> None:
         config = source.load_config()
         dtype = source.find_dtype(config) if request.dtype == "auto" else request.dtype
         outline = ModelOutline.of(config, dtype=dtype)
-    paced = _device_model(request, profile)
+    paced = device_to_be(request.kv_dir, request.device_model, profile)
     storage = StorageConfig(directories=[request.kv_dir], device_model=paced)
     wanted = CacheConfig(
         kv_memory=request.kv_memory,
@@ -141,43 +139,3 @@ def plan(*, as_json: bool, no_speed: bool, **given: Any) -> None:
         click.echo(json.dumps(found.to_dict()))
     else:
         print_forecast(found)
-
-
-def _profile(request: PlanRequest) -> DeviceProfile | None:
-    """Return the device's profile, after a look at the device.
-
-    Raises
-    ------
-    ConfigError
-        If files in the directory lie in memory, or the profile is of another device; neither
-        where it was forced.
-    """
-    from kvswap.core.device_profile import PROFILE_NAME, DeviceProfile
-    from kvswap.core.errors import ConfigError
-    from kvswap.storage.facts import device_facts
-
-    facts = device_facts(request.kv_dir)
-    if facts.is_no_disk and not request.force:
-        raise ConfigError(
-            f"kv-dir must be on a disk, got {request.kv_dir} on {facts.file_system}"
-            " (--force takes it)"
-        )
-    path = request.profile or request.kv_dir / PROFILE_NAME
-    if not path.exists():
-        return None
-    profile = DeviceProfile.load(path)
-    if not profile.device.is_same(facts) and not request.force:
-        raise ConfigError(
-            f"profile must be of the device at {request.kv_dir} ({facts.name}), got {path} of"
-            f" {profile.device.name} (--force is as slow as that)"
-        )
-    return profile
-
-
-def _device_model(request: PlanRequest, profile: DeviceProfile | None) -> Any:
-    """Return the device to be as slow as: a named one, or that of a profile made elsewhere."""
-    from kvswap.storage.facts import device_facts
-
-    if request.device_model is not None or profile is None:
-        return request.device_model
-    return None if profile.device.is_same(device_facts(request.kv_dir)) else profile.device_model()
