@@ -19,6 +19,7 @@ from tests.cli.processes import execute_python
         ["calibrate", "--help"],
         ["budgets", "--help"],
         ["profile", "--help"],
+        ["tune", "--help"],
         ["nonsense"],
         ["run", "--nonsense"],
     ],
@@ -35,12 +36,14 @@ def test_nothing_heavy_is_imported(arguments):
 def test_help_names_every_command(kvswap):
     result = kvswap("--help")
     assert (result.code, result.err) == (0, "")
-    for command in ("demo", "run", "eval", "calibrate", "budgets", "profile"):
+    for command in ("demo", "run", "eval", "calibrate", "budgets", "profile", "tune"):
         assert f"  {command} " in result.out
     assert kvswap() == result
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "eval", "calibrate", "budgets", "profile"])
+@pytest.mark.parametrize(
+    "command", ["demo", "run", "eval", "calibrate", "budgets", "profile", "tune"]
+)
 def test_help_of_a_command_fits_a_terminal(kvswap, command):
     result = kvswap(command, "--help")
     assert result.code == 0

@@ -231,7 +231,7 @@ def test_a_cache_of_another_model_is_refused(layers, is_other_attached, has_begu
 
 
 def test_attaching_what_is_no_config_says_so():
-    with pytest.raises(ConfigError, match="a KVSwapCache or a plan.s file, got 5"):
+    with pytest.raises(ConfigError, match="a KVSwapCache or a plan's file, got 5"):
         kvswap.attach(make_model("llama"), 5)  # type: ignore[arg-type]
 
 

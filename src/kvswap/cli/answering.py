@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,8 @@ from kvswap.cli.streaming import TextStream, decode
 from kvswap.core.config import CacheConfig, StorageConfig
 from kvswap.core.errors import ConfigError
 from kvswap.core.stats import LayerRecall
-from kvswap.hf.attach import attach
+from kvswap.core.tuned_plan import TunedPlan
+from kvswap.hf.attach import attach, planned_config
 from kvswap.hf.cache import KVSwapCache
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def answer(request: Request, emit: Emit | None) -> RunResult:
         model = source.load_model()
     with ExitStack() as stack:
         bars = StageBars(_TITLES)
-        cache = stack.enter_context(attach(model, _config(request, ids.shape[1], bars)))
+        cache = stack.enter_context(attach(model, _config(request, model, ids.shape[1], bars)))
         with bars:
             read_s = _read(cache, ids)
         begin = time.perf_counter()
@@ -154,16 +156,26 @@ def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> Non
         )
 
 
-def _config(request: Request, prompt_tokens: int, bars: StageBars) -> CacheConfig:
-    storage = StorageConfig(directories=[request.kv_dir], disk_limit=request.disk_limit)
-    return CacheConfig(
-        kv_memory=request.kv_memory,
-        storage=storage,
-        max_context=prompt_tokens + request.max_new_tokens,
-        recall_every=request.recall,
-        recall_floor=0.0,  # the report says it
-        on_progress=bars,
-    )
+def _config(
+    request: Request, model: PreTrainedModel, prompt_tokens: int, bars: StageBars
+) -> CacheConfig:
+    """Return what was asked for, over the settings of a plan if one was named."""
+    fixed: dict[str, Any] = {
+        "max_context": prompt_tokens + request.max_new_tokens,
+        "max_batch": 1,
+        "recall_every": request.recall,
+        "recall_floor": 0.0,  # the report says it
+        "on_progress": bars,
+    }
+    if request.kv_memory is not None:
+        fixed["kv_memory"] = request.kv_memory
+    directory = request.kv_dir
+    if request.plan is not None:
+        plan = TunedPlan.load(request.plan)
+        directory = directory or Path(plan.directory)
+    assert directory is not None, "the command asks for it where no plan says it"
+    fixed["storage"] = StorageConfig(directories=[directory], disk_limit=request.disk_limit)
+    return CacheConfig(**fixed) if request.plan is None else planned_config(model, plan, **fixed)
 
 
 def _read(cache: KVSwapCache, ids: Tensor) -> float:

@@ -22,6 +22,14 @@ def read_size(_: click.Context, parameter: click.Parameter, value: str | None) -
     return None if value is None else parse_bytes(value, field=parameter.opts[0])
 
 
+def read_names(_: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    """Return names that stand between commas; a click callback."""
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise ConfigError(f"{parameter.opts[0]} must be names between commas, got {value!r}")
+    return names
+
+
 DIRECTORY = click.Path(exists=True, file_okay=False, writable=True, path_type=Path)
 TEXT_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 PLOT_FILE = click.Path(dir_okay=False, path_type=Path)

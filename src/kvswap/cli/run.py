@@ -21,9 +21,11 @@ class Request:
     model : str
         A directory or a name on the Hub.
     document, prompt : str
-    kv_memory, disk_limit : int
+    kv_memory, disk_limit : int or None
         Bytes; no limit on the disk where that is None.
-    kv_dir : Path
+    kv_dir : Path or None
+    plan : Path or None
+        Tuned settings, which say memory and directory where those are None.
     max_new_tokens : int
     temperature : float
         0 for greedy decoding.
@@ -38,8 +40,9 @@ class Request:
     model: str
     document: str
     prompt: str
-    kv_memory: int
-    kv_dir: Path
+    kv_memory: int | None
+    kv_dir: Path | None
+    plan: Path | None
     disk_limit: int | None
     max_new_tokens: int
     temperature: float
@@ -54,12 +57,19 @@ class Request:
 @click.option("--prompt", required=True, metavar="TEXT", help="What to ask about it.")
 @click.option(
     "--kv-memory",
-    required=True,
     callback=read_size,
     metavar="SIZE",
-    help="Memory for the cache, as 256MiB.",
+    help="Memory for the cache, as 256MiB.  [required without --plan]",
 )
-@click.option("--kv-dir", required=True, type=DIRECTORY, help="Directory for the cache.")
+@click.option(
+    "--kv-dir", type=DIRECTORY, help="Directory for the cache.  [required without --plan]"
+)
+@click.option(
+    "--plan",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Settings for this model, by kvswap tune; what is given beside it wins.",
+)
 @click.option(
     "--disk-limit",
     callback=read_size,
@@ -90,6 +100,13 @@ def run(*, file: str, as_json: bool, **rest: Any) -> None:
     The text and the prompt are one user message where the tokenizer has a chat template. The
     answer goes to stdout as it comes, everything else to stderr. Nothing is left on disk.
     """
+    for name in ("kv_memory", "kv_dir"):
+        if rest[name] is None and rest["plan"] is None:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(
+                f"Missing option '{option}', or a --plan that says it.",
+                click.get_current_context(),
+            )
     request = Request(document=read_text(file), **rest)
     check_plot(request.plot, recall=request.recall)
     from kvswap.cli.progress import waiting

@@ -31,6 +31,16 @@ def sample_windows(
     return split_windows(parts, window, getattr(config, "max_position_embeddings", None))
 
 
+def one_context(
+    source: ModelSource, texts: Sequence[str], *, random_tokens: int | None, seed: int
+) -> Tensor:
+    """Return the tokens [1, num_tokens] of texts one after another, or random ones."""
+    if random_tokens is None:
+        return torch.cat(text_tokens(source.load_tokenizer(), texts))[None]
+    vocabulary = source.load_config().get_text_config(decoder=True).vocab_size
+    return draw_tokens(vocabulary, random_tokens, seed)[None]
+
+
 def text_tokens(tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
     """Return each text's tokens [num_tokens]."""
     return [torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long) for text in texts]

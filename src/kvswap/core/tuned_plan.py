@@ -136,6 +136,23 @@ class TunedPlan:
         except TypeError as error:
             raise ConfigError(f"settings are unknown or missing: {error}") from error
 
+    @property
+    def chosen(self) -> TunedTrial:
+        """The trial whose settings were chosen."""
+        own = self.settings.items()
+        held = [trial for trial in self.trials if trial.settings.items() <= own]
+        return max(held, key=lambda trial: len(trial.settings))
+
+    @property
+    def frontier(self) -> list[TunedTrial]:
+        """The trials that no other surpasses in recall and speed, the fastest first."""
+        known = [trial for trial in self.trials if trial.tokens_per_s is not None]
+        line: list[TunedTrial] = []
+        for trial in sorted(known, key=lambda each: (-(each.tokens_per_s or 0.0), -each.recall)):
+            if not line or trial.recall > line[-1].recall:
+                line.append(trial)
+        return line
+
     def check(self, fingerprint: str) -> None:
         """Raise `ConfigError` unless it was tuned for the model of this fingerprint."""
         if self.fingerprint != fingerprint:
@@ -150,7 +167,7 @@ class TunedPlan:
         """Return the fields, ready for JSON."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         named |= {"device": self.device.to_dict(), "sample_layers": list(self.sample_layers)}
-        named["trials"] = [asdict(trial) for trial in self.trials]
+        named["trials"] = [asdict(trial) | {"samples": [*trial.samples]} for trial in self.trials]
         return {"format": _FORMAT, "version": _VERSION} | named
 
     @classmethod

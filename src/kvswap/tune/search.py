@@ -93,8 +93,10 @@ class Search:
         """Rehearse what is worth it, and return the fastest that may be chosen."""
         for candidate in far_apart(self.eligible, SPREAD):
             self._try(candidate, must=candidate is self.eligible[0])
-        if self.candidates[0] not in self.eligible:  # what the rules give is compared with
-            self._try(self.candidates[0])
+        # The rules' own first, to be compared with; others where few cover enough.
+        for candidate in far_apart(self.candidates, SPREAD):
+            if candidate is self.candidates[0] or self._done < SPREAD:
+                self._try(candidate)
         while self._done < MOST:
             following = self._most_promising()
             if following is None or not self._try(following):

@@ -183,7 +183,7 @@ class _Tuner:
             settings=_changed(task.config) | best.setting.fields,
             max_context=task.context,
             max_batch=task.rows,
-            directory=str(task.config.storage.directories[0]),
+            directory=str(task.directory),
             model_class=task.shape.model_class,
             fingerprint=task.fingerprint,
             geometry=task.shape.geometry.to_dict(),
