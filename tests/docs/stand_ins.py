@@ -18,6 +18,9 @@ REPLACED = {
     # A budget below the tiny model's full cache, so that selection and reads are exercised.
     'kv_memory="256MiB"': 'kv_memory="16MiB"',
     'kv_memory="512MiB"': 'kv_memory="24MiB"',
+    "TuningOptions(minutes=5)": (
+        'TuningOptions(minutes=0.001, indexes=["lowrank:16+rot4"], record_codecs=["raw"])'
+    ),
     'profile_device("kv")': 'profile_device("kv", seconds=1, file_bytes="16MiB")',
 }
 """Text of Python blocks, besides the model's name."""
@@ -26,6 +29,7 @@ OPTIONS = {
     "--context": "2048",
     "--kv-memory": "16MiB",
     "--max-new-tokens": "4",
+    "--minutes": "0.001",
     "--questions": "2",
     "--samples": "2",
     "--seconds": "1",
@@ -38,10 +42,14 @@ SIZES = {
     "demo": ("--context", "--kv-memory", "--questions"),
     "plan": ("--context", "--kv-memory"),
     "profile": ("--seconds", "--size"),
+    "tune": ("--minutes",),
 }
 """Options that a command gets even where a document names none."""
 
-FLAGS = {"plan": ("--force",)}
+FLAGS = {
+    "plan": ("--force",),
+    "tune": ("--force", "--index", "lowrank:16+rot4", "--record-codecs", "raw"),
+}
 """What a command is told besides: the folder of a test may lie anywhere."""
 
 BOOK = "It was a wet spring, and the old bridge did not stand for long. " * 16
