@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from kvswap.cache.fit import sample_stride
-from kvswap.cache.reuse import ReuseBuffer
+from kvswap.cache.reuse import ReuseBuffer, make_reuse
 from kvswap.cache.selection import GroupSelection
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.config import CacheConfig
@@ -182,8 +182,8 @@ class _Steps:
             own = mass[place]
             recall += 1 - own[:flushed].sum() + own[chosen].sum()
             for count, buffer in buffers.items():
-                buffer.take(0, np.arange(max(0, flushed - 1), flushed), step=2 * place)
-                late, _ = buffer.take(0, chosen, step=2 * place + 1)
+                buffer.take(0, np.arange(max(0, flushed - 1), flushed), step=2 * place + 1)
+                late, _ = buffer.take(0, chosen, step=2 * place + 2)
                 missing[count] += len(late) if place >= WARM else 0
         steps = QUERIES - WARM
         return Coverage(
@@ -200,10 +200,12 @@ class _Steps:
 
     def _buffer(self, num_slots: int) -> ReuseBuffer:
         """Return the tables of a reuse buffer; no bytes are read, so that it has none."""
+        count = max(num_slots, self.budget_groups)
         return ReuseBuffer(
             num_layers=1,
-            num_slots=max(num_slots, self.budget_groups),
+            num_slots=count,
             num_groups=len(self.batch.groups[0]) + 1,
             record_bytes=0,
-            pool=np.empty((0, 0), np.uint8),
+            policy=make_reuse(self.config.reuse),
+            pool=np.empty((count, 0), np.uint8),
         )
