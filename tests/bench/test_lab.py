@@ -235,9 +235,19 @@ def started() -> Iterator[tuple[subprocess.Popen[str], int]]:
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=_take_signals,
     ) as process:
         assert process.stdout is not None
-        yield process, int(process.stdout.readline())
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def _take_signals() -> None:
+    """Ours may be ignored, as in a shell's background job, and would be inherited."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def runs(pid: int) -> bool:
