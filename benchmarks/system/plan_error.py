@@ -28,8 +28,9 @@ from kvswap.bench.script import (
 )
 from kvswap.bench.stepping import describe, stepper
 from kvswap.bench.synthetic import SHAPES, random_model
+from kvswap.core.config import REUSE
 from kvswap.hf.geometry import read_shape
-from kvswap.tune.forecast import REUSE, Forecast, forecast
+from kvswap.tune.forecast import Forecast, forecast
 from kvswap.tune.outline import ModelOutline
 from kvswap.tune.replay import StatedReuseSelector, register_replay
 from kvswap.tune.synthetic import refile, synthetic_context

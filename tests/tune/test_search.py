@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvswap.tune.search import LEADERS, MOST, TURNS, Candidate, Search, far_apart, frontier
+from kvswap.core.frontier import frontier
+from kvswap.tune.search import LEADERS, MOST, TURNS, Candidate, Search, far_apart
 
 WEIGHTS = np.array([5e-3, 2e-5, 3e-6])
 
@@ -110,7 +111,7 @@ def test_far_apart_begins_with_the_first_and_repeats_nothing():
 
 def test_nothing_surpasses_the_frontier():
     known = [(each, float(each.work @ WEIGHTS)) for each in candidates()]
-    line = frontier(known)
+    line = frontier([each for each, _ in known], speed=lambda each: -float(each.work @ WEIGHTS))
     for candidate, seconds in known:
         better = [e for e, s in known if e.recall > candidate.recall and s < seconds]
         assert (candidate in line) == (not better)

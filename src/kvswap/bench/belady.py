@@ -82,6 +82,31 @@ def most_hits_shared(uses: Sequence[tuple[int, Use]], num_slots: int) -> int:
     return most_hits([use._replace(groups=use.groups + at * apart) for at, use in uses], num_slots)
 
 
+def most_hits_by_layer(
+    uses: Sequence[tuple[int, Use]], *, num_layers: int, num_slots: int, is_shared: bool
+) -> int:
+    """Compute the most hits of several layers that have so many slots each.
+
+    Parameters
+    ----------
+    uses : sequence of (int, Use)
+        Each with its layer, in the order of time.
+    num_layers, num_slots : int
+    is_shared : bool
+        Slots move between layers.
+    """
+    if is_shared:
+        return most_hits_shared(uses, num_slots * num_layers)
+    return sum(most_hits(mine, num_slots) for mine in _by_layer(uses, num_layers))
+
+
+def _by_layer(uses: Sequence[tuple[int, Use]], num_layers: int) -> list[list[Use]]:
+    layers: list[list[Use]] = [[] for _ in range(num_layers)]
+    for layer_idx, use in uses:
+        layers[layer_idx].append(use)
+    return layers
+
+
 class UseLog:
     """Notes which groups the layers of a session ask for.
 
@@ -98,10 +123,7 @@ class UseLog:
 
     def by_layer(self) -> list[list[Use]]:
         """Return what each layer asked for, in order."""
-        layers: list[list[Use]] = [[] for _ in self._session.layers]
-        for layer_idx, use in self._uses:
-            layers[layer_idx].append(use)
-        return layers
+        return _by_layer(self._uses, len(self._session.layers))
 
     @property
     def bound(self) -> float:
@@ -109,7 +131,11 @@ class UseLog:
         asked = sum(len(use.groups) for _, use in self._uses if use.is_asked)
         if not asked:
             return 1.0
-        layers, slots = self.by_layer(), self._session.plan.num_slots
-        if self._session.config.share_slots:
-            return most_hits_shared(self._uses, slots * len(layers)) / asked
-        return sum(most_hits(uses, slots) for uses in layers) / asked
+        session = self._session
+        hits = most_hits_by_layer(
+            self._uses,
+            num_layers=len(session.layers),
+            num_slots=session.plan.num_slots,
+            is_shared=session.config.share_slots,
+        )
+        return hits / asked

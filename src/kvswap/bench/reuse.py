@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvswap.bench.belady import most_hits, most_hits_shared
+from kvswap.bench.belady import most_hits_by_layer
 from kvswap.bench.traces import Trace
 from kvswap.cache.prefetch import Prefetcher, Use
 from kvswap.cache.reuse import REUSE_POLICIES, ReuseBuffer, SlotExchange, make_reuse
@@ -126,11 +126,12 @@ class _Served:
 
     def bound(self) -> float:
         """Return the most that the hit rate could have been."""
-        if self._shared:
-            hits = most_hits_shared(self._uses, self.num_slots * self._num_layers)
-        else:
-            mine = [[use for at, use in self._uses if at == i] for i in range(self._num_layers)]
-            hits = sum(most_hits(uses, self.num_slots) for uses in mine)
+        hits = most_hits_by_layer(
+            self._uses,
+            num_layers=self._num_layers,
+            num_slots=self.num_slots,
+            is_shared=self._shared,
+        )
         return hits / self.stats.groups_selected
 
 

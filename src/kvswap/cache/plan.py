@@ -291,8 +291,7 @@ class _Shape:
 
     @property
     def _pinned_groups(self) -> int:
-        config, size = self.config, self.layout.group_size
-        return ceil_div(config.sink_tokens, size) + ceil_div(config.recent_tokens, size)
+        return sum(self.config.pinned_groups(self.layout.group_size))
 
     def device_parts(self, rank: int) -> tuple[str, ...]:
         """Names of the parts on a device."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.config import CacheConfig
-from kvswap.core.units import ceil_div
 from kvswap.kernels.scores import discourage
 from kvswap.predict import KeyIndex
 from kvswap.predict.reduction import score_reduced
@@ -72,8 +71,7 @@ class GroupSelection:
         self._layer_groups, self._observe = layer_groups, observe
         worth = worth_reading(config, self._selector)
         self._least = [math.log(worth / groups) if worth else -math.inf for groups in layer_groups]
-        self._sink_groups = ceil_div(config.sink_tokens, group_size)
-        self._recent_groups = ceil_div(config.recent_tokens, group_size)
+        self._sink_groups, self._recent_groups = config.pinned_groups(group_size)
 
     def select(
         self,

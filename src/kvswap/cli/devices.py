@@ -9,14 +9,18 @@ if TYPE_CHECKING:
     from kvswap.core.device_profile import DeviceProfile
 
 
-def find_profile(kv_dir: Path, path: Path | None, *, force: bool) -> DeviceProfile | None:
-    """Return the device's profile, after a look at the device.
+def find_device(
+    kv_dir: Path, path: Path | None, *, named: str | None = None, force: bool
+) -> tuple[DeviceProfile | None, Any]:
+    """Return the device's profile, and the device to be as slow as, after a look at the device.
 
     Parameters
     ----------
     kv_dir : Path
     path : Path or None
         Of the profile. Default: that in the directory, if there is one.
+    named : str, optional
+        A device to be as slow as. Default: that of a profile made elsewhere, or none.
     force : bool
         Take what is refused otherwise.
 
@@ -37,20 +41,13 @@ def find_profile(kv_dir: Path, path: Path | None, *, force: bool) -> DeviceProfi
         )
     path = path or kv_dir / PROFILE_NAME
     if not path.exists():
-        return None
+        return None, named
     profile = DeviceProfile.load(path)
-    if not profile.device.is_same(facts) and not force:
+    if profile.device.is_same(facts):
+        return profile, named
+    if not force:
         raise ConfigError(
             f"profile must be of the device at {kv_dir} ({facts.name}), got {path} of"
             f" {profile.device.name} (--force is as slow as that)"
         )
-    return profile
-
-
-def device_to_be(kv_dir: Path, named: str | None, profile: DeviceProfile | None) -> Any:
-    """Return the device to be as slow as: a named one, or that of a profile made elsewhere."""
-    from kvswap.storage.facts import device_facts
-
-    if named is not None or profile is None:
-        return named
-    return None if profile.device.is_same(device_facts(kv_dir)) else profile.device_model()
+    return profile, named or profile.device_model()

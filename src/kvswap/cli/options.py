@@ -33,6 +33,7 @@ def read_names(_: click.Context, parameter: click.Parameter, value: str) -> tupl
 DIRECTORY = click.Path(exists=True, file_okay=False, writable=True, path_type=Path)
 TEXT_FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
 PLOT_FILE = click.Path(dir_okay=False, path_type=Path)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def sample_options(command: F) -> F:
@@ -60,6 +61,47 @@ def sample_options(command: F) -> F:
         ),
         click.option(
             "--model", required=True, metavar="DIR_OR_HUB_ID", help="A causal language model."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def size_options(command: F) -> F:
+    """Give a command the options that say how large a cache is, where it lies, and its dtype."""
+    for option in (
+        click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True),
+        click.option("--kv-dir", required=True, type=DIRECTORY, help="Directory for the cache."),
+        click.option(
+            "--kv-memory",
+            required=True,
+            callback=read_size,
+            metavar="SIZE",
+            help="Most memory for the cache, as 256MiB.",
+        ),
+        click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1)),
+        click.option(
+            "--context", required=True, type=click.IntRange(min=1), help="Tokens of a sequence."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def device_options(command: F) -> F:
+    """Give a command the options of `kvswap.cli.devices.find_device`."""
+    for option in (
+        click.option(
+            "--force",
+            is_flag=True,
+            help="Take a directory in memory too, and a profile of another device, to be as slow"
+            " as it.",
+        ),
+        click.option(
+            "--profile",
+            type=click.Path(exists=True, path_type=Path),
+            metavar="FILE",
+            help="Of the device, by kvswap profile.  [default: that in the directory, if any]",
         ),
     ):
         command = option(command)
@@ -127,7 +169,6 @@ def is_in_memory(directory: Path) -> bool:
     return file_system(directory)[0] in IN_MEMORY
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 Pairs = Callable[[click.Context, click.Parameter, Sequence[str]], dict[str, str]]
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import click
 
-from kvswap.cli.devices import device_to_be, find_profile
-from kvswap.cli.options import DIRECTORY, DTYPES, read_size
-
-_REUSE = 0.77
+from kvswap.cli.devices import find_device
+from kvswap.cli.options import device_options, size_options
+from kvswap.core.config import REUSE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +53,7 @@ class PlanRequest:
 
 @click.command(short_help="Say what a run will take: memory, disk, time and wear.")
 @click.option("--model", required=True, metavar="DIR_OR_HUB_ID", help="Its config is enough.")
-@click.option("--context", required=True, type=click.IntRange(min=1), help="Tokens of a sequence.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option(
-    "--kv-memory",
-    required=True,
-    callback=read_size,
-    metavar="SIZE",
-    help="Memory for the cache, as 256MiB.",
-)
-@click.option("--kv-dir", required=True, type=DIRECTORY, help="Directory for the cache.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@size_options
 @click.option("--index", metavar="NAME[:RANK][+CODE]", help="Key index, as lowrank:64+rot4.")
 @click.option("--record-codec", metavar="NAME", help="Form of records: raw, int8 or rot4.")
 @click.option("--group-size", type=click.IntRange(min=1), help="Tokens read as a unit.")
@@ -72,24 +61,14 @@ class PlanRequest:
 @click.option("--num-slots", type=click.IntRange(min=1), help="Groups that a layer can hold.")
 @click.option(
     "--reuse",
-    default=_REUSE,
+    default=REUSE,
     show_default=True,
     type=click.FloatRange(min=0, max=1, max_open=True),
     help="Share of selected groups that the step before selected too.",
 )
 @click.option("--device-model", metavar="NAME", help="Be as slow as this device, as emmc.")
-@click.option(
-    "--profile",
-    type=click.Path(exists=True, path_type=Path),
-    metavar="FILE",
-    help="Of the device, by kvswap profile.  [default: that in the directory, if any]",
-)
 @click.option("--no-speed", is_flag=True, help="Memory and disk alone: nothing is run.")
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Take a directory in memory too, and a profile of another device, to be as slow as it.",
-)
+@device_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
 def plan(*, as_json: bool, no_speed: bool, **given: Any) -> None:
     """Say what a run will take: memory by part, disk, tokens a second, wear.
@@ -100,7 +79,9 @@ def plan(*, as_json: bool, no_speed: bool, **given: Any) -> None:
     names = ("index", "record_codec", "group_size", "budget_tokens", "num_slots")
     settings = {name: value for name in names if (value := given.pop(name)) is not None}
     request = PlanRequest(settings=settings, has_speed=not no_speed, **given)
-    profile = find_profile(request.kv_dir, request.profile, force=request.force)
+    profile, paced = find_device(
+        request.kv_dir, request.profile, named=request.device_model, force=request.force
+    )
     from kvswap.cli.progress import StageBars, waiting
 
     with waiting("Starting"):
@@ -116,7 +97,6 @@ def plan(*, as_json: bool, no_speed: bool, **given: Any) -> None:
         config = source.load_config()
         dtype = source.find_dtype(config) if request.dtype == "auto" else request.dtype
         outline = ModelOutline.of(config, dtype=dtype)
-    paced = device_to_be(request.kv_dir, request.device_model, profile)
     storage = StorageConfig(directories=[request.kv_dir], device_model=paced)
     wanted = CacheConfig(
         kv_memory=request.kv_memory,

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvswap.cli.devices import device_to_be, find_profile
+from kvswap.cli.devices import find_device
 from kvswap.cli.options import (
-    DIRECTORY,
-    DTYPES,
     PLOT_FILE,
     TEXT_FILE,
+    device_options,
     read_names,
-    read_size,
     sample_texts,
+    size_options,
 )
 
 if TYPE_CHECKING:
@@ -80,16 +79,7 @@ class TuneRequest:
 
 @click.command(short_help="Choose a cache's settings for a model, a device and a memory.")
 @click.option("--model", required=True, metavar="DIR_OR_HUB_ID", help="A causal language model.")
-@click.option("--context", required=True, type=click.IntRange(min=1), help="Tokens of a sequence.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1))
-@click.option(
-    "--kv-memory",
-    required=True,
-    callback=read_size,
-    metavar="SIZE",
-    help="Most memory for the cache, as 256MiB.",
-)
-@click.option("--kv-dir", required=True, type=DIRECTORY, help="Directory for the cache.")
+@size_options
 @click.option(
     "--file",
     "files",
@@ -99,7 +89,6 @@ class TuneRequest:
 )
 @click.option("--random-tokens", type=click.IntRange(min=1), help="So many instead of text.")
 @click.option("--seed", default=0, show_default=True, help="Of random tokens.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option(
     "--index",
     multiple=True,
@@ -127,12 +116,6 @@ class TuneRequest:
     help="How long it may take, about.",
 )
 @click.option(
-    "--profile",
-    type=click.Path(exists=True, path_type=Path),
-    metavar="FILE",
-    help="Of the device, by kvswap profile.  [default: that in the directory, if any]",
-)
-@click.option(
     "--output",
     required=True,
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -140,11 +123,7 @@ class TuneRequest:
     help="Plan to write.",
 )
 @click.option("--plot", type=PLOT_FILE, metavar="FILE", help="The frontier, as .png or .svg.")
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Take a directory in memory too, and a profile of another device, to be as slow as it.",
-)
+@device_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
 def tune(*, files: tuple[str, ...], as_json: bool, plot: Path | None, **given: Any) -> None:
     """Choose index, group size, selected tokens and form of records for a model and a device.
@@ -159,15 +138,14 @@ def tune(*, files: tuple[str, ...], as_json: bool, plot: Path | None, **given: A
         from kvswap.bench.plots import check_plot
 
         check_plot(plot)
-    profile = find_profile(request.kv_dir, request.profile, force=request.force)
+    profile, paced = find_device(request.kv_dir, request.profile, force=request.force)
     from kvswap.cli.progress import waiting
 
     with waiting("Starting"):
         from kvswap.cli.tune_report import print_plan
 
-    found = _tuned(request, profile)
+    found = _tuned(request, profile, paced)
     found.save(request.output)
-    request.partial.unlink(missing_ok=True)
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     else:
@@ -179,7 +157,8 @@ def tune(*, files: tuple[str, ...], as_json: bool, plot: Path | None, **given: A
         save_frontier_plot(plot, found)
 
 
-def _tuned(request: TuneRequest, profile: DeviceProfile | None) -> TunedPlan:
+def _tuned(request: TuneRequest, profile: DeviceProfile | None, paced: Any) -> TunedPlan:
+    """Tune; ``paced`` is the device to be as slow as."""
     from kvswap.cli.models import ModelSource
     from kvswap.cli.progress import StageBars, waiting
     from kvswap.cli.quiet import quieten_transformers
@@ -197,7 +176,6 @@ def _tuned(request: TuneRequest, profile: DeviceProfile | None) -> TunedPlan:
         recall_floor=request.recall_floor,
         minutes=request.minutes,
     )
-    paced = device_to_be(request.kv_dir, None, profile)
     bars = StageBars(_STAGES)
     config = CacheConfig(
         kv_memory=request.kv_memory,

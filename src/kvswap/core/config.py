@@ -12,7 +12,7 @@ from typing import Any
 from kvswap.core.device_model import DeviceModel, as_device_model
 from kvswap.core.errors import ConfigError
 from kvswap.core.geometry import RECORD_CODECS
-from kvswap.core.units import parse_bytes
+from kvswap.core.units import ceil_div, parse_bytes
 
 CODES = ("bf16", "int8", "rot4", "rot2", "rot1", "band")
 OWN_CODES = ("pq8", "raw")
@@ -26,6 +26,10 @@ GAP_BYTES = 8192
 
 MOST_GAP_BYTES = 2**18
 """No gap beyond this is read through: its bytes need memory to go to."""
+
+REUSE = 0.77
+"""Share of a step's groups that the step before selected too, where nothing says it: KVSwap's paper
+has 0.75 to 0.81."""
 
 Progress = Callable[[str, int, int], None]
 """Called as ``on_progress(stage, done, total)``; the total is 0 where it is not known."""
@@ -314,6 +318,10 @@ class CacheConfig:
     def kv_memory_bytes(self) -> int:
         """The budget in bytes."""
         return int(self.kv_memory)
+
+    def pinned_groups(self, group_size: int) -> tuple[int, int]:
+        """Return how many groups of so many tokens are always selected: sinks and recent ones."""
+        return ceil_div(self.sink_tokens, group_size), ceil_div(self.recent_tokens, group_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON; the progress callback is left out."""

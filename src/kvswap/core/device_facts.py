@@ -66,11 +66,12 @@ class DeviceFacts:
 
     def is_same(self, other: DeviceFacts) -> bool:
         """Whether both are of one file system, as far as can be told: by type, drive and size."""
-        ours, theirs = (
-            (each.file_system, each.model, each.block_size_bytes, each.total_bytes)
-            for each in (self, other)
-        )
-        return ours == theirs
+        return self.identity == other.identity
+
+    @property
+    def identity(self) -> tuple[str, str, int, int]:
+        """What stays the same from one look to the next."""
+        return self.file_system, self.model, self.block_size_bytes, self.total_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -15,13 +14,13 @@ from kvswap.core.curves import Curve, height, rate
 from kvswap.core.device_facts import DeviceFacts
 from kvswap.core.device_model import DeviceModel, fit_limits
 from kvswap.core.errors import ConfigError
-from kvswap.core.files import whole_file
 from kvswap.core.profile_points import ProfilePoint, ProfileWarning
+from kvswap.core.saved_form import SavedForm
 
 PROFILE_NAME = "kvswap-profile.json"
 """File of a profile in the directory that it is of."""
 
-_FORMAT, _VERSION = "kvswap-device-profile", 1
+_FORM = SavedForm("kvswap-device-profile", 1, "profile", "kvswap profile")
 _DEPTH = 32  # a layer's read of a step is about so many records
 _DEEP = 8  # so many at once hide how long a single one takes
 
@@ -181,7 +180,7 @@ class DeviceProfile:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("points", "warnings"):
             named[name] = [each.to_dict() for each in named[name]]
-        return {"format": _FORMAT, "version": _VERSION} | named | {"device": self.device.to_dict()}
+        return _FORM.marked(named | {"device": self.device.to_dict()})
 
     @classmethod
     def from_dict(cls, named: dict[str, Any]) -> DeviceProfile:
@@ -192,11 +191,7 @@ class DeviceProfile:
         ConfigError
             If it is something else, of another version, or a field is none that it can be.
         """
-        if not isinstance(named, dict) or named.get("format") != _FORMAT:
-            raise ConfigError(f"format must be {_FORMAT!r}")
-        if named.get("version") != _VERSION:
-            raise ConfigError(f"version must be {_VERSION}, got {named.get('version')!r}")
-        rest = {name: value for name, value in named.items() if name not in ("format", "version")}
+        rest = _FORM.unmarked(named)
         try:
             rest["device"] = DeviceFacts.from_dict(rest["device"])
             rest["points"] = [ProfilePoint.from_dict(each) for each in rest["points"]]
@@ -213,8 +208,7 @@ class DeviceProfile:
         ConfigError
             If it cannot be written.
         """
-        with whole_file(path, "profile") as file:
-            file.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        _FORM.save(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> DeviceProfile:
@@ -228,16 +222,7 @@ class DeviceProfile:
         source = Path(path)
         if source.is_dir():
             source = source / PROFILE_NAME
-        try:
-            named = json.loads(source.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"profile cannot be read: {source}: {error}") from error
-        try:
-            return cls.from_dict(named)
-        except ConfigError as error:
-            raise ConfigError(
-                f"profile must be a file made by `kvswap profile`, got {source}: {error}"
-            ) from error
+        return _FORM.load(source, cls.from_dict)
 
     # -- inside ---------------------------------------------------------------------------
 

@@ -48,6 +48,17 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self._kind} must be one of {known}, got {name!r}")
         return self._classes[name]
 
+    def with_parameter(self, named: str) -> tuple[type[T], str | None]:
+        """Return the class of a name, and what stands behind a colon, as in "share:0.02".
+
+        Raises
+        ------
+        ConfigError
+            As `get`.
+        """
+        name, colon, parameter = named.partition(":")
+        return self.get(name), parameter if colon else None
+
     def names(self) -> tuple[str, ...]:
         """Return every registered name, sorted."""
         return tuple(sorted(self._classes))

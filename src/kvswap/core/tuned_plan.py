@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,9 +12,10 @@ from kvswap.core.checks import check_positive, check_text, check_whole
 from kvswap.core.config import CacheConfig, StorageConfig
 from kvswap.core.device_facts import DeviceFacts
 from kvswap.core.errors import ConfigError
-from kvswap.core.files import whole_file
+from kvswap.core.frontier import frontier
+from kvswap.core.saved_form import SavedForm
 
-_FORMAT, _VERSION = "kvswap-plan", 1
+_FORM = SavedForm("kvswap-plan", 1, "plan", "kvswap tune")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +146,7 @@ class TunedPlan:
     def frontier(self) -> list[TunedTrial]:
         """The trials that no other surpasses in recall and speed, the fastest first."""
         known = [trial for trial in self.trials if trial.tokens_per_s is not None]
-        line: list[TunedTrial] = []
-        for trial in sorted(known, key=lambda each: (-(each.tokens_per_s or 0.0), -each.recall)):
-            if not line or trial.recall > line[-1].recall:
-                line.append(trial)
-        return line
+        return frontier(known, speed=lambda each: each.tokens_per_s or 0.0)
 
     def check(self, fingerprint: str) -> None:
         """Raise `ConfigError` unless it was tuned for the model of this fingerprint."""
@@ -168,7 +163,7 @@ class TunedPlan:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         named |= {"device": self.device.to_dict(), "sample_layers": list(self.sample_layers)}
         named["trials"] = [asdict(trial) | {"samples": [*trial.samples]} for trial in self.trials]
-        return {"format": _FORMAT, "version": _VERSION} | named
+        return _FORM.marked(named)
 
     @classmethod
     def from_dict(cls, named: dict[str, Any]) -> TunedPlan:
@@ -179,11 +174,7 @@ class TunedPlan:
         ConfigError
             If it is something else, of another version, or a field is none that it can be.
         """
-        if not isinstance(named, dict) or named.get("format") != _FORMAT:
-            raise ConfigError(f"format must be {_FORMAT!r}")
-        if named.get("version") != _VERSION:
-            raise ConfigError(f"version must be {_VERSION}, got {named.get('version')!r}")
-        rest = {name: value for name, value in named.items() if name not in ("format", "version")}
+        rest = _FORM.unmarked(named)
         try:
             rest["device"] = DeviceFacts.from_dict(rest["device"])
             rest["trials"] = [TunedTrial.from_dict(each) for each in rest["trials"]]
@@ -199,8 +190,7 @@ class TunedPlan:
         ConfigError
             If it cannot be written.
         """
-        with whole_file(path, "plan") as file:
-            file.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        _FORM.save(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TunedPlan:
@@ -211,13 +201,4 @@ class TunedPlan:
         ConfigError
             If it cannot be read, is no such file, or is damaged.
         """
-        try:
-            named = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"plan cannot be read: {path}: {error}") from error
-        try:
-            return cls.from_dict(named)
-        except ConfigError as error:
-            raise ConfigError(
-                f"plan must be a file made by `kvswap tune`, got {path}: {error}"
-            ) from error
+        return _FORM.load(path, cls.from_dict)

@@ -136,7 +136,7 @@ class KVSwapCache(Cache):
         if self._forwards.binding is None:
             raise SessionClosedError("the cache is not attached to a model")
         self._session.check_length(self.seq_len + input_ids.shape[1])
-        if attention_mask is None and not self.seq_len:
+        if attention_mask is None and not self.seq_len and len(input_ids) > 1:
             input_ids = self._prefill_shared(input_ids)
         self._prefill(input_ids, attention_mask)
 
@@ -145,7 +145,7 @@ class KVSwapCache(Cache):
         rows, chunk = len(input_ids), self._config.prefill_chunk
         same = (input_ids == input_ids[:1]).all(0).long().cumprod(0)
         shared = int(same.sum()) // chunk * chunk
-        if rows == 1 or not shared:
+        if not shared:
             return input_ids
         self._session.allocate_once(rows)
         try:

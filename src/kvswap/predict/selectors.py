@@ -22,8 +22,8 @@ def make_selector(named: str) -> Selector:
     ConfigError
         If nothing has that name, or the parameter cannot be used.
     """
-    name, colon, parameter = named.partition(":")
-    return SELECTORS.get(name).from_text(parameter if colon else None)
+    kind, parameter = SELECTORS.with_parameter(named)
+    return kind.from_text(parameter)
 
 
 def read_share(name: str, parameter: str | None) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from kvswap.cache.plan import CachePlan, plan_cache
-from kvswap.core.config import CacheConfig, Progress
+from kvswap.core.config import REUSE, CacheConfig, Progress
 from kvswap.core.device_profile import DeviceProfile
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.units import ceil_div
@@ -20,9 +20,6 @@ from kvswap.storage.facts import device_facts
 from kvswap.tune.lengths import drawn_out, rehearsed_contexts
 from kvswap.tune.outline import ModelOutline
 from kvswap.tune.rehearsal import Forward, Rehearsal, rehearse
-
-REUSE = 0.77
-"""Share of a step's groups that the step before selected too: KVSwap's paper has 0.75 to 0.81."""
 
 FACTORS = (0.5, 1.0, 2.0)
 """Of the memory that is asked about: each is planned and rehearsed."""
@@ -118,7 +115,7 @@ class Forecast:
     token_bytes_written : float
         For each token of it, and each that is generated.
     reuse : float
-        What speed stands on; see `REUSE`.
+        What speed stands on; see `kvswap.core.config.REUSE`.
     kv_memory : int
         The budget that was asked about, in bytes.
     outlooks : tuple of Outlook
@@ -313,9 +310,9 @@ class _Rehearsals:
     def _run(
         self, model: PreTrainedModel, plan: CachePlan, context: int, *, foresees: bool = False
     ) -> Rehearsal:
-        chunk = min(self.config.prefill_chunk, max(1, context // 2))
-        config = replace(self.config, prefill_chunk=chunk)
-        found = rehearse(model, config, plan, context=context, reuse=self.reuse, foresees=foresees)
+        found = rehearse(
+            model, self.config, plan, context=context, reuse=self.reuse, foresees=foresees
+        )
         self._tell(1)
         return found
 

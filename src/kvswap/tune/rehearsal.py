@@ -219,6 +219,7 @@ def shortened_config(
     fixed: dict[str, Any] = {
         "storage": replace(config.storage, keep=False, disk_limit=None),
         "kv_memory": plan.total_bytes * 5 // 4 + _SPARE_BYTES,  # tokens of the steps come on top
+        "prefill_chunk": min(config.prefill_chunk, max(1, context // 2)),  # a first and a last one
         "max_context": context + 2 * (WARM_STEPS + STEPS),
         "max_batch": plan.batch_size,
         "group_size": plan.layout.group_size,

@@ -12,6 +12,7 @@ from statistics import median
 
 import numpy as np
 
+from kvswap.core.frontier import frontier
 from kvswap.tune.cost import CostModel
 from kvswap.tune.space import Setting
 
@@ -141,8 +142,8 @@ class Search:
     def _edge(self) -> list[Candidate]:
         """Return what is predicted to lie on the frontier, far apart, and was not tried."""
         model = self.model()
-        known = [(each, _seconds(each, model)) for each in self.candidates]
-        line = [each for each in frontier(known) if not each.seconds]
+        known = frontier(self.candidates, speed=lambda each: -_seconds(each, model))
+        line = [each for each in known if not each.seconds]
         places = np.linspace(0, len(line) - 1, min(EDGE, len(line))).round().astype(int)
         return [line[place] for place in dict.fromkeys(places.tolist())]
 
@@ -170,21 +171,6 @@ def far_apart(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
         chosen.append(int(distance.argmax()))
         distance = np.minimum(distance, np.linalg.norm(places - places[chosen[-1]], axis=1))
     return [candidates[place] for place in chosen]
-
-
-def frontier(known: Sequence[tuple[Candidate, float]]) -> list[Candidate]:
-    """Return candidates that no other surpasses in recall and speed, the fastest first.
-
-    Parameters
-    ----------
-    known : sequence of (Candidate, float)
-        With the seconds of a step.
-    """
-    line: list[Candidate] = []
-    for candidate, _ in sorted(known, key=lambda pair: (pair[1], -pair[0].recall)):
-        if not line or candidate.recall > line[-1].recall:
-            line.append(candidate)
-    return line
 
 
 def _seconds(candidate: Candidate, model: CostModel) -> float:

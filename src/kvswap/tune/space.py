@@ -16,7 +16,7 @@ from kvswap.cache.plan import CachePlan, default_group_size, plan_cache
 from kvswap.core.config import CacheConfig
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
-from kvswap.core.units import align_up, ceil_div, format_bytes
+from kvswap.core.units import align_up, format_bytes
 from kvswap.predict import INDEXES, KeyIndex
 from kvswap.tune.coverage import Estimator
 
@@ -194,7 +194,7 @@ class SettingSpace:
         if isinstance(config.budget_tokens, int):
             return [config.budget_tokens]
         size, context = config.group_size or 1, self.context
-        pinned = sum(align_up(each, size) for each in (config.sink_tokens, config.recent_tokens))
+        pinned = size * sum(config.pinned_groups(size))
         found = {align_up(int(self.usual_tokens * part), size) for part in TOKEN_PARTS}
         # Less than as much again as is always selected leaves nothing to choose.
         return sorted(tokens for tokens in found if 2 * pinned <= tokens < context)
@@ -268,9 +268,7 @@ def slots_by_estimator(settings: Iterable[Setting]) -> dict[Estimator, dict[int,
 
 def free_groups(config: CacheConfig, plan: CachePlan) -> int:
     """Return how many groups of a selection are chosen by their scores."""
-    size = plan.layout.group_size
-    pinned = ceil_div(config.sink_tokens, size) + ceil_div(config.recent_tokens, size)
-    return max(1, plan.budget_groups - pinned)
+    return max(1, plan.budget_groups - sum(config.pinned_groups(plan.layout.group_size)))
 
 
 def _spec(config: CacheConfig) -> str:

@@ -118,14 +118,13 @@ class TuningTask:
     @property
     def key(self) -> str:
         """Stands for everything that findings depend on."""
-        facts = device_facts(self.directory).to_dict()
         named = {
             "fingerprint": self.fingerprint,
             "device": str(self.model.device),
             "text": hashlib.sha256(self.ids.cpu().numpy().tobytes()).hexdigest(),
             "config": self.config.to_dict(),
             "settings": [setting.label for setting in self.settings],
-            "disk": [facts[name] for name in ("file_system", "model", "total_bytes")],
+            "disk": device_facts(self.directory).identity,
         }
         return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 

@@ -150,16 +150,10 @@ class _Tuner:
         task, plan = self.task, candidate.setting.plan
         config = replace(task.config, **candidate.setting.fields, prefill_chunk=_REHEARSED_CHUNK)
         contexts = rehearsed_contexts(task.shape, plan, prefill_chunk=_REHEARSED_CHUNK)
+        reuse = stated_reuse(task.config, plan, candidate.missing)
         found = []
         for context in contexts:
-            chunk = min(_REHEARSED_CHUNK, max(1, context // 2))
-            run = rehearse(
-                self._short,
-                replace(config, prefill_chunk=chunk),
-                plan,
-                context=context,
-                reuse=stated_reuse(task.config, plan, candidate.missing),
-            )
+            run = rehearse(self._short, config, plan, context=context, reuse=reuse)
             found.append(run.step.whole(task.shape.disk_layers, task.shape.num_layers))
         return drawn_out(contexts, found, plan.max_context)
 

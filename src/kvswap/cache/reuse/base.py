@@ -137,5 +137,5 @@ def make_reuse(named: str) -> ReusePolicy:
     ConfigError
         If nothing has that name, or the parameter cannot be used.
     """
-    name, colon, parameter = named.partition(":")
-    return REUSE_POLICIES.get(name).from_text(parameter if colon else None)
+    kind, parameter = REUSE_POLICIES.with_parameter(named)
+    return kind.from_text(parameter)
