@@ -10,7 +10,7 @@ import torch
 import kvswap
 from kvswap.core.geometry import KVGeometry
 from kvswap.predict import INDEXES, index_names
-from tests.caches import SMALL, config_for, greedy
+from tests.caches import SMALL, config_for, greedy, storage_in
 from tests.families import make_model, prompt
 from tests.memory import bytes_reachable_from
 
@@ -26,6 +26,8 @@ def config_of(
     directory.mkdir(exist_ok=True)
     rank = INDEXES.get(name).ranks(GEOMETRY)[0]
     chosen = {"index": name, "rank": rank, "code": code}
+    if INDEXES.get(name).rebuilds_keys:  # the values of these small groups must fill a block
+        chosen["storage"] = storage_in(directory, keep=keep, block_size_bytes=512)
     return config_for(directory, keep=keep, **(SMALL | chosen))
 
 

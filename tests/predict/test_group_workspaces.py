@@ -15,6 +15,7 @@ from tests.memory import peak_of_tensors
 
 GEOMETRY = KVGeometry(num_layers=1, num_heads=8, num_kv_heads=2, head_dim=64, dtype="bfloat16")
 NAMES = ("quest", "chess", "chess_anchor", "centroids", "exact", "shadowkv")
+NAMES += ("shadowkv_values",)
 KINDS = [(name, code) for name in NAMES for code in INDEXES.get(name).codes]
 
 

@@ -73,7 +73,7 @@ def _plan(
         np.array(rows),
         np.ones(len(where), np.uint32),
     )
-    return Planner(files, aligned_empty(gap)).batch(demand)
+    return Planner(files, aligned_empty(gap), SIZE).batch(demand)
 
 
 def _run(files: list[DeviceFile], first: int, count: int, rows: list[int] | None = None) -> Batch:

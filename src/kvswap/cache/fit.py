@@ -76,6 +76,8 @@ class IndexFitter:
             self._fit_layer(layer_idx, groups)
             if progress is not None:
                 progress("index", layer_idx + 1, len(session.indexes))
+        if session.indexes[0].rebuilds_keys:
+            session.reuse.clear()  # slots hold keys as they were, or of the basis before
         session.counters.index_fit_s += time.perf_counter() - begin
 
     def _fit_layer(self, layer_idx: int, groups: np.ndarray) -> None:
@@ -93,6 +95,8 @@ class IndexFitter:
             part = groups[place : place + len(keys) // size]
             index.encode(part, keys)
             place += len(part)
+        if index.rebuilds_keys:
+            index.release_keys(groups)
 
 
 def sample_stride(num_tokens: int) -> int:

@@ -2,7 +2,8 @@
 
 The rules, in order; where heads are split into groups, each group of a layer is a layer:
 
-1. Group size: the smallest power of two, at least 4 tokens, whose record fills a block.
+1. Group size: the smallest power of two, at least 4 tokens, whose record fills a block, or
+   whose values do where they are read alone.
 2. A budget that holds every group keeps every group; nothing is estimated then.
 3. Otherwise the index takes the best of its ranks (`KeyIndex.ranks`: by default half of the
    key's length, at most 128, or a part of that) that fits beside slots for all selected tokens
@@ -173,7 +174,9 @@ class _Shape:
         geometry = geometry.split(config.head_groups)
         block = config.storage.block_size_bytes
         codec = config.record_codec
-        size = config.group_size or default_group_size(geometry, block, codec)
+        self.index = INDEXES.get(config.index)
+        read_alone = 2 if self.index.rebuilds_keys else 1  # values, which are half of a record
+        size = config.group_size or default_group_size(geometry, read_alone * block, codec)
         self.geometry, self.config = geometry, config
         self.batch_size, self.max_context = batch_size, max_context
         self.layout = RecordLayout(
@@ -182,7 +185,6 @@ class _Shape:
         self.context_groups = ceil_div(max_context, size)
         self.num_groups = self.context_groups * batch_size
         self.all_slots = self.num_groups
-        self.index = INDEXES.get(config.index)
         self.most_staging = max(
             _LEAST_STAGING_ROWS,
             min(_STAGING_BYTES // self.layout.record_bytes, self.num_groups),
@@ -355,6 +357,9 @@ class _Shape:
         tables += 8 * self.num_groups * int(self.config.storage.keep)
         tables += Centres.plan_bytes(layout)
         tables += self.config.storage.gap_bytes(layout.record_bytes)
+        if self.index.rebuilds_keys:  # checksums of values, and what lies between those
+            tables += 4 * self.num_groups * layers
+            tables += self.config.storage.gap_bytes(layout.record_bytes // 2)
         staging = 2 * staging_rows * layout.record_bytes
         return {
             "index": index,

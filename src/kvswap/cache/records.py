@@ -123,6 +123,16 @@ class RecordIO:
         ticket = self.store.read(ids, self.placement.locate(layer_idx, groups), out, rows)
         return RecordTicket(ticket, self.placement, layer_idx, groups)
 
+    def read_values(
+        self, layer_idx: int, groups: np.ndarray, out: np.ndarray, rows: np.ndarray
+    ) -> Ticket:
+        """Submit a read of values alone, see `BlockStore.read_halves`; keys in ``out`` stay."""
+        self._settle(layer_idx, groups)
+        ids = self.placement.record_ids(layer_idx, groups)
+        extents = self.placement.locate(layer_idx, groups)
+        ticket = self.store.read_halves(ids, extents, out, rows)
+        return RecordTicket(ticket, self.placement, layer_idx, groups)
+
     def write(self, layer_idx: int, groups: np.ndarray, keys: Tensor, values: Tensor) -> None:
         """Pack whole groups and submit their write, in parts of half the staging buffer.
 

@@ -17,9 +17,10 @@ from kvswap.cache.heads import HeadGroups
 from kvswap.cache.layer import LayerCache
 from kvswap.cache.plan import CachePlan, plan_cache
 from kvswap.cache.prefetch import Pending, Prefetcher
+from kvswap.cache.rebuilt import RebuiltReads, check_rebuilding
 from kvswap.cache.recall import RecallSampler
 from kvswap.cache.records import RecordIO
-from kvswap.cache.residence import Residence
+from kvswap.cache.residence import Reads, Residence
 from kvswap.cache.reuse import ReuseBuffer, SlotExchange, make_reuse
 from kvswap.cache.reuse.exchange import check_sharing
 from kvswap.cache.selection import GroupSelection, Reach
@@ -115,6 +116,9 @@ class CacheSession:
             )
         self.plan = self._plan_for(config.max_batch or 1)
         self.layout = self.plan.layout
+        kind, parts = INDEXES.get(config.index), config.head_groups
+        check_rebuilding(kind, self.layout, head_groups=parts, device=self.device)
+        self._reads_values = kind.rebuilds_keys
         self.counters = CacheStats()
         self.layers = [LayerCache(self, i) for i in range(self.geometry.num_layers)]
         self.model_layers = self.heads.joined(self)
@@ -165,6 +169,8 @@ class CacheSession:
         if self.config.max_context is not None:
             self.store.check_room(0, placement.planned_bytes)
         self.plan, self.placement = plan, placement
+        if self._reads_values:
+            self.store.keep_halves()
         self.store.reserve_records(plan.num_groups * self.geometry.num_layers)
         self.records = RecordIO(self.store, placement, self.layout, plan.staging_rows, self.device)
         self.residence = (
@@ -172,6 +178,7 @@ class CacheSession:
             if self.accelerator is None
             else Residence.on_device(plan, self.records, self.accelerator)
         )
+        self._make_indexes(plan)
         self.reuse = ReuseBuffer(
             num_layers=self.geometry.num_layers,
             num_slots=plan.num_slots,
@@ -182,7 +189,7 @@ class CacheSession:
             pool=self.residence.pool,
         )
         self.attention = self.residence.attention
-        self.prefetcher = Prefetcher(self.reuse, self.residence.reads, self.counters)
+        self.prefetcher = Prefetcher(self.reuse, self._reads(plan), self.counters)
         self.sequences = Sequences(
             self.layout,
             placement,
@@ -190,8 +197,13 @@ class CacheSession:
             self.records,
             row_groups=plan.num_groups // plan.batch_size,
         )
-        self._make_indexes(plan)
+        self._make_selection(plan)
         self.is_allocated = True
+
+    def _reads(self, plan: CachePlan) -> Reads:
+        """Return what brings groups into slots; the indexes are there already."""
+        is_rebuilt = self._reads_values and plan.rank
+        return RebuiltReads(self.records, self.indexes) if is_rebuilt else self.residence.reads
 
     def _exchange(self, plan: CachePlan) -> SlotExchange | None:
         """Return what moves slots between layers, none of which is left with too few."""
@@ -215,6 +227,8 @@ class CacheSession:
         if self.accelerator is not None:
             for index in self.indexes if kind.serves_device_with(plan.code) else ():
                 index.move(self.accelerator)
+
+    def _make_selection(self, plan: CachePlan) -> None:
         policy = self.reuse.policy
         self.selection = GroupSelection(
             self.config,

@@ -156,6 +156,11 @@ class RecordLayout:
         """Bytes of a record on disk and of a slot in memory, padding included."""
         return align_up(self.payload_bytes, self.block_size_bytes)
 
+    @property
+    def halves_fill_blocks(self) -> bool:
+        """Whether keys fill whole blocks, and values too, so that either can be read alone."""
+        return self.payload_bytes % (2 * self.block_size_bytes) == 0
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON; the codec is left out where it is raw."""
         codec = {} if self.codec == "raw" else {"codec": self.codec}

@@ -55,6 +55,8 @@ class KeyIndex(ABC):
         Whether its fit wants to see the keys a second time (`observe_again`).
     wants_queries : bool
         Whether its fit looks at queries too (`observe_queries`).
+    rebuilds_keys : bool
+        Whether steps take the keys they attend to from it (`rebuild`), and read values alone.
     serves_device : bool
         Whether it can lie on an accelerator (`move`); else it stays on the host.
         `serves_device_with` says it of a code.
@@ -66,6 +68,7 @@ class KeyIndex(ABC):
     scores_tokens: ClassVar[bool] = True
     takes_basis: ClassVar[bool] = False
     wants_queries: ClassVar[bool] = False
+    rebuilds_keys: ClassVar[bool] = False
     serves_device: ClassVar[bool] = False
     device = torch.device("cpu")
 
@@ -222,6 +225,36 @@ class KeyIndex(ABC):
         keys : Tensor [n * group_size, num_kv_heads * head_dim]
             Post-RoPE, in the order of the groups.
         """
+
+    def release_keys(self, groups: np.ndarray) -> None:
+        """Let keys of groups be rebuilt from now on, where ``rebuilds_keys``.
+
+        Parameters
+        ----------
+        groups : ndarray [n], int64
+            All that were encoded since the fit. What is encoded later is not rebuilt before the
+            next call.
+        """
+        raise NotImplementedError("an index whose rebuilds_keys is True defines it")
+
+    def is_rebuilt(self, groups: np.ndarray) -> np.ndarray:
+        """Return which groups' keys are to be rebuilt, ndarray [n], bool; see `release_keys`."""
+        raise NotImplementedError("an index whose rebuilds_keys is True defines it")
+
+    def rebuild(self, groups: np.ndarray) -> Tensor:
+        """Return keys of groups as far as it kept them, where ``rebuilds_keys``.
+
+        Parameters
+        ----------
+        groups : ndarray [n], int64
+            Their ids; encoded before.
+
+        Returns
+        -------
+        Tensor [n * group_size, num_kv_heads * head_dim]
+            As `encode` was given them; in any dtype of floating point.
+        """
+        raise NotImplementedError("an index whose rebuilds_keys is True defines it")
 
     @abstractmethod
     def score_heads(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:

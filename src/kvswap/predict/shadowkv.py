@@ -52,7 +52,7 @@ class ShadowKVIndex(KeyIndex):
     ) -> None:
         self.check(geometry, rank=rank, code=code)
         self._geometry, self._group_size = geometry, group_size
-        self._landmarks = LowRankIndex(
+        self._landmarks: KeyIndex = LowRankIndex(
             geometry, group_size=1, num_groups=num_groups, rank=rank, code=code
         )
         self._cosines = torch.zeros(num_groups, dtype=torch.float16)
@@ -83,9 +83,7 @@ class ShadowKVIndex(KeyIndex):
         landmarks = LowRankIndex.workspace_bytes(
             geometry, group_size=1, num_groups=num_groups, rank=rank, code=code
         )
-        tokens = _block_groups(geometry, group_size) * group_size
-        block = tokens * (12 * geometry.key_dim + 24 * geometry.num_kv_heads)
-        return landmarks + max(block, 32 * num_groups) + 1024
+        return landmarks + block_bytes(geometry, group_size, num_groups)
 
     @property
     def nbytes(self) -> int:
@@ -151,6 +149,13 @@ class ShadowKVIndex(KeyIndex):
         if state:
             fill_tensors({"cosines": self._cosines}, state)
             self._landmarks.load_state(state)
+
+
+def block_bytes(geometry: KVGeometry, group_size: int, num_groups: int) -> int:
+    """Return the bytes of a block of keys whose mean is taken, or of the search for outliers."""
+    tokens = _block_groups(geometry, group_size) * group_size
+    block = tokens * (12 * geometry.key_dim + 24 * geometry.num_kv_heads)
+    return max(block, 32 * num_groups) + 1024
 
 
 def _least_cosine(keys: Tensor, means: Tensor) -> Tensor:

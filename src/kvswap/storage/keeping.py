@@ -59,7 +59,7 @@ def save_store(
     directory: Path,
     identity: Identity,
     files: list[DeviceFile],
-    checksums: np.ndarray,
+    checksums: dict[str, np.ndarray],
     tables: dict[str, np.ndarray],
     state: SavedState,
     *,
@@ -74,8 +74,8 @@ def save_store(
     identity : Identity
     files : list of DeviceFile
         Synchronised first.
-    checksums : ndarray [n], uint32
-        Taken before any record that they speak of could be lost.
+    checksums : dict of str to ndarray [n], uint32
+        By name of table. Taken before any record that they speak of could be lost.
     tables : dict of str to ndarray
     state : SavedState
     last_generation : int
@@ -95,7 +95,7 @@ def save_store(
     staged_path = directory / STAGED_NAME
     with ExitStack() as undo:  # a failed save takes no room, least of all on a full disk
         undo.callback(_remove, tables_path)
-        entry = write_tables(tables_path, {CHECKSUMS: checksums} | tables)
+        entry = write_tables(tables_path, checksums | tables)
         manifest = Manifest(
             uuid=identity.uuid,
             generation=generation,

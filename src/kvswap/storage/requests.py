@@ -56,10 +56,12 @@ class Planner:
         By device.
     scratch : ndarray, uint8
         As long as the largest gap to read through; takes what lies there.
+    record_bytes : int
+        Bytes of what is moved for each record: all of it, or an even part.
     """
 
-    def __init__(self, files: Sequence[DeviceFile], scratch: np.ndarray) -> None:
-        self._files, self._scratch = files, scratch
+    def __init__(self, files: Sequence[DeviceFile], scratch: np.ndarray, record_bytes: int) -> None:
+        self._files, self._scratch, self.record_bytes = files, scratch, record_bytes
         self._fds, self._paths = [file.fd for file in files], [file.path for file in files]
         self._areas: tuple[tuple[int, int, int], ...] = ()
 
@@ -75,7 +77,7 @@ class Planner:
         self._areas = tuple(
             (file.fd, file.record_start, file.reserved_bytes) for file in self._files
         )
-        demand = _checked(self._files, demand)
+        demand = _checked(self._files, demand, self.record_bytes)
         batch = self.at_once(demand)
         if batch is not None:
             return batch
@@ -98,7 +100,7 @@ class Planner:
             demand.memory,
             scratch,
             self._areas,
-            header.record_bytes,
+            self.record_bytes,
             header.block_size_bytes,
             len(scratch),
             MAX_TRANSFER_BYTES,
@@ -184,15 +186,15 @@ def _join(
     return transfers
 
 
-def _checked(files: Sequence[DeviceFile], demand: Demand) -> Demand:
+def _checked(files: Sequence[DeviceFile], demand: Demand, record_bytes: int) -> Demand:
     """Return the same as arrays of the right kind, or say what does not fit."""
     ids = as_ids(demand.record_ids, "record_ids")
     name, rows = "records", np.arange(len(ids))
     if demand.rows is not None:
         name, rows = "out", as_ids(demand.rows, "rows")
-    check_memory(demand.memory, rows, files[0].header.record_bytes, name)
+    check_memory(demand.memory, rows, record_bytes, name)
     devices, offsets = demand.extents.devices, demand.extents.offsets
-    _check_extents(files, devices, offsets)
+    _check_extents(files, devices, offsets, record_bytes)
     extents = Extents(
         np.ascontiguousarray(devices, np.int16), np.ascontiguousarray(offsets, np.int64)
     )
@@ -230,7 +232,9 @@ def check_memory(array: np.ndarray, rows: np.ndarray, record_bytes: int, name: s
         raise ConfigError(f"{name} must begin on a page or block boundary (aligned_empty)")
 
 
-def _check_extents(files: Sequence[DeviceFile], devices: np.ndarray, offsets: np.ndarray) -> None:
+def _check_extents(
+    files: Sequence[DeviceFile], devices: np.ndarray, offsets: np.ndarray, record_bytes: int
+) -> None:
     header = files[0].header
     if int(devices.min()) < 0 or int(devices.max()) >= len(files):
         raise ConfigError(f"devices must be in [0, {len(files)}), got {devices.tolist()}")
@@ -240,7 +244,7 @@ def _check_extents(files: Sequence[DeviceFile], devices: np.ndarray, offsets: np
         mine = offsets[devices == device]
         if not len(mine):
             continue
-        low, high = int(mine.min()), int(mine.max()) + header.record_bytes
+        low, high = int(mine.min()), int(mine.max()) + record_bytes
         if low < 0 or high > file.reserved_bytes:
             raise ConfigError(
                 f"extents must lie in the {file.reserved_bytes} bytes reserved, got"

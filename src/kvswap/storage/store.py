@@ -23,6 +23,7 @@ from kvswap.storage.choose import make_backend
 from kvswap.storage.completion import BatchDone, InFlight, Meter
 from kvswap.storage.device import DeviceFile
 from kvswap.storage.directory import KeptDirectory, check_directory, open_unnamed
+from kvswap.storage.halves import SecondHalves, saved_checksums
 from kvswap.storage.keeping import (
     Identity,
     device_header,
@@ -34,6 +35,7 @@ from kvswap.storage.keeping import (
 from kvswap.storage.manifest import Manifest, SavedState
 from kvswap.storage.posix import check_not_forked
 from kvswap.storage.requests import Demand, Planner, as_ids, check_memory
+from kvswap.storage.tables import CHECKSUMS, HALF_CHECKSUMS
 
 
 class BlockStore:
@@ -74,7 +76,8 @@ class BlockStore:
         self._kept, self._meter, self._in_flight = kept, Meter(), InFlight()
         self._save_lock = threading.Lock()
         self._scratch = aligned_empty(identity.storage.gap_bytes(self.layout.record_bytes))
-        self._planner = Planner(files, self._scratch)
+        self._planner = Planner(files, self._scratch, self.layout.record_bytes)
+        self._halves: SecondHalves | None = None
         self._is_direct = all(file.is_direct for file in files)
         self._owner = os.getpid()
         resources.callback(self._in_flight.wait)
@@ -241,15 +244,18 @@ class BlockStore:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of memory that the checksum table and the gaps' scratch buffer take."""
-        return self._checksums.nbytes + self._scratch.nbytes
+        """Bytes of memory that checksum tables and the gaps' scratch buffers take."""
+        halves = 0 if self._halves is None else self._halves.nbytes
+        return self._checksums.nbytes + self._scratch.nbytes + halves
 
     def reserve_records(self, num_records: int) -> None:
-        """Size the checksum table for record ids below ``num_records``, to the entry.
+        """Size checksum tables for record ids below ``num_records``, to the entry.
 
-        Without this it grows by an eighth at a time, and takes that much more.
+        Without this they grow by an eighth at a time, and take that much more.
         """
         self._checksums.reserve(num_records)
+        if self._halves is not None:
+            self._halves.checksums.reserve(num_records)
 
     def room_bytes(self, device: int) -> int:
         """Return how many bytes could be reserved beyond those reserved already.
@@ -311,10 +317,51 @@ class BlockStore:
         demand = Demand(record_ids, extents, out, rows, self._checksums.values)
         batch = self._planner.at_once(demand)
         if not batch:  # nothing to move, or something is amiss
-            batch = self._checked_read(demand)
+            batch = self._checked_read(demand, self._planner, self._checksums)
         return FinishedTicket() if batch is None else self._submit(batch)
 
-    def _checked_read(self, demand: Demand) -> Batch | None:
+    def keep_halves(self) -> None:
+        """Remember checksums of second halves too, from now on, for `read_halves`.
+
+        Raises
+        ------
+        ConfigError
+            If a half does not fill whole blocks.
+        CorruptStoreError
+            If there are records of which none was remembered.
+        """
+        checksums, half = ChecksumTable(), self.layout.record_bytes // 2
+        if self.manifest is not None:
+            saved = self.tables.pop(HALF_CHECKSUMS, None)
+            checksums = saved_checksums(saved, len(self._checksums.values), HALF_CHECKSUMS)
+        gap_bytes = self._identity.storage.gap_bytes(half)
+        self._halves = SecondHalves(
+            self._files, self.layout, gap_bytes=gap_bytes, checksums=checksums
+        )
+
+    def read_halves(
+        self, record_ids: np.ndarray, extents: Extents, out: np.ndarray, rows: np.ndarray
+    ) -> Ticket:
+        """Begin to read the second half of each record, into that of its row.
+
+        After `keep_halves`. What it takes, gives and raises is as of `read`; the first half of a
+        row is left as it is, at all times.
+        """
+        self._check_open()
+        if self._halves is None:
+            raise ConfigError("keep_halves must be called before halves are read")
+        if not len(record_ids):
+            return FinishedTicket()
+        halves, is_written = self._halves, self._checksums.has(record_ids)
+        demand = halves.demand(record_ids, extents, out, rows)
+        batch = halves.planner.at_once(demand) if is_written else None
+        if not batch:
+            batch = self._checked_read(demand, halves.planner, halves.checksums)
+        return FinishedTicket() if batch is None else self._submit(batch)
+
+    def _checked_read(
+        self, demand: Demand, planner: Planner, checksums: ChecksumTable
+    ) -> Batch | None:
         """Look at every argument of a read that was not in order at once."""
         record_ids, rows = np.asarray(demand.record_ids, np.int64), np.asarray(demand.rows)
         count, extents = len(record_ids), demand.extents
@@ -326,7 +373,7 @@ class BlockStore:
             # Never written, or being written by somebody who did not wait for it.
             self._in_flight.wait()
         if not self._checksums.has(record_ids):
-            check_memory(demand.memory, rows, self.layout.record_bytes, "out")
+            check_memory(demand.memory, rows, planner.record_bytes, "out")
             never = [each for each in record_ids.tolist() if not self._checksums.has([each])]
             raise CorruptStoreError(
                 self._files[0].path,
@@ -334,8 +381,8 @@ class BlockStore:
                 expected="all",
                 found=f"never: {never}",
             )
-        table = self._checksums.values
-        return self._planner.batch(Demand(record_ids, extents, demand.memory, rows, table))
+        table = checksums.values
+        return planner.batch(Demand(record_ids, extents, demand.memory, rows, table))
 
     def write(self, record_ids: np.ndarray, extents: Extents, records: np.ndarray) -> Ticket:
         """Begin to write records; a read submitted once the ticket is done finds them.
@@ -371,6 +418,8 @@ class BlockStore:
             return FinishedTicket()
         # Until it is written again a record is none: a failed write must not be read as the old.
         self._checksums.put(record_ids, 0)
+        if self._halves is not None:
+            self._halves.note(record_ids, records)
         return self._submit(batch)
 
     def _checked_write(self, demand: Demand) -> Batch | None:
@@ -426,11 +475,17 @@ class BlockStore:
                 self._kept.path,
                 self._identity,
                 self._files,
-                self._checksums.snapshot(),
+                self._tables_of_checksums(),
                 tables,
                 state,
                 last_generation=self.manifest.generation if self.manifest else 0,
             )
+
+    def _tables_of_checksums(self) -> dict[str, np.ndarray]:
+        tables = {CHECKSUMS: self._checksums.snapshot()}
+        if self._halves is not None:
+            tables[HALF_CHECKSUMS] = self._halves.checksums.snapshot()
+        return tables
 
     # -- inside ---------------------------------------------------------------------------
 

@@ -20,6 +20,9 @@ from kvswap.storage.manifest import TablesEntry
 CHECKSUMS = "store.checksums"
 """Name of the record checksums among the arrays; ``store.`` is the store's own."""
 
+HALF_CHECKSUMS = "store.half_checksums"
+"""Name of those of second halves, where these are read alone."""
+
 _NAME = re.compile(r"tables-(\d+)\.safetensors")
 _PIECE_BYTES = 2**20
 _DTYPES = frozenset("?bBhHiIlLqQefdF")
