@@ -98,6 +98,15 @@ class Tables(RuleBasedStateMachine):
             self.buffer.hold(layer, np.array(sorted(some)), step=self.step)
             self.used[layer] |= some & self.held[layer]
 
+    @rule()
+    def begin_step(self) -> None:
+        """Find what lay in memory still there, or nothing where the policy keeps nothing."""
+        self.step += 1
+        self.buffer.begin_step(step=self.step)
+        self.used = [set() for _ in range(LAYERS)]
+        if not self.buffer.policy.keeps:
+            self.held = [set() for _ in range(LAYERS)]
+
     @rule(layer=layers, some=some_groups)
     def forget(self, layer: int, some: set[int]) -> None:
         self.buffer.forget(layer, np.array(sorted(some)))
@@ -223,5 +232,5 @@ def test_a_parameter_that_cannot_be_used_is_refused(name, parameter):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="reuse must be one of lfu, lru, score, sieve, got 'no'"):
+    with pytest.raises(ConfigError, match="one of lfu, lru, none, score, sieve, got 'no'"):
         make_reuse("no")

@@ -109,7 +109,7 @@ class _Served:
     def run(self, *, reads_ahead: bool) -> None:
         """Serve every step, first what was predicted where that is asked for."""
         for step in range(len(self._trace.groups)):
-            self._reuse.share(step=self._prefetcher.tick())
+            self._reuse.begin_step(step=self._prefetcher.tick())
             for layer_idx in range(self._num_layers):
                 self._select(step, layer_idx, reads_ahead)
 

@@ -22,7 +22,7 @@ from kvswap.cache.recall import RecallSampler
 from kvswap.cache.records import RecordIO
 from kvswap.cache.residence import Reads, Residence
 from kvswap.cache.reuse import ReuseBuffer, SlotExchange, make_reuse
-from kvswap.cache.reuse.exchange import check_sharing
+from kvswap.cache.reuse.checks import check_reuse
 from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.sequences import Sequences
@@ -108,7 +108,7 @@ class CacheSession:
         self.accelerator = accelerator
         self.device = torch.device("cpu") if accelerator is None else accelerator.device
         check_selection(config)  # said now, not at the first forward
-        check_sharing(config)
+        check_reuse(config)
         if accelerator is not None and config.record_codec != "raw":
             raise ConfigError(
                 f"record_codec must be raw where slots lie on a device ({self.device}),"
@@ -385,7 +385,7 @@ class CacheSession:
             self.reuse.clear()  # its slots are lent to the prefill
         if self.is_selecting:
             self._prepare_to_select(batch)
-            self.reuse.share(step=self.prefetcher.tick())
+            self.reuse.begin_step(step=self.prefetcher.tick())
             self.counters.decode_steps += 1
             self.counters.decode_tokens += q_len * batch.batch_size
         self._decode_base = (self.store.stats.bytes_read, self.store.stats.reads)

@@ -183,6 +183,7 @@ class _Steps:
             recall += 1 - own[:flushed].sum() + own[chosen].sum()
             for count, buffer in buffers.items():
                 buffer.take(0, np.arange(max(0, flushed - 1), flushed), step=2 * place + 1)
+                buffer.begin_step(step=2 * place + 2)
                 late, _ = buffer.take(0, chosen, step=2 * place + 2)
                 missing[count] += len(late) if place >= WARM else 0
         steps = QUERIES - WARM

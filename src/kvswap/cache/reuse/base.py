@@ -25,8 +25,12 @@ class ReusePolicy(ABC):
     ----------
     wants_scores : bool
         Whether `observe` is to be called with what the key index estimates.
+    keeps : bool
+        Whether a step may find in memory what an earlier one asked for, or flushed; else all
+        slots are empty when a step begins.
     """
 
+    keeps: ClassVar[bool] = True
     wants_scores: ClassVar[bool] = False
 
     @classmethod

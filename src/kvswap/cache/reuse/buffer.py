@@ -150,6 +150,27 @@ class ReuseBuffer:
         going = self.policy.choose(layer_idx, held, self._last_used[own], self._exchange.depth)
         return int(np.count_nonzero(np.isin(groups, held[going])))
 
+    def begin_step(self, *, step: int) -> None:
+        """Let go of what the policy does not keep, and `share` slots; no read may be in flight.
+
+        Parameters
+        ----------
+        step : int
+            Now: nothing of it has been asked for yet.
+        """
+        if not self.policy.keeps:
+            self._empty()
+        self.share(step=step)
+
+    def _empty(self) -> None:
+        """Drop what lies in slots, and nothing else: its time does not grow with the context."""
+        with self.changing():
+            for own, row_of in zip(self._rows, self._row_of, strict=True):
+                held = self._group_in[own]
+                row_of[held[held >= 0]] = -1
+            self._group_in.fill(-1)
+            self._last_used.fill(-1)
+
     def share(self, *, step: int) -> None:
         """Move a few slots between two layers where that clearly gains; no read may be in flight.
 

@@ -18,25 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvswap.cache.reuse.base import make_reuse
-from kvswap.cache.reuse.priority import PriorityPolicy
-from kvswap.core.config import CacheConfig
-from kvswap.core.errors import ConfigError
-
 _DEPTH = 4  # a quarter of a layer's first slots are watched on either side
 _SMALL = 32  # and one in so many of them moves at once
 _FADES = 2 ** (-1 / 128)  # of a count, in a step: half is left after 128
 _CLEARLY = 1.5  # times the loss, and
 _LEAST_HITS = 4.0  # so many beyond it: chance moves nothing
-
-
-def check_sharing(config: CacheConfig) -> None:
-    """Raise `ConfigError` where slots are to be shared by a policy that does not rank groups."""
-    if config.share_slots and not isinstance(make_reuse(config.reuse), PriorityPolicy):
-        raise ConfigError(
-            f"share_slots must be False with reuse={config.reuse!r}, whose choice cannot be asked"
-            " for without making it"
-        )
 
 
 class Move(NamedTuple):
