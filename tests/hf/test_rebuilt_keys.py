@@ -91,6 +91,23 @@ def test_what_is_in_memory_makes_no_difference_to_the_answer(tmp_path):
     torch.testing.assert_close(answers[2], answers[0], atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_decomposed_are_keys_before_rope(tmp_path):
+    """A token that stands at many places has one key before RoPE, of the first layer."""
+    model = make_model("llama", head_dim=16)
+    tokens = prompt(8).repeat(1, 20)[:, :-1]
+    config = config_of(tmp_path, "shadowkv_values:8")
+    with kvswap.attach(model, config) as cache:
+        step(model, cache, tokens)
+        cache.end_prefill()
+        session = cache.session
+        groups = session.sequences.stored_groups(0)
+        rebuilt = session.indexes[0].rebuild(groups)
+        ((keys, _),) = session.records.stream(0, groups)
+        torch.testing.assert_close(
+            rebuilt, keys.transpose(0, 1).flatten(1), atol=0.02 * float(keys.abs().max()), rtol=0
+        )
+
+
 def test_a_crop_and_a_longer_prompt_have_the_keys_as_they_were(tmp_path):
     model, ids = make_model("qwen3"), prompt(131)
     config = config_of(tmp_path, "shadowkv_values:8", exact_append=True)

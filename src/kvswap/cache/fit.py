@@ -89,7 +89,16 @@ class IndexFitter:
             for keys, _ in session.records.stream(layer_idx, of):
                 yield _flat(keys).to(index.device)
 
-        index.fit_to(lambda: stored_keys(groups[::stride]))
+        sample = groups[::stride]
+
+        def seen_keys() -> Iterator[torch.Tensor]:
+            place = 0
+            for keys in stored_keys(sample):
+                part = sample[place : place + len(keys) // size]
+                yield from index.seen_in_fit(part, keys)
+                place += len(part)
+
+        index.fit_to(seen_keys)
         place = 0
         for keys in stored_keys(groups):
             part = groups[place : place + len(keys) // size]

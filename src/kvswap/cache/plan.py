@@ -34,6 +34,7 @@ from kvswap.kernels.slots import split_bytes
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES
 from kvswap.predict.selectors import make_selector
+from kvswap.predict.turning import GroupTurn
 
 _STAGING_BYTES = 8 * 2**20
 _LEAST_STAGING_ROWS = 4
@@ -357,9 +358,11 @@ class _Shape:
         tables += 8 * self.num_groups * int(self.config.storage.keep)
         tables += Centres.plan_bytes(layout)
         tables += self.config.storage.gap_bytes(layout.record_bytes)
-        if self.index.rebuilds_keys:  # checksums of values, and what lies between those
+        # Checksums of values, what lies between those, and where groups stand.
+        if self.index.rebuilds_keys:
             tables += 4 * self.num_groups * layers
             tables += self.config.storage.gap_bytes(layout.record_bytes // 2)
+            tables += GroupTurn.plan_bytes(self.geometry.head_dim, self.num_groups)
         staging = 2 * staging_rows * layout.record_bytes
         return {
             "index": index,

@@ -12,6 +12,7 @@ from kvswap.cache.reuse import ReuseBuffer
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.geometry import RecordLayout
 from kvswap.placement import Placement
+from kvswap.predict.turning import GroupTurn
 
 
 class Sequences:
@@ -29,6 +30,8 @@ class Sequences:
         Reopens a group that a crop cuts.
     row_groups : int
         Ids set apart for each row of a batch, so that a sequence's groups lie together.
+    turn : GroupTurn, optional
+        Told of where groups stand in their sequences.
     """
 
     def __init__(
@@ -39,7 +42,9 @@ class Sequences:
         records: RecordIO,
         *,
         row_groups: int,
+        turn: GroupTurn | None = None,
     ) -> None:
+        self._turn = turn
         self._layout, self._placement = layout, placement
         self._reuse, self._records = reuse, records
         self._row_groups = row_groups
@@ -78,8 +83,13 @@ class Sequences:
         if start + count > len(held):
             after = int(held[-1]) if len(held) else row * self._row_groups - 1
             new = self._placement.allocate(start + count - len(held), after=after)
+            self._place(new, len(held))
             batch.groups[row] = held = np.concatenate((held, new))
         return held[start : start + count]
+
+    def _place(self, groups: np.ndarray, first: int) -> None:
+        if self._turn is not None:
+            self._turn.place(groups, first)
 
     def groups_to_come(self, batch: SequenceBatch, columns: int) -> np.ndarray:
         """Return the ids that a batch of so many columns would most likely take."""
@@ -170,6 +180,7 @@ class Sequences:
         """Count in a batch that comes from a kept store."""
         for ids in batch.groups:
             self._placement.retain(ids)
+            self._place(ids, 0)
         self.protect(batch)
         self.add(batch)
 

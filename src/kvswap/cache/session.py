@@ -36,6 +36,7 @@ from kvswap.kernels.accelerator import Accelerator
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.selectors import check_selection
+from kvswap.predict.turning import GroupTurn
 from kvswap.storage.store import BlockStore
 
 # What holds memory, given back when a session closes.
@@ -50,6 +51,7 @@ _HEAVY = (
     "prefetcher",
     "sequences",
     "placement",
+    "turn",
 )
 
 
@@ -118,7 +120,8 @@ class CacheSession:
         self.layout = self.plan.layout
         kind, parts = INDEXES.get(config.index), config.head_groups
         check_rebuilding(kind, self.layout, head_groups=parts, device=self.device)
-        self._reads_values = kind.rebuilds_keys
+        rebuilds, size = kind.rebuilds_keys, self.layout.group_size
+        self.turn = GroupTurn(self.geometry.head_dim, size) if rebuilds else None
         self.counters = CacheStats()
         self.layers = [LayerCache(self, i) for i in range(self.geometry.num_layers)]
         self.model_layers = self.heads.joined(self)
@@ -169,7 +172,8 @@ class CacheSession:
         if self.config.max_context is not None:
             self.store.check_room(0, placement.planned_bytes)
         self.plan, self.placement = plan, placement
-        if self._reads_values:
+        if self.turn is not None:
+            self.turn.reserve(plan.num_groups)
             self.store.keep_halves()
         self.store.reserve_records(plan.num_groups * self.geometry.num_layers)
         self.records = RecordIO(self.store, placement, self.layout, plan.staging_rows, self.device)
@@ -196,13 +200,14 @@ class CacheSession:
             self.reuse,
             self.records,
             row_groups=plan.num_groups // plan.batch_size,
+            turn=self.turn,
         )
         self._make_selection(plan)
         self.is_allocated = True
 
     def _reads(self, plan: CachePlan) -> Reads:
         """Return what brings groups into slots; the indexes are there already."""
-        is_rebuilt = self._reads_values and plan.rank
+        is_rebuilt = self.turn is not None and plan.rank
         return RebuiltReads(self.records, self.indexes) if is_rebuilt else self.residence.reads
 
     def _exchange(self, plan: CachePlan) -> SlotExchange | None:
@@ -224,6 +229,9 @@ class CacheSession:
             )
             for _ in range(self.geometry.num_layers if plan.rank else 0)
         ]
+        if self.turn is not None:
+            for index in self.indexes:
+                index.turn_by(self.turn)
         if self.accelerator is not None:
             for index in self.indexes if kind.serves_device_with(plan.code) else ():
                 index.move(self.accelerator)
@@ -266,6 +274,7 @@ class CacheSession:
             tables = self.reuse.table_nbytes + self.placement.nbytes + self.store.table_bytes
             tables += self.records.centres.nbytes + self.sequences.saved_nbytes
             tables += sum(b.table_nbytes for b in batches)
+            tables += 0 if self.turn is None else self.turn.nbytes
             parts |= {
                 "index": sum(index.nbytes for index in self.indexes),
                 "slots": self.reuse.slots_nbytes,
@@ -593,6 +602,8 @@ class CacheSession:
         """Return tables and indexes as plain arrays, for a kept store."""
         state = {f"placement.{k}": v for k, v in self.placement.state().items()}
         state |= {f"centres.{k}": v for k, v in self.records.centres.state().items()}
+        if self.turn is not None:
+            state |= {f"turn.{k}": v for k, v in self.turn.state().items()}
         for layer_idx, index in enumerate(self.indexes):
             state |= {f"index.{layer_idx}.{k}": v for k, v in index.state().items()}
         return state
@@ -603,6 +614,8 @@ class CacheSession:
         """Go on from the tables of a kept store."""
         self.placement.load_state(_part(tables, "placement."))
         self.records.centres.load_state(_part(tables, "centres."))
+        if self.turn is not None:
+            self.turn.load_state(_part(tables, "turn."))
         for layer_idx, index in enumerate(self.indexes):
             index.load_state(_part(tables, f"index.{layer_idx}."))
         self.fitter.fitted_tokens = fitted_tokens

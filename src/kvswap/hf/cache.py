@@ -19,7 +19,7 @@ from kvswap.core.stats import CacheStats
 from kvswap.hf import persist
 from kvswap.hf.binding import ModelBinding
 from kvswap.hf.forwards import Forwards, check_mask_width, untracked
-from kvswap.hf.geometry import fingerprint
+from kvswap.hf.geometry import fingerprint, rope_frequencies
 from kvswap.hf.layer import DiskLayer
 
 
@@ -77,6 +77,8 @@ class KVSwapCache(Cache):
         binding = ModelBinding.of(model)
         binding.acquire(self._config.prefill_chunk)
         self._fingerprint, self._forwards.binding = digest, binding
+        if self._session.turn is not None:
+            self._session.turn.take(rope_frequencies(model))
 
     @property
     def forwards(self) -> Forwards:

@@ -128,6 +128,14 @@ def decoder_layers(model: nn.Module, shape: ModelShape) -> list[nn.Module]:
     raise UnsupportedModelError(shape.model_class, f"no list of {shape.num_layers} decoder layers")
 
 
+def rope_frequencies(model: nn.Module) -> torch.Tensor | None:
+    """Return what a model's layers of full attention turn pairs of elements by, or None."""
+    for name, buffer in model.named_buffers():
+        if name.endswith(("rotary_emb.inv_freq", "rotary_emb.full_attention_inv_freq")):
+            return buffer.detach().float().cpu()
+    return None
+
+
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
     """Return a digest of a model's config and of a sample of every parameter.

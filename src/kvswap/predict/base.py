@@ -17,6 +17,7 @@ from kvswap.core.registry import Registry
 from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.codes import CODES
 from kvswap.kernels.scores import reduce_heads
+from kvswap.predict.turning import GroupTurn
 
 _MAX_RANK, _COARSE, _FINE_RANK, _MIN_RANK = 128, 32, 64, 8
 
@@ -225,6 +226,14 @@ class KeyIndex(ABC):
         keys : Tensor [n * group_size, num_kv_heads * head_dim]
             Post-RoPE, in the order of the groups.
         """
+
+    def turn_by(self, turn: GroupTurn) -> None:
+        """Keep keys as they were before RoPE, where ``rebuilds_keys``; called before a fit."""
+        raise NotImplementedError("an index whose rebuilds_keys is True defines it")
+
+    def seen_in_fit(self, groups: np.ndarray, keys: Tensor) -> Iterable[Tensor]:
+        """Return the keys of groups, as `encode` is given them, as a fit is to see them."""
+        return (keys,)
 
     def release_keys(self, groups: np.ndarray) -> None:
         """Let keys of groups be rebuilt from now on, where ``rebuilds_keys``.

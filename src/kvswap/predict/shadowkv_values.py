@@ -6,19 +6,20 @@ index="shadowkv_values:160", group_size=8)``.
 
 Reproduced: landmarks, the means of groups' keys after RoPE, are kept as they are in 16 bits, and
 groups score by them; groups with the key that is least like its landmark are outliers; keys that
-are attended to come from a decomposition of the prompt's own keys over all KV heads, kept in 16
-bits, and their values from the disk (`kvswap.cache.rebuilt`); outliers, and what is generated, keep
-the keys that they have.
-Deviates: the decomposition is of keys after RoPE, as an index sees no positions: it costs the same
-bytes and less time, as nothing is rotated, but keys before RoPE have less rank; it is found from a
-sample of at most about 8,192 of the prompt's keys, and again when the context has doubled, from
-when on what was generated is rebuilt too; outliers are chosen as by `shadowkv`, and they and what
-is generated lie in slots or on disk, keys and values, where the paper has them in memory; all heads
-read the same groups, by the best head's share of attention.
+are attended to come from a decomposition of the prompt's own keys before RoPE over all KV heads,
+kept in 16 bits, and are turned to where they stand (`kvswap.predict.turning`); their values come
+from the disk (`kvswap.cache.rebuilt`); outliers, and what is generated, keep their keys.
+Deviates: the decomposition is found from a sample of at most about 8,192 of the prompt's keys, and
+again when the context has doubled, from when on what was generated is rebuilt too; outliers are
+chosen as by `shadowkv`, and they and what is generated lie in slots or on disk, keys and values,
+where the paper has them in memory; all heads read the same groups, by the best head's share of
+attention. RoPE is that of pairs half a head apart, with one frequency for each pair: of a model
+that has another, the decomposition is of keys after RoPE, or turned otherwise, which has more rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +32,7 @@ from kvswap.predict.decomposition import KeyDecomposition
 from kvswap.predict.per_head import PerHeadIndex
 from kvswap.predict.shadowkv import ShadowKVIndex, block_bytes
 from kvswap.predict.states import fill_tensors, plain_arrays
+from kvswap.predict.turning import GroupTurn
 
 _MOST_RANK, _LEAST_RANK = 160, 8
 
@@ -113,6 +115,14 @@ class ShadowKVValuesIndex(ShadowKVIndex):
     def _beside(self) -> dict[str, Tensor]:
         """Return what is kept beside landmarks and cosines, by name."""
         return self._keys.tensors | {"released": self._released}
+
+    def turn_by(self, turn: GroupTurn) -> None:
+        """Decompose keys as they were before RoPE; see `KeyIndex.turn_by`."""
+        self._keys.turn = turn
+
+    def seen_in_fit(self, groups: np.ndarray, keys: Tensor) -> Iterable[Tensor]:
+        """Turn keys back; see `KeyIndex.seen_in_fit`."""
+        return self._keys.seen_in_fit(groups, keys)
 
     def observe(self, keys: Tensor) -> None:
         """Take keys into the decomposition."""
