@@ -40,7 +40,7 @@ class ReadLog:
     def read(self, layer_idx: int, groups: np.ndarray, out: Any, rows: np.ndarray) -> Ticket:
         """Read as the session does, and note it."""
         self._batches.append((layer_idx, groups))
-        return self._session.residence.reads.read(layer_idx, groups, out, rows)
+        return self._session.reads.read(layer_idx, groups, out, rows)
 
     def clear(self) -> None:
         """Forget what was noted."""

@@ -48,6 +48,7 @@ _HEAVY = (
     "residence",
     "reuse",
     "records",
+    "reads",
     "prefetcher",
     "sequences",
     "placement",
@@ -193,7 +194,8 @@ class CacheSession:
             pool=self.residence.pool,
         )
         self.attention = self.residence.attention
-        self.prefetcher = Prefetcher(self.reuse, self._reads(plan), self.counters)
+        self.reads = self._reads(plan)
+        self.prefetcher = Prefetcher(self.reuse, self.reads, self.counters)
         self.sequences = Sequences(
             self.layout,
             placement,
