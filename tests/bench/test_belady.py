@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import kvswap
 from kvswap.bench.belady import UseLog, most_hits
-from kvswap.cache.prefetch import Use
+from kvswap.cache.pending import Use
 from kvswap.cache.reuse import REUSE_POLICIES, ReuseBuffer, make_reuse
 from tests.caches import SMALL, config_for, step
 from tests.families import make_model, prompt

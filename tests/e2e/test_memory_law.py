@@ -29,6 +29,8 @@ CONFIGS = {
     "shared": {**SMALL, "num_slots": 9, "share_slots": True},
     "shared, planned": {"max_context": 512, "kv_memory": "1MiB", "share_slots": True},
     "sieve": {**SMALL, "num_slots": 9, "reuse": "sieve"},
+    "no reuse": {**SMALL, "num_slots": 9, "reuse": "none"},
+    "no index": {"index": "none", "max_context": 512, "kv_memory": "1MiB"},
     "int8 records": {**SMALL, "record_codec": "int8"},
     "rot4 records": {"record_codec": "rot4", "max_context": 512, "kv_memory": "1MiB"},
     "planned by the library": {"max_context": 512, "kv_memory": "1MiB"},

@@ -159,3 +159,18 @@ def test_it_is_ready_for_json(outline, tmp_path, linear):
 def test_bad_settings_are_refused(outline, tmp_path, changes, settings, words):
     with pytest.raises(ConfigError, match=words):
         forecast(outline, config_in(tmp_path, **changes), **settings)
+
+
+@pytest.mark.parametrize("most_bytes", [1, lengths.REHEARSAL_BYTES])
+def test_without_an_index_all_that_has_no_slot_is_read(outline, tmp_path, monkeypatch, most_bytes):
+    monkeypatch.setattr(lengths, "REHEARSAL_BYTES", most_bytes)
+    config = config_in(tmp_path, index="none", group_size=4, kv_memory="4MiB", max_context=1024)
+    asked = forecast(outline, config, factors=(1.0,)).asked
+    plan, speed = asked.plan, asked.speed
+    assert plan.rank == 0
+    assert 0.1 < plan.num_slots / plan.num_groups < 0.9
+    assert speed.rehearsed_context == (1024 if most_bytes > 1 else 4 * CHUNK)
+    assert speed.hit_rate == pytest.approx(plan.num_slots / plan.num_groups, rel=0.1)
+    missing = LAYERS * (plan.num_groups - plan.num_slots)
+    read = speed.bytes_read_per_step / plan.layout.record_bytes
+    assert read == pytest.approx(missing, rel=0.15)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvswap.cache.prefetch import Use
+from kvswap.cache.pending import Use
 from kvswap.cache.session import CacheSession
 
 

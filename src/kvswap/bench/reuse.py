@@ -9,7 +9,8 @@ import numpy as np
 
 from kvswap.bench.belady import most_hits_by_layer
 from kvswap.bench.traces import Trace
-from kvswap.cache.prefetch import Prefetcher, Use
+from kvswap.cache.pending import Use
+from kvswap.cache.prefetch import Prefetcher
 from kvswap.cache.reuse import REUSE_POLICIES, ReuseBuffer, SlotExchange, make_reuse
 from kvswap.core.stats import CacheStats
 from kvswap.storage.base import Ticket

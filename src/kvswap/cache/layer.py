@@ -200,8 +200,7 @@ class LayerCache:
             for row, given in enumerate(rows):
                 if not given.query.shape[1]:
                     continue
-                mine = pending.groups[row]
-                mine = mine if pending.fits else np.intersect1d(mine, part, assume_unique=True)
+                mine = pending.part_of(row, part)
                 if turn and not len(mine):
                     continue
                 slots = session.reuse.lookup(self.layer_idx, mine)

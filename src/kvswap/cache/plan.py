@@ -13,6 +13,8 @@ The rules, in order; where heads are split into groups, each group of a layer is
    128, before the rank is lower.
 5. Of the rest, staging buffers grow to 1/32 of the budget each, at most 8 MiB; what is left
    becomes slots of the reuse buffer.
+
+With `NO_INDEX` every group is selected and 3 and 4 do not apply.
 """
 
 from __future__ import annotations
@@ -25,19 +27,20 @@ from kvswap.cache.reuse import SlotExchange, make_reuse
 from kvswap.cache.rolling import RollingBuffer
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.window import QueryWindow
-from kvswap.core.config import CacheConfig
+from kvswap.core.config import NO_INDEX, CacheConfig
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.core.units import ceil_div, format_bytes
 from kvswap.kernels.centres import Centres
 from kvswap.kernels.slots import split_bytes
 from kvswap.placement import SequentialPlacement
-from kvswap.predict import INDEXES
+from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.selectors import make_selector
 from kvswap.predict.turning import GroupTurn
 
 _STAGING_BYTES = 8 * 2**20
 _LEAST_STAGING_ROWS = 4
+_LEAST_SLOTS = 8  # where all groups pass through them
 _LEAST_TOKENS = 128
 _GOOD_RANK = 24  # below, a scan finds too little for more tokens to help
 
@@ -57,7 +60,7 @@ class CachePlan:
     num_groups : int
         Group ids planned for, over all sequences.
     rank, code : int, str
-        Of the key index; rank 0 where every group is kept and none is estimated.
+        Of the key index; rank 0 where every group is attended to and none is estimated.
     layer_groups : tuple of int
         Groups that each layer selects of a sequence.
     num_slots : int
@@ -175,8 +178,11 @@ class _Shape:
         geometry = geometry.split(config.head_groups)
         block = config.storage.block_size_bytes
         codec = config.record_codec
-        self.index = INDEXES.get(config.index)
-        read_alone = 2 if self.index.rebuilds_keys else 1  # values, which are half of a record
+        self.index: type[KeyIndex] | None = None
+        if config.estimates:
+            self.index = INDEXES.get(config.index)
+        self.rebuilds = self.index is not None and self.index.rebuilds_keys
+        read_alone = 2 if self.rebuilds else 1  # values, which are half of a record
         size = config.group_size or default_group_size(geometry, read_alone * block, codec)
         self.geometry, self.config = geometry, config
         self.batch_size, self.max_context = batch_size, max_context
@@ -194,8 +200,9 @@ class _Shape:
 
     def _check(self) -> None:
         config, size = self.config, self.layout.group_size
-        for rank in self.ranks():
-            self.index.check(self.geometry, rank=rank, code=self.code_of(rank))
+        if self.index is not None:
+            for rank in self.ranks():
+                self.index.check(self.geometry, rank=rank, code=self.code_of(rank))
         pinned, budget = self._pinned_groups, _stated_tokens(config)
         layers = self.geometry.num_layers // config.head_groups
         if isinstance(budget, tuple) and len(budget) != layers:
@@ -218,9 +225,14 @@ class _Shape:
         if config.rank is None and config.budget_tokens is None and config.num_slots is None:
             made.append(self._plan(0, self.context_groups, self.all_slots, _LEAST_STAGING_ROWS))
         for rank, groups in self._ladder():
-            slots = config.num_slots or groups * self.batch_size
+            slots = config.num_slots or self._least_slots(groups)
             made.append(self._plan(rank, groups, slots, _LEAST_STAGING_ROWS))
         return made
+
+    def _least_slots(self, groups: int) -> int:
+        """Return the fewest slots for so many selected groups of each sequence."""
+        count = groups * self.batch_size
+        return count if self.config.estimates else min(count, _LEAST_SLOTS)
 
     def leaves_room(self, plan: CachePlan) -> bool:
         """Whether the index takes at most half of the budget; the least rank may take more."""
@@ -247,10 +259,14 @@ class _Shape:
         """Candidate ranks, best first."""
         if self.config.rank is not None:
             return [self.config.rank]
+        if self.index is None:
+            return [0]
         return list(self.index.ranks(self.geometry))
 
     def code_of(self, rank: int) -> str:
         """Return the code of the index: what the config says, or else what suits the rank."""
+        if self.index is None:
+            return NO_INDEX
         takes_basis = self.config.projection is not None
         return self.config.code or self.index.default_code(
             rank, takes_basis=takes_basis, on_device=self.on_device
@@ -268,6 +284,8 @@ class _Shape:
         size = self.layout.group_size
         if self.config.budget_tokens is not None:
             return [max(self._layer_groups(0))]
+        if not self.config.estimates:
+            return [self.context_groups]
         stated = make_selector(self.config.selector).most_groups(self.context_groups)
         if stated is not None:
             return [min(self.context_groups, max(stated, self._pinned_groups))]
@@ -338,7 +356,7 @@ class _Shape:
     ) -> dict[str, int]:
         layers, layout = self.geometry.num_layers, self.layout
         index = workspace = 0
-        if rank:
+        if rank and self.index is not None:
             form: dict[str, Any] = {
                 "group_size": layout.group_size,
                 "num_groups": self.num_groups,
@@ -359,7 +377,7 @@ class _Shape:
         tables += Centres.plan_bytes(layout)
         tables += self.config.storage.gap_bytes(layout.record_bytes)
         # Checksums of values, what lies between those, and where groups stand.
-        if self.index.rebuilds_keys:
+        if self.rebuilds:
             tables += 4 * self.num_groups * layers
             tables += self.config.storage.gap_bytes(layout.record_bytes // 2)
             tables += GroupTurn.plan_bytes(self.geometry.head_dim, self.num_groups)
@@ -401,7 +419,8 @@ class _DeviceShape(_Shape):
 
     def device_parts(self, rank: int) -> tuple[str, ...]:
         """Names of the parts on a device."""
-        index = ("index",) if self.index.serves_device_with(self.code_of(rank)) else ()
+        on_device = self.index is not None and self.index.serves_device_with(self.code_of(rank))
+        index = ("index",) if on_device else ()
         return (*index, *self._parts_beside(0), "slots", "rolling", "landing", "device_workspace")
 
     @property

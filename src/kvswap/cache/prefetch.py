@@ -3,67 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
+from kvswap.cache.pending import Part, Pending, Use
 from kvswap.cache.residence import Reads
 from kvswap.cache.reuse import ReuseBuffer
+from kvswap.core.errors import KVSwapError
 from kvswap.core.stats import CacheStats
 from kvswap.storage.base import Ticket
-
-
-@dataclass(slots=True)
-class Pending:
-    """One layer's selection on its way into memory.
-
-    Attributes
-    ----------
-    layer_idx : int
-    groups : list of ndarray, int64
-        Ids selected for each row of the batch.
-    needed : ndarray, int64
-        Their union.
-    missing : ndarray, int64
-        Those of it being read.
-    ticket : Ticket or None
-        The read; None where nothing is read ahead.
-    missed : int
-        How many of the needed groups had to be read, ahead or now.
-    fits : bool
-        Whether all of it has slots at once.
-    ahead : Pending or None
-        What was read ahead for this layer and may still be on its way.
-    stall_s : float
-        Time that was spent waiting for it.
-    """
-
-    layer_idx: int
-    groups: list[np.ndarray]
-    needed: np.ndarray
-    missing: np.ndarray
-    ticket: Ticket | None
-    missed: int
-    fits: bool
-    ahead: Pending | None = None
-    stall_s: float = 0.0
-
-
-class Use(NamedTuple):
-    """Groups that one layer needs in memory at once.
-
-    Attributes
-    ----------
-    groups : ndarray, int64
-        Without repeats.
-    is_asked : bool
-        They are to be attended to; else they are put into slots without a read, as flushed.
-    """
-
-    groups: np.ndarray
-    is_asked: bool = True
 
 
 class Prefetcher:
@@ -140,28 +90,43 @@ class Prefetcher:
         try:
             self.finish(pending)
         finally:
-            spent = time.perf_counter() - begin
-            pending.stall_s += spent
-            self._stats.stall_s += spent
+            self._stalled(pending, time.perf_counter() - begin)
+
+    def _wait_for(self, part: Part, pending: Pending) -> None:
+        """Wait for one part of a selection, as `wait` does for all of it."""
+        begin = time.perf_counter()
+        try:
+            self._finish(part)
+        finally:
+            self._stalled(pending, time.perf_counter() - begin)
+
+    def _stalled(self, pending: Pending, spent: float) -> None:
+        pending.stall_s += spent
+        self._stats.stall_s += spent
 
     def finish(self, pending: Pending) -> None:
         """Wait as `wait` does where no attention waits for it: no stall is counted."""
-        try:
-            if pending.ahead is not None:
-                self._finish(pending.ahead)
-        finally:
-            self._finish(pending)
+        errors: list[KVSwapError] = []
+        for reading in (pending.ahead, pending, *pending.coming):
+            try:
+                if reading is not None:
+                    self._finish(reading)
+            except KVSwapError as error:  # the others have to end too
+                errors.append(error)
+        pending.coming.clear()
+        if errors:
+            raise errors[0]
 
-    def _finish(self, pending: Pending) -> None:
-        if pending.ticket is None:
+    def _finish(self, reading: Pending | Part) -> None:
+        if reading.ticket is None:
             return
         try:
-            pending.ticket.wait()
+            reading.ticket.wait()
         except BaseException:
-            self._reuse.forget(pending.layer_idx, pending.missing)
+            self._reuse.forget(reading.layer_idx, reading.missing)
             raise
         finally:  # not before: whoever cleans up after an interrupt must find it
-            pending.ticket = None
+            reading.ticket = None
 
     def bring(self, pending: Pending) -> None:
         """Wait until all needed groups, which fit at once, are in memory."""
@@ -186,6 +151,8 @@ class Prefetcher:
     def rounds(self, pending: Pending) -> Iterator[np.ndarray]:
         """Yield the needed groups in as many parts as the slots ask for, each in memory.
 
+        While one is attended to, others are being read: two, where there are slots for them.
+
         Parameters
         ----------
         pending : Pending
@@ -201,18 +168,44 @@ class Prefetcher:
             yield pending.needed
             return
         self._count(pending)
-        layer_idx, size = pending.layer_idx, self._reuse.num_slots(pending.layer_idx)
+        coming, later = pending.coming, deque(self._parts(pending))
+        while coming or later:
+            while later and self._begin(pending, later[0]):
+                later.popleft()
+            self._wait_for(coming[0], pending)
+            yield coming[0].groups
+            coming.popleft()
+
+    def _parts(self, pending: Pending) -> list[np.ndarray]:
+        """Cut the needed groups into parts of a third of the slots, what is in memory first.
+
+        So all that is there is found, however often a step passes over more than there are
+        slots for: least recently used ones, in turn, would always have just gone.
+        """
+        size = max(1, self._reuse.num_slots(pending.layer_idx) // 3)
         here = np.setdiff1d(pending.needed, pending.missing, assume_unique=True)
         ordered = np.concatenate((here, pending.missing))
-        for first in range(0, len(ordered), size):
-            part = ordered[first : first + size]
-            # What the part before used may be given away now.
-            pending.missing, rows = self._reuse.take(layer_idx, part, step=self.tick())
-            assert rows is not None, "a part has slots"
-            if len(pending.missing):
-                pending.ticket = self._read(layer_idx, pending.missing, rows)
-                self.wait(pending)
-            yield part
+        return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+    def _begin(self, pending: Pending, groups: np.ndarray) -> bool:
+        """Submit the read of a part, as far as it is not in memory, beside those on their way.
+
+        False, with nothing done, where there are too few slots for all of them.
+        """
+        layer_idx = pending.layer_idx
+        held = sum(len(part.groups) for part in pending.coming)
+        if held + len(groups) > self._reuse.num_slots(layer_idx):
+            return False
+        step = self.tick()
+        for part in pending.coming:
+            self._reuse.hold(layer_idx, part.groups, step=step)
+        # What was attended to before may give its slots away now.
+        missing, rows = self._reuse.take(layer_idx, groups, step=step)
+        assert rows is not None, "a part has slots"
+        pending.coming.append(Part(layer_idx, groups, missing))
+        if len(missing):
+            pending.coming[-1].ticket = self._read(layer_idx, missing, rows)
+        return True
 
     def _read(self, layer_idx: int, groups: np.ndarray, rows: np.ndarray) -> Ticket:
         try:

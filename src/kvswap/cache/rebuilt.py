@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from kvswap.cache.records import RecordIO
+from kvswap.core.config import CacheConfig
 from kvswap.core.errors import ConfigError, KVSwapError
 from kvswap.core.geometry import RecordLayout
 from kvswap.kernels.records import record_view
-from kvswap.predict import KeyIndex
+from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.decomposition import REBUILT_TOKENS
+from kvswap.predict.turning import GroupTurn
 from kvswap.storage.base import Ticket
 
 
@@ -104,18 +106,21 @@ def put_keys(keys: Tensor, records: np.ndarray, rows: np.ndarray, layout: Record
     view.index_copy_(0, torch.from_numpy(rows), by_group.to(view.dtype))
 
 
-def check_rebuilding(
-    kind: type[KeyIndex], layout: RecordLayout, *, head_groups: int, device: torch.device
-) -> None:
-    """Refuse what does not go with an index that rebuilds keys.
+def make_turn(config: CacheConfig, layout: RecordLayout, device: torch.device) -> GroupTurn | None:
+    """Return what an index that rebuilds keys turns them by; None for every other.
 
     Raises
     ------
     ConfigError
-        Naming the setting.
+        Naming the setting that does not go with such an index.
     """
-    if not kind.rebuilds_keys:
-        return
+    if not (config.estimates and INDEXES.get(config.index).rebuilds_keys):
+        return None
+    _check(layout, config.head_groups, device)
+    return GroupTurn(layout.geometry.head_dim, layout.group_size)
+
+
+def _check(layout: RecordLayout, head_groups: int, device: torch.device) -> None:
     if layout.codec != "raw":
         raise ConfigError(
             f"record_codec must be raw for an index that rebuilds keys, got {layout.codec!r}"

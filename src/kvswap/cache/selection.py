@@ -48,7 +48,7 @@ class GroupSelection:
     config : CacheConfig
         Names the selector, the reduction over query heads and the tokens that are always kept.
     indexes : list of KeyIndex
-        By layer; empty where the budget covers every group.
+        By layer; empty where every group is selected.
     group_size : int
     layer_groups : tuple of int
         Most groups that each layer selects.

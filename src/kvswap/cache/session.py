@@ -15,9 +15,10 @@ from kvswap.cache.fit import IndexFitter
 from kvswap.cache.foresight import Foresight
 from kvswap.cache.heads import HeadGroups
 from kvswap.cache.layer import LayerCache
+from kvswap.cache.pending import Pending
 from kvswap.cache.plan import CachePlan, plan_cache
-from kvswap.cache.prefetch import Pending, Prefetcher
-from kvswap.cache.rebuilt import RebuiltReads, check_rebuilding
+from kvswap.cache.prefetch import Prefetcher
+from kvswap.cache.rebuilt import RebuiltReads, make_turn
 from kvswap.cache.recall import RecallSampler
 from kvswap.cache.records import RecordIO
 from kvswap.cache.residence import Reads, Residence
@@ -36,7 +37,6 @@ from kvswap.kernels.accelerator import Accelerator
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.selectors import check_selection
-from kvswap.predict.turning import GroupTurn
 from kvswap.storage.store import BlockStore
 
 # What holds memory, given back when a session closes.
@@ -119,10 +119,7 @@ class CacheSession:
             )
         self.plan = self._plan_for(config.max_batch or 1)
         self.layout = self.plan.layout
-        kind, parts = INDEXES.get(config.index), config.head_groups
-        check_rebuilding(kind, self.layout, head_groups=parts, device=self.device)
-        rebuilds, size = kind.rebuilds_keys, self.layout.group_size
-        self.turn = GroupTurn(self.geometry.head_dim, size) if rebuilds else None
+        self.turn = make_turn(config, self.layout, self.device)
         self.counters = CacheStats()
         self.layers = [LayerCache(self, i) for i in range(self.geometry.num_layers)]
         self.model_layers = self.heads.joined(self)
@@ -220,9 +217,8 @@ class CacheSession:
         return SlotExchange(plan.num_slots, [min(plan.num_slots, n) for n in selections])
 
     def _make_indexes(self, plan: CachePlan) -> None:
-        kind = INDEXES.get(self.config.index)
         self.indexes: list[KeyIndex] = [
-            kind(
+            INDEXES.get(self.config.index)(
                 self.geometry,
                 group_size=self.layout.group_size,
                 num_groups=plan.num_groups,
@@ -235,8 +231,9 @@ class CacheSession:
             for index in self.indexes:
                 index.turn_by(self.turn)
         if self.accelerator is not None:
-            for index in self.indexes if kind.serves_device_with(plan.code) else ():
-                index.move(self.accelerator)
+            for index in self.indexes:
+                if index.serves_device_with(plan.code):
+                    index.move(self.accelerator)
 
     def _make_selection(self, plan: CachePlan) -> None:
         policy = self.reuse.policy
@@ -480,6 +477,8 @@ class CacheSession:
 
     def is_to_predict(self, layer_idx: int) -> bool:
         """Whether a model's layer's query is to be estimated in this step; called once in it."""
+        if not self.config.estimates:
+            return False
         if self.deadline is not None or not self.config.correct_prediction:
             return True
         return self.foresight.is_worth_it(layer_idx)

@@ -18,6 +18,13 @@ CODES = ("bf16", "int8", "rot4", "rot2", "rot1", "band")
 OWN_CODES = ("pq8", "raw")
 """Codes that single indexes have: numbers of centroids, and keys as they are."""
 
+NO_INDEX = "none"
+"""In place of an index's name: all groups are attended to, and none is estimated."""
+
+_ESTIMATING = (
+    "rank", "code", "projection", "budget_tokens", "selector", "deadline", "warm_window"
+)  # fmt: skip
+
 DIRECT_IO = ("auto", "on", "off")
 REDUCTIONS = ("max", "mean", "mass")
 
@@ -157,9 +164,10 @@ class CacheConfig:
         Always in the working set.
     index, selector : str
         Names in the registries of key indexes and selectors. An index may be followed by its
-        rank and its code: "lowrank:64+rot4". A selector may be followed by its parameter:
-        "share:0.02" is that share of the context's groups, "topp:0.95" the least groups that
-        reach that mass of attention; neither takes more than the budget.
+        rank and its code: "lowrank:64+rot4"; "none" attends to all groups in every step, as
+        FlexGen does, and goes with nothing that says which. A selector may be followed by its
+        parameter: "share:0.02" is that share of the context's groups, "topp:0.95" the least
+        groups that reach that mass of attention; neither takes more than the budget.
     reduce : {"max", "mean", "mass"}
         From a score a query head to one a group: the best head's share of attention, where
         heads that attend to more groups than are selected have less say; the share of one
@@ -314,6 +322,24 @@ class CacheConfig:
                 raise ConfigError(f"{name} must be a name, got {getattr(self, name)!r}")
         if self.on_progress is not None and not callable(self.on_progress):
             raise ConfigError(f"on_progress must be callable, got {self.on_progress!r}")
+
+        self._check_no_index()
+
+    def _check_no_index(self) -> None:
+        if self.estimates:
+            return
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in _ESTIMATING and value != each.default:
+                raise ConfigError(
+                    f"{each.name} must be left out with index={NO_INDEX!r}, with which every step"
+                    f" attends to all groups, got {value!r}"
+                )
+
+    @property
+    def estimates(self) -> bool:
+        """Whether a key index says what is attended to, where memory does not hold everything."""
+        return self.index != NO_INDEX
 
     @property
     def kv_memory_bytes(self) -> int:

@@ -289,10 +289,12 @@ class _Rehearsals:
             foreseen = plan.batch_size / self._whole([*runs[:-1], again], plan, "step")
         step_s, last = self._whole(runs, plan, "step"), runs[-1]
         layers = plan.layout.geometry.num_layers
+        # What reads everything reads the more the longer the context is.
+        longer = layers * (1.0 if plan.rank else plan.max_context / last.context)
         device_s = None
         if self.profile is not None:
             requests = max(1, round(last.layer_requests))
-            device_s = layers * self.profile.read_s(round(last.layer_bytes), requests)
+            device_s = longer * self.profile.read_s(round(last.layer_bytes), requests)
         return Speed(
             step_s=step_s,
             tokens_per_s=plan.batch_size / step_s,
@@ -300,9 +302,9 @@ class _Rehearsals:
             ttft_s=self._prefill_s(runs, plan),
             index_s=layers * drawn_out(contexts, [run.index_s for run in runs], plan.max_context),
             hit_rate=last.hit_rate,
-            bytes_read_per_step=layers * last.layer_bytes,
-            requests_per_step=layers * last.layer_requests,
-            stall_s=layers * last.layer_stall_s,
+            bytes_read_per_step=longer * last.layer_bytes,
+            requests_per_step=longer * last.layer_requests,
+            stall_s=longer * last.layer_stall_s,
             device_s=device_s,
             rehearsed_context=last.context,
         )

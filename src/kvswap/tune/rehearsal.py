@@ -229,6 +229,9 @@ def shortened_config(
         "on_progress": None,
         "exact_append": True,
     }
+    if not config.estimates and plan.num_slots < plan.num_groups:
+        rows = plan.batch_size
+        fixed["num_slots"] = max(1, plan.num_slots * groups * rows // plan.num_groups)
     if plan.rank:
         rows, size = plan.batch_size, plan.layout.group_size
         chosen = plan.layer_groups[:: config.head_groups][:layers]

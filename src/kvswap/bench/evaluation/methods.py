@@ -129,7 +129,8 @@ class KVSwap(Method):
 
     def __post_init__(self) -> None:
         config = self._config(kv_memory=1, max_context=1)
-        INDEXES.get(config.index)
+        if config.estimates:
+            INDEXES.get(config.index)
         SELECTORS.get(config.selector)
 
     def describe(self) -> dict[str, Any]:
