@@ -70,7 +70,7 @@ def least_seconds(session: CacheSession, batches: Batches, model: DeviceModel) -
     Joined as the store joins them: a device is not charged for requests that it never sees.
     """
     size = session.layout.record_bytes
-    gap = session.config.storage.gap_bytes(size)
+    gap = session.store.gap_bytes
     total = 0.0
     for layer_idx, groups in batches:
         offsets = np.sort(session.placement.locate(layer_idx, groups).offsets)

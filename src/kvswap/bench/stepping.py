@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvswap.bench.belady import UseLog
+from kvswap.cache.deadline import Deadline
+from kvswap.cache.foresight import Foresight
+from kvswap.core.device_model import DeviceModel, as_device_model
 from kvswap.hf.cache import KVSwapCache
 
 TOKEN = torch.tensor([[5]])
@@ -92,6 +95,25 @@ def hold_everything(cache: KVSwapCache) -> None:
         groups = batch.flushed_groups(layer_idx, 0)
         session.prefetcher.wait(session.prefetcher.submit(layer_idx, [groups]))
     session.counters.stall_s = 0.0
+
+
+def imitate(cache: KVSwapCache, device: DeviceModel | str | None) -> None:
+    """Let a cache that has been filled be as slow as another device, or as a preset of that name.
+
+    What was learned of the device before, about prediction and deadlines, is forgotten; slots
+    keep what they hold. None is for the device's own speed.
+
+    Notes
+    -----
+    Gaps between records are read through as they would be on that device; what takes them is at
+    most 256 KiB, and may be more than was planned.
+    """
+    session = cache.session
+    session.settle()
+    session.store.imitate(as_device_model(device))
+    session.foresight = Foresight(session.heads.geometry.num_layers)
+    if session.deadline is not None:
+        session.deadline = Deadline(session.geometry.num_layers)
 
 
 def ratios(above: list[float], below: list[float]) -> list[float]:

@@ -9,7 +9,7 @@ from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import ConfigError
 from kvswap.core.extension import warn_once
 from kvswap.storage.base import IOBackend
-from kvswap.storage.paced import PacedBackend
+from kvswap.storage.paced import as_slow_as
 from kvswap.storage.posix import PosixBackend
 from kvswap.storage.uring import UringBackend, uring_error
 
@@ -33,9 +33,9 @@ def make_backend(storage: StorageConfig, *, is_direct: bool) -> IOBackend:
     ConfigError
         If the environment names one that is not there.
     """
-    backend = _plain(storage, is_direct)
     model = storage.device_model
-    return PacedBackend(backend, model) if isinstance(model, DeviceModel) else backend
+    assert model is None or isinstance(model, DeviceModel), "a config makes a model of its name"
+    return as_slow_as(model, _plain(storage, is_direct))
 
 
 def _plain(storage: StorageConfig, is_direct: bool) -> IOBackend:

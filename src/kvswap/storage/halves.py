@@ -61,9 +61,13 @@ class SecondHalves:
                 f" {layout.block_size_bytes} for records of {layout.payload_bytes} bytes"
             )
         self._record_bytes, self._half = layout.record_bytes, layout.record_bytes // 2
+        self.checksums = checksums
+        self.read_gaps(files, gap_bytes)
+
+    def read_gaps(self, files: Sequence[DeviceFile], gap_bytes: int) -> None:
+        """Read through gaps of at most so many bytes from now on."""
         self._scratch = aligned_empty(gap_bytes)
         self.planner = Planner(files, self._scratch, self._half)
-        self.checksums = checksums
 
     @property
     def nbytes(self) -> int:

@@ -74,6 +74,19 @@ class PacedBackend:
         self._inner.close()
 
 
+def as_slow_as(model: DeviceModel | None, backend: IOBackend) -> IOBackend:
+    """Return a backend that is as slow as a model, and no longer as one before; None for neither.
+
+    Parameters
+    ----------
+    model : DeviceModel or None
+    backend : IOBackend
+        Paced or not. What is returned moves bytes by the same one beneath: only one is closed.
+    """
+    plain = backend._inner if isinstance(backend, PacedBackend) else backend
+    return plain if model is None else PacedBackend(plain, model)
+
+
 class PacedTicket:
     """A ticket that is not done before its moment; see `Ticket`."""
 

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
@@ -13,6 +14,7 @@ from uuid import uuid4
 import numpy as np
 
 from kvswap.core.config import StorageConfig
+from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import ConfigError, CorruptStoreError, SessionClosedError
 from kvswap.core.geometry import RecordLayout
 from kvswap.core.stats import IOStats
@@ -33,6 +35,7 @@ from kvswap.storage.keeping import (
     saved_storage,
 )
 from kvswap.storage.manifest import Manifest, SavedState
+from kvswap.storage.paced import as_slow_as
 from kvswap.storage.posix import check_not_forked
 from kvswap.storage.requests import Demand, Planner, as_ids, check_memory
 from kvswap.storage.tables import CHECKSUMS, HALF_CHECKSUMS
@@ -75,9 +78,8 @@ class BlockStore:
         self._identity, self._files, self._backend = identity, files, backend
         self._kept, self._meter, self._in_flight = kept, Meter(), InFlight()
         self._save_lock = threading.Lock()
-        self._scratch = aligned_empty(identity.storage.gap_bytes(self.layout.record_bytes))
-        self._planner = Planner(files, self._scratch, self.layout.record_bytes)
         self._halves: SecondHalves | None = None
+        self._read_gaps_as(identity.storage)
         self._is_direct = all(file.is_direct for file in files)
         self._owner = os.getpid()
         resources.callback(self._in_flight.wait)
@@ -216,6 +218,17 @@ class BlockStore:
     ) -> None:
         self.close()
 
+    def imitate(self, model: DeviceModel | None) -> None:
+        """Be as slow as another device from now on, once what is in flight has ended.
+
+        For measurements: a store that is filled once is timed as several devices. None is for as
+        fast as its own device is. What a kept store is made with stays as it was.
+        """
+        self._check_open()
+        self._in_flight.wait()
+        self._backend = as_slow_as(model, self._backend)
+        self._read_gaps_as(replace(self._identity.storage, device_model=model))
+
     # -- room -----------------------------------------------------------------------------
 
     @property
@@ -241,6 +254,11 @@ class BlockStore:
     def backend_name(self) -> str:
         """Which backend moves the bytes."""
         return self._backend.name
+
+    @property
+    def gap_bytes(self) -> int:
+        """The largest gap between records that is read through."""
+        return len(self._scratch)
 
     @property
     def table_bytes(self) -> int:
@@ -488,6 +506,13 @@ class BlockStore:
         return tables
 
     # -- inside ---------------------------------------------------------------------------
+
+    def _read_gaps_as(self, storage: StorageConfig) -> None:
+        """Read through what lies between records where a store with this config would."""
+        self._scratch = aligned_empty(storage.gap_bytes(self.layout.record_bytes))
+        self._planner = Planner(self._files, self._scratch, self.layout.record_bytes)
+        if self._halves is not None:
+            self._halves.read_gaps(self._files, storage.gap_bytes(self.layout.record_bytes // 2))
 
     def _check_open(self) -> None:
         if not self._release.alive:
