@@ -356,6 +356,30 @@ def test_the_probe_leaves_a_file_that_refuses_buffered(
         os.close(fd)
 
 
+@pytest.mark.parametrize("direct_io", ["auto", "on"])
+def test_a_device_of_larger_blocks_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct_io: str
+) -> None:
+    real = pagecache.enable_direct_io
+    if not make_store(tmp_path).is_direct:
+        pytest.skip("this file system has no O_DIRECT")
+    monkeypatch.setattr(
+        pagecache, "enable_direct_io", lambda fd, block: block >= 4096 and real(fd, block)
+    )
+    sizes = {"record_bytes": 512, "block_size_bytes": 512}
+    words = r"no O_DIRECT with blocks of 512 bytes \(block_size_bytes=4096 has it\)"
+    if direct_io == "on":
+        with pytest.raises(ConfigError, match=words):
+            make_store(tmp_path, direct_io="on", **sizes)
+        return
+    with pytest.warns(RuntimeWarning, match=words):
+        store = make_store(tmp_path, **sizes)
+    with store:
+        assert not fcntl.fcntl(store._files[0].fd, fcntl.F_GETFL) & os.O_DIRECT
+        records = fill(store, 4)
+        assert np.array_equal(read_back(store, range(4)), records)
+
+
 def test_without_o_direct_no_page_stays_cached(tmp_path: Path) -> None:
     with make_store(tmp_path, direct_io="off") as store:
         fd = store._files[0].fd

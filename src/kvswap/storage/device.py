@@ -193,15 +193,18 @@ class DeviceFile:
             os.close(self.fd)
 
     def _go_buffered(self, direct_io: str) -> None:
-        where = Path(self.path).parent
+        where, block = Path(self.path).parent, self.header.block_size_bytes
+        needed = None if direct_io == "off" else pagecache.larger_direct_block(self.fd, block)
+        better = f" (block_size_bytes={needed} has it)" if needed else ""
         if direct_io == "on":
             raise ConfigError(
                 "direct_io must be auto or off where the file system has no O_DIRECT with blocks"
-                f" of {self.header.block_size_bytes} bytes, got 'on' for {where}"
+                f" of {block} bytes{better}, got 'on' for {where}"
             )
         if direct_io == "auto":
+            lacks = f"no O_DIRECT with blocks of {block} bytes{better}" if needed else "no O_DIRECT"
             warnings.warn(
-                f"{where} has no O_DIRECT: pages are dropped after each transfer instead,"
+                f"{where} has {lacks}: pages are dropped after each transfer instead,"
                 " which is slower (direct_io='off' silences this)",
                 RuntimeWarning,
                 stacklevel=2,

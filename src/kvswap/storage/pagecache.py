@@ -36,6 +36,15 @@ def enable_direct_io(fd: int, block_size_bytes: int) -> bool:
     return True
 
 
+def larger_direct_block(fd: int, block_size_bytes: int) -> int | None:
+    """Return the smallest block above one that was refused with which O_DIRECT works, if any."""
+    for factor in (2, 4, 8, 16):
+        if enable_direct_io(fd, factor * block_size_bytes):
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_DIRECT)
+            return factor * block_size_bytes
+    return None
+
+
 def expect_random_access(fd: int) -> None:
     """Ask for no read-ahead: it would read bytes that nobody counts."""
     if hasattr(os, "posix_fadvise"):
