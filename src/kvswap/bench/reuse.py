@@ -53,9 +53,17 @@ class Found:
 
 
 def policies_for(trace: Trace) -> list[str]:
-    """Return the names of all policies, those that want scores only where the trace has them."""
-    names = REUSE_POLICIES.names()
-    return [n for n in names if trace.scores is not None or not make_reuse(n).wants_scores]
+    """Return the names of all policies, those that want scores only where the trace has them.
+
+    One that keeps nothing is left out: what it would find is known.
+    """
+    made = {name: make_reuse(name) for name in REUSE_POLICIES.names()}
+    has_scores = trace.scores is not None
+    return [
+        name
+        for name, policy in made.items()
+        if policy.keeps and (has_scores or not policy.wants_scores)
+    ]
 
 
 def follow(trace: Trace, policy: str, slots: float, *, shared: bool = False) -> Found:
