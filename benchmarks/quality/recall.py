@@ -28,14 +28,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from foreseen import foreseeing
-from torch import Tensor
 
+from kvswap.bench.answer_queries import answer_queries, flat, true_mass
 from kvswap.bench.evaluation.asking import Asking
 from kvswap.bench.evaluation.capture import capture
-from kvswap.bench.evaluation.in_memory import stock_cache
 from kvswap.bench.evaluation.plan import Plan
-from kvswap.bench.noting import QueryNotes, noting
 from kvswap.bench.plots import check_plot
 from kvswap.bench.prefill import StoredPrefill
 from kvswap.bench.reader import load_reader
@@ -131,11 +128,6 @@ def largest_rank(
     return None
 
 
-def flat(keys: Tensor) -> Tensor:
-    """[num_kv_heads, num_tokens, head_dim] to [num_tokens, num_kv_heads * head_dim]."""
-    return keys.transpose(0, 1).flatten(1)
-
-
 def make_index(
     candidate: Candidate, geometry: KVGeometry, prefill: StoredPrefill, layer_idx: int, size: int
 ) -> KeyIndex:
@@ -150,31 +142,6 @@ def make_index(
     index.fit_to(lambda: [keys])
     index.encode(np.arange(groups), keys)
     return index
-
-
-def true_mass(query: Tensor, keys: Tensor, size: int, scaling: float) -> Tensor:
-    """Return each head's softmax mass by group: query [num_heads, 1, head_dim], [groups, heads]."""
-    shared = query.shape[0] // keys.shape[0]
-    rows = query.float().unflatten(0, (keys.shape[0], shared)).squeeze(2)
-    scores = torch.bmm(rows, keys.float().transpose(1, 2)).flatten(0, 1) * scaling
-    whole = keys.shape[1] // size * size
-    return torch.softmax(scores, 1)[:, :whole].unflatten(1, (-1, size)).sum(2).t()
-
-
-def answer_queries(
-    asking: Asking, prefill: StoredPrefill, prompt: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Return the queries of a question with its gold answer, real and foreseen ones by layer.
-
-    All are attended to exactly. The first layer's real ones stand for foreseen ones.
-    """
-    cache = stock_cache(asking.model, prefill)
-    notes = QueryNotes(prefill.num_layers, torch.arange(prompt.shape[1]))
-    geometry = read_shape(asking.model).geometry
-    with torch.no_grad(), noting(asking.model, notes), foreseeing(asking.model, geometry) as found:
-        asking.model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    real = notes.queries(type(asking.model).__name__)
-    return [(query, found.get(layer_idx, query)) for layer_idx, query in enumerate(real)]
 
 
 def measure_document(

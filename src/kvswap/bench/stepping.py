@@ -80,10 +80,11 @@ def alternate(sides: Mapping[str, Side], samples: int, *, warm: int = 2) -> dict
     return seconds
 
 
-def fill_stock(cache: Cache, context: Context, device: str = "cpu") -> None:
-    """Put a context into one of transformers' caches, on a device."""
+def fill_stock(cache: Cache, context: Context, device: str = "cpu", *, rows: int = 1) -> None:
+    """Put a context into one of transformers' caches, on a device, for so many sequences."""
     for layer_idx, keys, values in context:
-        cache.update(keys[None].to(device), values[None].to(device), layer_idx)
+        both = (each[None].expand(rows, -1, -1, -1).to(device) for each in (keys, values))
+        cache.update(*both, layer_idx)
 
 
 def hold_everything(cache: KVSwapCache) -> None:
@@ -92,8 +93,8 @@ def hold_everything(cache: KVSwapCache) -> None:
     batch = cache.forwards.batch
     assert batch is not None, "the cache has been filled"
     for layer_idx in range(session.geometry.num_layers):
-        groups = batch.flushed_groups(layer_idx, 0)
-        session.prefetcher.wait(session.prefetcher.submit(layer_idx, [groups]))
+        groups = [batch.flushed_groups(layer_idx, row) for row in range(batch.batch_size)]
+        session.prefetcher.wait(session.prefetcher.submit(layer_idx, groups))
     session.counters.stall_s = 0.0
 
 

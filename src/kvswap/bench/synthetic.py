@@ -38,6 +38,32 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_theta": 5e5,
         "tie_word_embeddings": False,
     },
+    "llama-3.2-3b": {
+        "model_type": "llama",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 5e5,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-14b": {
+        "model_type": "qwen3",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    },
     "toy": {
         "model_type": "qwen3",
         "hidden_size": 64,
@@ -51,7 +77,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Shapes by name; those of models from the configs of Qwen3-0.6B and Llama-3.1-8B."""
+"""Shapes by name, from the configs of the models of that name."""
 
 
 def random_model(
@@ -59,6 +85,7 @@ def random_model(
     *,
     num_layers: int | None = None,
     max_positions: int | None = None,
+    is_scaled: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     seed: int = 0,
@@ -71,6 +98,9 @@ def random_model(
         A name in `SHAPES`.
     num_layers, max_positions : int, optional
         In place of the shape's own; positions only raise it.
+    is_scaled : bool
+        With fewer layers there are as many fewer words, so that the head of the model keeps its
+        part of a step.
     dtype : torch.dtype
     device : str
         Where weights are made, and stay.
@@ -85,6 +115,9 @@ def random_model(
         raise ConfigError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     settings = dict(SHAPES[shape])
     if num_layers is not None:
+        if is_scaled:
+            words = settings["vocab_size"] * num_layers // settings["num_hidden_layers"]
+            settings["vocab_size"] = max(64, words)
         settings["num_hidden_layers"] = num_layers
     if max_positions is not None:
         most = max(max_positions, settings["max_position_embeddings"])

@@ -211,7 +211,7 @@ class LayerCache:
                     session.attention.attend(given.query, slots, rolling, newest, params, centre)
                 )
         session.attended(pending)
-        session.recall.check(batch, self.layer_idx, rows, merges, params)
+        session.recall.check(batch, self.layer_idx, rows, pending.groups, params)
 
     def _check_rows(self, batch: SequenceBatch, rows: list[RowInput]) -> None:
         """Raise `InvalidKeysError` for what is not finite, before any of it is kept."""

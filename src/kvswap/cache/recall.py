@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from kvswap.cache.sequence import SequenceBatch
@@ -38,16 +39,27 @@ class RecallSampler:
         batch: SequenceBatch,
         layer_idx: int,
         rows: list[RowInput],
-        merges: list[RunningMerge],
+        selected: list[np.ndarray],
         params: AttentionParams,
     ) -> None:
-        """Measure, if it is this step's and this layer's turn; layers take turns."""
+        """Measure, if it is this step's and this layer's turn; layers take turns.
+
+        Parameters
+        ----------
+        batch : SequenceBatch
+        layer_idx : int
+        rows : list of RowInput
+        selected : list of ndarray, int64
+            Each row's groups. What counts is the attention to their tokens as they are on disk,
+            also where a step attends to keys that were rebuilt.
+        params : AttentionParams
+        """
         if not self.is_due(layer_idx):
             return
         stats = self._session.counters
         with self._session.apart_from_decode():
             shares = [
-                self._share(batch, layer_idx, row, given, merges[row], params)
+                self._share(batch, layer_idx, row, given, selected[row], params)
                 for row, given in enumerate(rows)
                 if given.query.shape[1]
             ]
@@ -67,16 +79,19 @@ class RecallSampler:
         layer_idx: int,
         row: int,
         given: RowInput,
-        seen: RunningMerge,
+        selected: np.ndarray,
         params: AttentionParams,
     ) -> float:
-        whole, partial = RunningMerge(), self._session.attention.partial
+        seen, others = RunningMerge(), RunningMerge()
+        partial = self._session.attention.partial
         keys, values = batch.rolling.get(layer_idx, row)
         if keys.shape[1]:
-            whole.add(partial(given.query, keys, values, params))
-        new = partial(given.query, given.keys, given.values, params, is_causal=True)
-        whole.add(new)
-        groups = batch.flushed_groups(layer_idx, row)
-        for keys, values in self._session.records.stream(layer_idx, groups):
-            whole.add(partial(given.query, keys, values, params))
-        return float(torch.exp(seen.lse - whole.lse).clamp(max=1).mean())
+            seen.add(partial(given.query, keys, values, params))
+        seen.add(partial(given.query, given.keys, given.values, params, is_causal=True))
+        left = np.setdiff1d(batch.flushed_groups(layer_idx, row), selected)
+        for merged, groups in ((seen, selected), (others, left)):
+            for keys, values in self._session.records.stream(layer_idx, groups):
+                merged.add(partial(given.query, keys, values, params))
+        if not len(left):
+            return 1.0
+        return float(torch.sigmoid(seen.lse - others.lse).mean())

@@ -16,7 +16,7 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.core.registry import Registry
 from kvswap.kernels.accelerator import Accelerator
 from kvswap.kernels.codes import CODES
-from kvswap.kernels.scores import reduce_heads
+from kvswap.kernels.scores import average_heads, reduce_heads
 from kvswap.predict.turning import GroupTurn
 
 _MAX_RANK, _COARSE, _FINE_RANK, _MIN_RANK = 128, 32, 64, 8
@@ -316,6 +316,29 @@ class KeyIndex(ABC):
         if marked is not None:
             best[marked] = 0.0
         return best
+
+    def score_averaged(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+        """Estimate how much attention each group gets from the average of all query heads.
+
+        Parameters
+        ----------
+        query : Tensor [num_heads, q_len, head_dim]
+            After RoPE. Several query tokens share one score, reduced by maximum.
+        groups : ndarray [n], int64
+            Group ids of one sequence, in order.
+        scaling : float
+            Factor on the dot products.
+
+        Returns
+        -------
+        Tensor [n], float32
+            Logarithm of the share that the averaged head is expected to give a group.
+        """
+        tokens = query.split(1, dim=1)
+        by_token = (
+            average_heads(self.score_heads(token, groups, scaling=scaling)) for token in tokens
+        )
+        return functools.reduce(torch.maximum, by_token)
 
     def always_read(self, groups: np.ndarray) -> Tensor | None:
         """Return which groups are to be read whatever the query is.

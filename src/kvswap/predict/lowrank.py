@@ -92,8 +92,9 @@ class LowRankIndex(KeyIndex):
         self._scanner = self._make_scanner()
         self._device_scanner: DeviceScanner | None = None
 
-    def _make_scanner(self) -> Any:
-        module, code = native(), self._code
+    def _make_scanner(self, *, is_joined: bool = False) -> Any:
+        """Return what scores natively; joined it takes the keys of all KV heads for one's."""
+        module, code, geometry = native(), self._code, self._geometry
         banded = code if isinstance(code, BandCode) else None
         return module and module.Scanner(
             code=_NATIVE_CODES[code.name],
@@ -108,8 +109,8 @@ class LowRankIndex(KeyIndex):
             rank=code.num_coefficients,
             group_size=self._group_size,
             num_groups=self._num_groups,
-            num_kv_heads=self._geometry.num_kv_heads,
-            head_dim=self._geometry.head_dim,
+            num_kv_heads=1 if is_joined else geometry.num_kv_heads,
+            head_dim=geometry.key_dim if is_joined else geometry.head_dim,
         )
 
     def move(self, accelerator: Accelerator) -> None:
@@ -303,6 +304,29 @@ class LowRankIndex(KeyIndex):
             scores += (by_kv_head @ means[:, :, None]).flatten() * scaling
         return scores
 
+    def score_averaged(self, query: Tensor, groups: np.ndarray, *, scaling: float) -> Tensor:
+        """Score the mean of the heads' dot products, token by token; see `KeyIndex`.
+
+        Products are linear, so that the mean of all heads is one query of the joined keys.
+        """
+        if self._device_scanner is not None:
+            return super().score_averaged(query, groups, scaling=scaling)
+        kv_heads = self._geometry.num_kv_heads
+        by_kv_head = query.float().unflatten(0, (kv_heads, -1)).mean(1) / kv_heads
+        joined = by_kv_head.transpose(0, 1).flatten(1)  # [q_len, key_dim]
+        scanner = None if self._scanner is None else self._make_scanner(is_joined=True)
+        best: Tensor | None = None
+        for token in joined.split(1):
+            if scanner is not None:
+                scores = self._scan(scanner, token[None], groups, scaling, len(groups))
+            else:
+                carried = token @ self._query_basis.float() * scaling
+                scores = self._score_groups(carried, groups)[:, 0]
+            scores = scores - torch.logsumexp(scores, 0)
+            best = scores if best is None else torch.maximum(best, scores)
+        assert best is not None, "there is a query"
+        return best
+
     def score(
         self, query: Tensor, groups: np.ndarray, *, scaling: float, wanted: int | None = None
     ) -> Tensor:
@@ -311,9 +335,15 @@ class LowRankIndex(KeyIndex):
             return self._score_plainly(query, groups, scaling, wanted)
         if query.stride(2) != 1:
             query = query.contiguous()
+        most = len(groups) if wanted is None else wanted
+        return self._scan(self._scanner, query, groups, scaling, most)
+
+    def _scan(
+        self, scanner: Any, query: Tensor, groups: np.ndarray, scaling: float, wanted: int
+    ) -> Tensor:
         address, heads, q_len, head_stride, token_stride = query_view(query)
         scores = torch.empty(len(groups), dtype=torch.float32)
-        self._scanner.scan(
+        scanner.scan(
             address,
             DTYPE_CODES[query.dtype],
             heads,
@@ -322,7 +352,7 @@ class LowRankIndex(KeyIndex):
             token_stride,
             scaling,
             groups,
-            len(groups) if wanted is None else wanted,
+            wanted,
             scores.data_ptr(),
         )
         return scores

@@ -41,6 +41,8 @@ def score_reduced(
     -------
     Tensor [n], float32
     """
+    if reduce == "mean":
+        return index.score_averaged(query, groups, scaling=scaling)
     by_token = (
         REDUCTIONS[reduce](index.score_heads(token, groups, scaling=scaling))
         for token in query.split(1, dim=1)

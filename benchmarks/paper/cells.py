@@ -1,0 +1,179 @@
+"""One cell of a table: every contender timed against kvswap, with as much memory and recall."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from kvswap.bench.script import progress
+from kvswap.hf.cache import KVSwapCache
+
+from .contenders import KVSWAP_PUBLISHED, KVSWAP_TIGHT, OURS, Contender
+from .reader import Reader, Seen, recall_reached
+from .steps import Bench, Cell, Entry, alternated, report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranked:
+    """A contender with the tokens that its recall asks for.
+
+    Attributes
+    ----------
+    entry : Entry
+    seen : Seen or None
+        None where all is attended to.
+    is_reached : bool
+        Whether it covers as much as kvswap does; else its memory was full before.
+    """
+
+    entry: Entry
+    seen: Seen | None
+    is_reached: bool
+
+
+class Cells:
+    """Times cells and keeps what was found, so that an interrupted run goes on.
+
+    Parameters
+    ----------
+    reader : callable
+        ``reader(context)`` gives the trained one with documents so long.
+    directories : callable
+        ``directories(device)`` says where its stores lie.
+    kept : Path
+        One finding a line.
+    samples, seed : int
+    """
+
+    def __init__(
+        self,
+        reader: Callable[[int], Reader],
+        directories: Callable[[str], Path],
+        kept: Path,
+        *,
+        samples: int,
+        seed: int,
+    ) -> None:
+        self._reader, self._directories, self._kept = reader, directories, kept
+        self._samples, self._seed = samples, seed
+        lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+        self.found: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def of(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """Return the findings of a cell, by contender."""
+        return {name: each for name, each in self.known(cell).items() if "seconds" in each}
+
+    def known(self, cell: Cell) -> dict[str, dict[str, Any]]:
+        """Return the same with those that do not fit the memory, of which nothing is timed."""
+        mine = [each for each in self.found if each["cell"] == cell.to_dict()]
+        return {each["contender"]: each for each in mine}
+
+    def run(self, cell: Cell, contenders: Iterable[Contender]) -> None:
+        """Time what has not been timed of a cell."""
+        left = [each for each in contenders if each.name not in self.known(cell)]
+        if not left:
+            return
+        progress(f"{cell.device}, {cell.batch} x {cell.context}: kvswap")
+        bench = Bench(cell, {cell.device: self._directories(cell.device)}, seed=self._seed)
+        reader = self._reader(cell.context)
+        ours = self._tuned(bench, reader, cell)
+        wanted = ours.seen.recall if ours.seen is not None else 1.0
+        with self._against(bench, ours, cell) as (own, sides):
+            for contender in left:
+                named = {"cell": cell.to_dict(), "contender": contender.name}
+                if not bench.fits(contender, cell.device, contender.tokens):
+                    self._keep(named)
+                    progress(f"  {contender.name} does not fit the memory")
+                    continue
+                rank = ranked(reader, bench, contender, cell.device, wanted=wanted)
+                progress(f"  {contender.name}, {rank.entry.tokens} tokens")
+                with bench.cache(rank.entry, cell.device) as cache:
+                    seconds = alternated({"it": bench.step(cache), **sides}, self._samples)
+                    reports = {
+                        "it": report(cache, seconds["it"]),
+                        "kvswap": report(own, seconds["kvswap"]),
+                    }
+                self._keep(
+                    named
+                    | _what(rank)
+                    | {
+                        "ours": {"contender": ours.entry.contender.name, **_what(ours)},
+                        "seconds": seconds,
+                        "reports": reports,
+                    }
+                )
+                taken = [f"{name} {median(s) * 1e3:.1f} ms" for name, s in seconds.items()]
+                progress(f"  {', '.join(taken)}")
+
+    @contextmanager
+    def _against(
+        self, bench: Bench, ours: Ranked, cell: Cell
+    ) -> Iterator[tuple[KVSwapCache, dict[str, Any]]]:
+        """Give what every contender is set against: kvswap, and its compute alone."""
+        with (
+            bench.cache(ours.entry, cell.device) as own,
+            bench.resident(ours.entry, own, cell.device) as resident,
+        ):
+            yield own, {"kvswap": bench.step(own), "compute": bench.step(resident)}
+
+    def _tuned(self, bench: Bench, reader: Reader, cell: Cell) -> Ranked:
+        """Return the fastest of kvswap's settings that cover what its rules and KVSwap do."""
+        published = KVSWAP_TIGHT if cell.is_tight else KVSWAP_PUBLISHED
+        floors = [
+            reader.see(each, each.group_size(cell.device), each.tokens)[0].recall
+            for each in (OURS[0], published)
+        ]
+        known = {each["ours"]["contender"] for each in self.of(cell).values()}
+        tried: list[tuple[float, Ranked]] = []
+        for contender in OURS:
+            if known and contender.name not in known:  # it was not the fastest
+                continue
+            each = ranked(reader, bench, contender, cell.device, wanted=max(floors))
+            if not each.is_reached:
+                continue
+            with bench.cache(each.entry, cell.device) as cache:
+                seconds = alternated({"it": bench.step(cache)}, 3)["it"]
+            progress(f"  {contender.name}: {median(seconds) * 1e3:.1f} ms a step")
+            tried.append((median(seconds), each))
+        return min(tried, key=lambda pair: pair[0])[1]
+
+    def _keep(self, named: dict[str, Any]) -> None:
+        self.found.append(named)
+        self._kept.parent.mkdir(parents=True, exist_ok=True)
+        with self._kept.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(named) + "\n")
+
+
+def ranked(
+    reader: Reader, bench: Bench, contender: Contender, device: str, *, wanted: float
+) -> Ranked:
+    """Return a contender with its tokens raised until it covers what is wanted."""
+    if contender.index is None:
+        return Ranked(
+            entry=Entry(contender=contender, tokens=bench.cell.context, trace=None),
+            seen=None,
+            is_reached=True,
+        )
+    seen, trace, is_reached = recall_reached(
+        reader,
+        contender,
+        contender.group_size(device),
+        wanted=wanted,
+        fits=lambda tokens: bench.fits(contender, device, tokens),
+    )
+    entry = Entry(contender=contender, tokens=seen.tokens, trace=trace)
+    return Ranked(entry=entry, seen=seen, is_reached=is_reached)
+
+
+def _what(rank: Ranked) -> dict[str, Any]:
+    seen = rank.seen
+    return {
+        "tokens": rank.entry.tokens,
+        "recall": 1.0 if seen is None else seen.recall,
+        "is_reached": rank.is_reached,
+    }
