@@ -30,8 +30,10 @@ from .contenders import KVSWAP_PUBLISHED, KVSWAP_TIGHT, Contender
 ROOM = 512
 """Tokens that may follow a context."""
 
-_WARM_STEPS, _WARM_S = 12, 20.0
+_WARM_STEPS, _WARM_S = 12, 10.0
 _SAMPLE_S, _SAMPLE_STEPS = 0.4, 8
+_SLOW_S, _SLOW_SAMPLES = 2.0, 3
+"""Steps so slow are the device's clock and little else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,10 +201,13 @@ def warm(run: Any) -> float:
 
 
 def alternated(runs: dict[str, Any], samples: int) -> dict[str, list[float]]:
-    """Time sides in turn, after each was warmed; slow ones make fewer steps in a sample."""
-    steps = {}
-    for name, run in runs.items():
-        steps[name] = max(1, min(_SAMPLE_STEPS, round(_SAMPLE_S / warm(run))))
+    """Time sides in turn, after each was warmed; beside slow ones there are fewer samples."""
+    once = {name: warm(run) for name, run in runs.items()}
+    steps = {
+        name: max(1, min(_SAMPLE_STEPS, round(_SAMPLE_S / spent))) for name, spent in once.items()
+    }
+    if max(once.values()) > _SLOW_S:
+        samples = min(samples, _SLOW_SAMPLES)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(samples):
         for name, run in runs.items():

@@ -1,0 +1,127 @@
+"""The paper's evaluation: what contenders are, that claims hold what was timed, and a toy run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.paper import experiments
+from benchmarks.paper.claims import CLAIMS, best, ceiling, gain, interval
+from benchmarks.paper.contenders import (
+    ALL,
+    AS_THE_PAPER_RAN_THEM,
+    GIVEN_OUR_ENGINE,
+    KVSWAP_PUBLISHED,
+    KVSWAP_TIGHT,
+    OURS,
+    Contender,
+)
+from benchmarks.paper.steps import Cell, equal_memory, is_within
+from kvswap.bench.synthetic import SHAPES
+from kvswap.core.geometry import KVGeometry
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = KVGeometry(num_layers=4, num_heads=16, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+CELL = Cell(shape="qwen3-0.6b", layers=4, context=32768, batch=8, device="emmc")
+
+
+def config_of(contender: Contender, memory: int, tokens: int | None = None):
+    return contender.config(
+        SHAPE,
+        device=CELL.device,
+        tokens=tokens or contender.tokens,
+        batch_size=CELL.batch,
+        directory=".",
+        kv_memory=memory,
+        max_context=CELL.context + 512,
+    )
+
+
+@pytest.mark.parametrize("contender", [*ALL, *OURS], ids=lambda each: each.name)
+def test_every_contender_is_a_cache_within_the_memory_of_all(contender):
+    memory = equal_memory(SHAPE, CELL)
+    assert is_within(SHAPE, config_of(contender, memory), CELL)
+    full = CELL.batch * CELL.context * SHAPE.token_bytes
+    assert memory < full / 10
+
+
+def test_memory_is_what_kvswap_as_published_needs():
+    memory = equal_memory(SHAPE, CELL)
+    assert not is_within(SHAPE, config_of(KVSWAP_PUBLISHED, memory * 19 // 20), CELL)
+    tight = equal_memory(SHAPE, Cell(**{**CELL.to_dict(), "is_tight": True}))
+    assert tight < memory / 2
+    assert is_within(SHAPE, config_of(KVSWAP_TIGHT, tight), CELL)
+
+
+def test_as_the_paper_ran_them_nothing_is_kept_but_where_its_name_says_so():
+    keeps = {each.name for each in AS_THE_PAPER_RAN_THEM if each.reuse}
+    assert keeps == {"FlexGen", "InfiniGen* + reuse", "SolidAttention"}
+    assert all(each.reuse and each.slots_of_budget for each in GIVEN_OUR_ENGINE)
+    assert all(not each.attends_to_prediction for each in GIVEN_OUR_ENGINE)
+
+
+def test_every_claim_has_a_cell_and_its_baselines_stand_in_it():
+    cells = experiments.parts(4)["claims"]
+    places = {(cell.device, cell.batch) for cell in cells}
+    assert len(places) == len(cells)
+    for claim in CLAIMS:
+        assert (claim.device, claim.batch) in places
+        assert set(claim.baselines) <= {each.name for each in ALL}
+    assert {(device, 1) for device in experiments.CLAIMED_DEVICES} <= places
+
+
+def test_every_part_has_shapes_that_are_known():
+    for cells in experiments.parts(4).values():
+        assert {cell.shape for cell in cells} <= set(SHAPES)
+
+
+def finding(it: list[float], kvswap: list[float], compute: list[float]) -> dict:
+    return {"seconds": {"it": it, "kvswap": kvswap, "compute": compute}}
+
+
+def test_the_best_baseline_is_the_one_that_least_is_gained_over():
+    findings = {
+        "slow": finding([9.0, 9.0, 9.0], [1.0, 1.0, 1.0], [0.5, 0.5, 0.5]),
+        "fast": finding([3.0, 2.0, 4.0], [1.0, 1.0, 2.0], [0.5, 0.5, 0.5]),
+    }
+    found = best(findings, ("slow", "fast", "not timed"))
+    assert found is findings["fast"]
+    assert gain(found) == 2.0
+    assert ceiling(found) == 6.0
+
+
+def test_an_interval_holds_the_median_and_is_that_of_the_same_seed():
+    samples = [1.0, 1.1, 0.9, 1.05, 1.2]
+    low, high = interval(samples)
+    assert low <= 1.05 <= high
+    assert interval(samples) == (low, high)
+
+
+@pytest.mark.smoke
+def test_a_run_keeps_findings_goes_on_and_writes_a_report(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.paper", "--quick", "--only", "ablation"]
+    command += ["--kv-dir", str(tmp_path), "--work", str(tmp_path / "work"), "--questions", "1"]
+    command += ["--contenders", "KVSwap as published", "KVSwap as published, no reuse"]
+    command += ["--samples", "2"]
+    kept, texts = tmp_path / "work" / "cells.jsonl", []
+    for _ in range(2):  # the second time nothing is left to be timed
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        texts.append(kept.read_text(encoding="utf-8"))
+    assert texts[0] == texts[1]
+    found = [json.loads(line) for line in texts[0].splitlines()]
+    asked = ["KVSwap as published", "KVSwap as published, no reuse"]
+    assert [each["contender"] for each in found] == asked
+    with_reuse, without = (each["reports"]["it"] for each in found)
+    assert with_reuse["hit_rate"] > without["hit_rate"] == 0
+    page = (tmp_path / "work" / "report.html").read_text(encoding="utf-8")
+    assert all(each["contender"] in page for each in found)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["work"]
