@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvswap.bench.lab import FAST_DIR, LOCAL_BYTES_PER_S
+from kvswap.bench.leftovers import ended_by_signals
 from kvswap.bench.record import describe_device
 from kvswap.bench.script import progress, publish, store_directory
 from kvswap.core.device_model import PRESETS
@@ -126,7 +127,11 @@ def main() -> None:
     args = parse_arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     fast_dir = args.fast_dir if args.fast_dir.is_dir() else args.kv_dir
-    with store_directory(args.kv_dir) as directory, store_directory(fast_dir) as fast:
+    with (
+        ended_by_signals(),
+        store_directory(args.kv_dir) as directory,
+        store_directory(fast_dir) as fast,
+    ):
         cells = run(args, directory, fast)
         named = common(args, directory)
     parts = experiments.parts(args.layers, is_quick=args.quick)
