@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from kvswap.bench.record import measured_at
 from kvswap.bench.script import progress
 from kvswap.hf.cache import KVSwapCache
 
@@ -86,11 +87,13 @@ class Cells:
         with self._against(bench, ours, cell) as (own, sides):
             for contender in left:
                 named = {"cell": cell.to_dict(), "contender": contender.name}
-                if not bench.fits(contender, cell.device, contender.tokens):
+                named["commit"] = measured_at()
+                fitting = bench.fitting(contender, cell.device)
+                if fitting is None:
                     self._keep(named)
                     progress(f"  {contender.name} does not fit the memory")
                     continue
-                rank = ranked(reader, bench, contender, cell.device, wanted=wanted)
+                rank = ranked(reader, bench, fitting, cell.device, wanted=wanted)
                 progress(f"  {contender.name}, {rank.entry.tokens} tokens")
                 with bench.cache(rank.entry, cell.device) as cache:
                     seconds = alternated({"it": bench.step(cache), **sides}, self._samples)
@@ -164,7 +167,7 @@ def ranked(
         contender,
         contender.group_size(device),
         wanted=wanted,
-        fits=lambda tokens: bench.fits(contender, device, tokens),
+        most_tokens=bench.most_tokens(contender, device),
     )
     entry = Entry(contender=contender, tokens=seen.tokens, trace=trace)
     return Ranked(entry=entry, seen=seen, is_reached=is_reached)
@@ -174,6 +177,7 @@ def _what(rank: Ranked) -> dict[str, Any]:
     seen = rank.seen
     return {
         "tokens": rank.entry.tokens,
+        "rank_share": rank.entry.contender.rank_share,
         "recall": 1.0 if seen is None else seen.recall,
         "is_reached": rank.is_reached,
     }

@@ -35,7 +35,7 @@ class Contender:
     index : str or None
         Name in the registry; None where all groups are read in every step.
     rank_share : float
-        Rank over the key's length; 0 where the index has none.
+        Rank over the key's length, as published; 0 where the index has none.
     code : str or None
     unit : int or None
         Tokens of a group; None for KVSwap's own, which depends on the device.

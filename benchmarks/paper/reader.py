@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -255,12 +255,7 @@ def _joined(traces: list[Trace]) -> Trace:
 
 
 def recall_reached(
-    reader: Reader,
-    contender: Contender,
-    group_size: int,
-    *,
-    wanted: float,
-    fits: Callable[[int], bool],
+    reader: Reader, contender: Contender, group_size: int, *, wanted: float, most_tokens: int
 ) -> tuple[Seen, Path, bool]:
     """Raise a contender's tokens until it covers enough, or its memory is full.
 
@@ -271,8 +266,8 @@ def recall_reached(
     group_size : int
     wanted : float
         Recall.
-    fits : callable
-        ``fits(tokens)`` says whether so many fit the memory.
+    most_tokens : int
+        As many as the memory has room for.
 
     Returns
     -------
@@ -282,9 +277,8 @@ def recall_reached(
     """
     tokens = contender.tokens
     seen, trace = reader.see(contender, group_size, tokens)
-    while seen.recall < wanted:
-        tokens = -(-tokens * 5 // (4 * group_size)) * group_size
-        if not fits(tokens):
-            return seen, trace, False
+    while seen.recall < wanted and tokens < most_tokens:
+        more = -(-tokens * 5 // (4 * group_size)) * group_size
+        tokens = min(more, most_tokens)
         seen, trace = reader.see(contender, group_size, tokens)
-    return seen, trace, True
+    return seen, trace, seen.recall >= wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,29 @@ class Bench:
         """Whether a contender's plan with so many tokens keeps to the memory."""
         entry = Entry(contender=contender, tokens=tokens, trace=None)
         return is_within(self.geometry, self.config(entry, device), self.cell)
+
+    def most_tokens(self, contender: Contender, device: str) -> int:
+        """Return the most tokens, in whole groups, that a contender's memory has room for."""
+        size = contender.group_size(device)
+        least, beyond = contender.tokens // size, self.cell.context // size
+        while beyond - least > 1:
+            middle = (least + beyond) // 2
+            if self.fits(contender, device, middle * size):
+                least = middle
+            else:
+                beyond = middle
+        return least * size
+
+    def fitting(self, contender: Contender, device: str) -> Contender | None:
+        """Return a contender with the largest rank, up to its own, that the memory has room for.
+
+        Groups of single tokens have larger tables, which leave less for their index.
+        """
+        for part in range(16, 3, -1):
+            each = replace(contender, rank_share=contender.rank_share * part / 16)
+            if self.fits(each, device, each.tokens):
+                return each
+        return None
 
     @contextmanager
     def cache(self, entry: Entry, device: str, **planned: Any) -> Iterator[KVSwapCache]:

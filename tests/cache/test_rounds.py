@@ -74,13 +74,12 @@ def attend(buffer: ReuseBuffer, disk: Disk, prefetcher: Any, rows: list[np.ndarr
     observe(buffer)
     pending = prefetcher.submit(0, rows)
     seen: list[list[int]] = [[] for _ in rows]
-    for part in prefetcher.rounds(pending):
-        slots = buffer.lookup(0, part)
+    for row, groups in prefetcher.arrivals(pending):
+        slots = buffer.lookup(0, groups)
         assert (slots >= 0).all()
         assert not any(np.isin(slots, read.rows).any() for read in disk.in_flight)
-        assert (buffer.pool[slots] == part[:, None] + 1).all()
-        for row in range(len(rows)):
-            seen[row] += pending.part_of(row, part).tolist()
+        assert (buffer.pool[slots] == groups[:, None] + 1).all()
+        seen[row] += groups.tolist()
     assert [sorted(each) for each in seen] == [row.tolist() for row in rows]
     assert not disk.in_flight
 
@@ -100,7 +99,7 @@ def test_every_part_is_in_memory_while_it_is_attended_to(name, steps, num_slots)
 def test_other_parts_are_being_read_while_one_is_attended_to(num_slots):
     _, disk, prefetcher = make(num_slots)
     pending = prefetcher.submit(0, [np.arange(GROUPS)])
-    in_flight = [len(disk.in_flight) for _ in prefetcher.rounds(pending)]
+    in_flight = [len(disk.in_flight) for _ in prefetcher.arrivals(pending)]
     most = min(2, num_slots - 1)
     assert min(in_flight[:-2]) >= most
     assert in_flight[-2:] == [1, 0]
@@ -123,7 +122,7 @@ def test_a_part_whose_read_failed_gives_its_slots_back(fails_at):
     disk.fails_at = fails_at
     pending, parts = prefetcher.submit(0, [np.arange(GROUPS)]), []
     with suppress(DeviceIOError):
-        parts.extend(prefetcher.rounds(pending))
+        parts.extend(prefetcher.arrivals(pending))
         pytest.fail("a read failed")
     assert len(parts) == fails_at
     prefetcher.finish(pending)
@@ -137,9 +136,9 @@ def test_a_part_whose_read_failed_gives_its_slots_back(fails_at):
 def test_a_part_on_its_way_is_found_by_whoever_cleans_up():
     buffer, disk, prefetcher = make(8)
     pending = prefetcher.submit(0, [np.arange(GROUPS)])
-    rounds = prefetcher.rounds(pending)
-    next(rounds)
-    rounds.close()  # attention was interrupted
+    arrivals = prefetcher.arrivals(pending)
+    next(arrivals)
+    arrivals.close()  # attention was interrupted
     assert len(disk.in_flight) == 3
     disk.fails_at = 1
     with pytest.raises(DeviceIOError):

@@ -36,6 +36,9 @@ class GivenScores:
     def score_heads(self, query, groups, *, scaling):
         return self.scores[: len(groups), None].expand(-1, 2)
 
+    def score_averaged(self, query, groups, *, scaling):
+        return self.score(query, groups, scaling=scaling)
+
     def always_read(self, groups):
         return self.marked
 
@@ -137,7 +140,8 @@ def test_rows_share_what_can_be_read_evenly(tmp_path):
         layer.batch.groups[row] = np.arange(100, 100 + GROUPS)
     layer.batch.flushed[:] = GROUPS
     queries = [torch.zeros(2, 1, 8)] * 3
-    chosen = layer.selection.select(layer.batch, 0, queries, scaling=1.0, reach=reach_of(set(), 5))
+    reach = reach_of(set(), 5)
+    chosen = list(layer.selection.select(layer.batch, 0, queries, scaling=1.0, reach=reach))
     assert [len(groups) for groups in chosen] == [2, 2, 1]
 
 

@@ -207,7 +207,7 @@ def test_hits_are_the_groups_found_in_memory(name, sequence, num_slots):
         hits += int(np.count_nonzero(buffer.lookup(layer, groups) >= 0))
         selected += len(groups)
         pending = prefetcher.submit(layer, [groups])
-        parts = list(prefetcher.rounds(pending))
+        parts = [part for _, part in prefetcher.arrivals(pending)]
         assert sorted(np.concatenate(parts).tolist()) == groups.tolist()
     assert (stats.groups_selected, stats.groups_hit) == (selected, hits)
 

@@ -29,7 +29,7 @@ class Selections:
         select = GroupSelection.select
 
         def noted(selection: Any, batch: Any, layer_idx: int, queries: Any, **options: Any) -> Any:
-            chosen = select(selection, batch, layer_idx, queries, **options)
+            chosen = list(select(selection, batch, layer_idx, queries, **options))
             # Positions, not ids: ids of a sequence need not begin at 0.
             rows = range(batch.batch_size)
             held = [batch.flushed_groups(layer_idx, row).tolist() for row in rows]

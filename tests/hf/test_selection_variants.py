@@ -95,12 +95,11 @@ def test_within_a_deadline_no_more_is_read_than_there_is_time_for(
     correct_prediction, tmp_path, monkeypatch
 ):
     submitted: list[tuple[int, int]] = []
-    submit = Prefetcher.submit
+    add = Prefetcher.add
 
-    def counted(self: Any, *args: Any, **options: Any) -> Any:
-        pending = submit(self, *args, **options)
+    def counted(self: Any, pending: Any, groups: Any) -> None:
+        add(self, pending, groups)
         submitted.append((len(pending.needed), len(pending.missing)))
-        return pending
 
     model, ids = make_model("llama"), prompt(150)
     settings = {**SMALL, "num_slots": 20, "correct_prediction": correct_prediction}
@@ -110,7 +109,7 @@ def test_within_a_deadline_no_more_is_read_than_there_is_time_for(
     with kvswap.attach(model, config_for(tmp_path, deadline=True, **settings)) as cache:
         assert torch.equal(greedy(model, cache, ids, 10), expected)
     monkeypatch.setattr(Deadline, "limit", lambda *_, **__: 3)
-    monkeypatch.setattr(Prefetcher, "submit", counted)
+    monkeypatch.setattr(Prefetcher, "add", counted)
     with kvswap.attach(model, config_for(tmp_path, deadline=True, **settings)) as cache:
         greedy(model, cache, ids, 10)
         assert cache.stats().decode_steps == 9

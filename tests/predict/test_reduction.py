@@ -10,7 +10,7 @@ from torch import Tensor
 from kvswap.core.config import REDUCTIONS as NAMES
 from kvswap.core.geometry import KVGeometry
 from kvswap.kernels.scores import group_maximum
-from kvswap.predict import INDEXES
+from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.reduction import REDUCTIONS, score_reduced
 
 HEADS, KV_HEADS, HEAD_DIM, SIZE, GROUPS, SCALING = 6, 2, 16, 4, 30, 0.25
@@ -21,6 +21,8 @@ GEOMETRY = KVGeometry(
 
 class ExactIndex:
     """Scores with the keys themselves."""
+
+    score_averaged = KeyIndex.score_averaged
 
     def __init__(self, keys: Tensor) -> None:
         self._keys = keys.unflatten(1, (KV_HEADS, HEAD_DIM))

@@ -76,6 +76,11 @@ class Record:
         return named
 
 
+def measured_at() -> str:
+    """Return the commit that is measured, and whether it was changed since."""
+    return f"{_COMMIT}{'-dirty' if _DIRTY else ''}"
+
+
 def machine() -> dict[str, Any]:
     """Describe the machine without its name: processor, cores, memory, kernel, versions."""
     import numpy

@@ -196,20 +196,19 @@ class LayerCache:
         queries = [given.query for given in rows]
         centre = session.records.centres.of(self.layer_idx)
         pending = session.selected(batch, self.layer_idx, queries, scaling=params.scaling)
-        for turn, part in enumerate(session.prefetcher.rounds(pending)):
-            for row, given in enumerate(rows):
-                if not given.query.shape[1]:
-                    continue
-                mine = pending.part_of(row, part)
-                if turn and not len(mine):
-                    continue
-                slots = session.reuse.lookup(self.layer_idx, mine)
-                rolling, newest = batch.rolling.get(self.layer_idx, row), (given.keys, given.values)
-                if turn:  # they were attended to with the first part
-                    rolling, newest = _none_of(rolling), _none_of(newest)
-                merges[row].add(
-                    session.attention.attend(given.query, slots, rolling, newest, params, centre)
-                )
+        begun = set[int]()
+        for row, mine in session.prefetcher.arrivals(pending):
+            given, is_first = rows[row], row not in begun
+            if not given.query.shape[1] or not (is_first or len(mine)):
+                continue
+            begun.add(row)
+            slots = session.reuse.lookup(self.layer_idx, mine)
+            rolling, newest = batch.rolling.get(self.layer_idx, row), (given.keys, given.values)
+            if not is_first:  # they were attended to with the first part
+                rolling, newest = _none_of(rolling), _none_of(newest)
+            merges[row].add(
+                session.attention.attend(given.query, slots, rolling, newest, params, centre)
+            )
         session.attended(pending)
         session.recall.check(batch, self.layer_idx, rows, pending.groups, params)
 

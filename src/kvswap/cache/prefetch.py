@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 
@@ -45,38 +46,67 @@ class Prefetcher:
         return self._clock
 
     def submit(
-        self, layer_idx: int, groups: list[np.ndarray], *, ahead: Pending | None = None
+        self, layer_idx: int, groups: Iterable[np.ndarray], *, ahead: Pending | None = None
     ) -> Pending:
-        """Submit one read for all groups of a layer that are not in memory.
+        """Submit reads of all groups of a layer that are not in memory; see `begin` and `add`."""
+        pending = self.begin(layer_idx, ahead=ahead)
+        try:
+            for mine in groups:
+                self.add(pending, mine)
+        except BaseException:
+            with suppress(KVSwapError):
+                self.finish(pending)
+            raise
+        return pending
+
+    def begin(self, layer_idx: int, *, ahead: Pending | None = None) -> Pending:
+        """Return a selection without rows, to be kept where `finish` finds it.
 
         Parameters
         ----------
         layer_idx : int
-        groups : list of ndarray, int64
-            Ids selected for each row of the batch.
         ahead : Pending, optional
             What was speculated for this layer: what it read does not count as a hit.
         """
-        needed = groups[0] if len(groups) == 1 else np.unique(np.concatenate(groups))
-        step = self.tick()
-        if ahead is not None:
-            self._hold(ahead, step)
-        missing, rows = self._reuse.take(layer_idx, needed, step=step)
-        if rows is None and ahead is not None:
-            self.wait(ahead)
-            missing, rows = self._reuse.take(layer_idx, needed, step=self.tick())
-        missed, fits = len(missing), rows is not None
-        if ahead is not None and ahead.fits:
-            missed += _num_common(ahead.missing, needed)
-        pending = Pending(layer_idx, groups, needed, missing, None, missed, fits, ahead)
-        if rows is not None and len(missing):
-            pending.ticket = self._read(layer_idx, missing, rows)
+        pending = Pending(layer_idx, self.tick(), ahead)
+        self._hold_ahead(pending)
         return pending
 
-    def _hold(self, ahead: Pending, step: int) -> None:
+    def add(self, pending: Pending, groups: np.ndarray) -> None:
+        """Submit a read of what the next row of the batch has selected and memory has not.
+
+        So the reads of one row are on their way while the next one selects, or attends.
+
+        Parameters
+        ----------
+        pending : Pending
+        groups : ndarray, int64
+            Ids.
+        """
+        pending.groups.append(groups)
+        if not pending.fits:
+            return
+        missing, rows = self._take(pending, groups)
+        if rows is None and pending.ahead is not None:
+            self.wait(pending.ahead)
+            pending.step = self.tick()
+            for part in pending.reads:
+                self._reuse.hold(pending.layer_idx, part.groups, step=pending.step)
+            missing, rows = self._take(pending, groups)
+        if rows is None:
+            pending.fits = False
+            return
+        pending.reads.append(Part(pending.layer_idx, groups, missing))
+        if len(missing):
+            pending.reads[-1].ticket = self._read(pending.layer_idx, missing, rows)
+
+    def _take(self, pending: Pending, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return self._reuse.take(pending.layer_idx, groups, step=pending.step)
+
+    def _hold_ahead(self, pending: Pending) -> None:
         """Keep the slots of reads on their way: nothing else may be read to there."""
-        if ahead.ticket is not None:
-            self._reuse.hold(ahead.layer_idx, ahead.missing, step=step)
+        for part in pending.in_flight():
+            self._reuse.hold(part.layer_idx, part.missing, step=pending.step)
 
     def wait(self, pending: Pending) -> None:
         """Wait until a submitted read is in memory; the one place that may stall.
@@ -94,6 +124,8 @@ class Prefetcher:
 
     def _wait_for(self, part: Part, pending: Pending) -> None:
         """Wait for one part of a selection, as `wait` does for all of it."""
+        if part.ticket is None:
+            return
         begin = time.perf_counter()
         try:
             self._finish(part)
@@ -107,26 +139,25 @@ class Prefetcher:
     def finish(self, pending: Pending) -> None:
         """Wait as `wait` does where no attention waits for it: no stall is counted."""
         errors: list[KVSwapError] = []
-        for reading in (pending.ahead, pending, *pending.coming):
+        for part in pending.in_flight():
             try:
-                if reading is not None:
-                    self._finish(reading)
+                self._finish(part)
             except KVSwapError as error:  # the others have to end too
                 errors.append(error)
         pending.coming.clear()
         if errors:
             raise errors[0]
 
-    def _finish(self, reading: Pending | Part) -> None:
-        if reading.ticket is None:
+    def _finish(self, part: Part) -> None:
+        if part.ticket is None:
             return
         try:
-            reading.ticket.wait()
+            part.ticket.wait()
         except BaseException:
-            self._reuse.forget(reading.layer_idx, reading.missing)
+            self._reuse.forget(part.layer_idx, part.missing)
             raise
         finally:  # not before: whoever cleans up after an interrupt must find it
-            reading.ticket = None
+            part.ticket = None
 
     def bring(self, pending: Pending) -> None:
         """Wait until all needed groups, which fit at once, are in memory."""
@@ -134,9 +165,16 @@ class Prefetcher:
         self.wait(pending)
 
     def _count(self, pending: Pending) -> None:
-        self._stats.groups_selected += len(pending.needed)
-        self._stats.groups_hit += len(pending.needed) - pending.missed
-        self._note(pending.layer_idx, Use(pending.needed))
+        needed = pending.needed
+        missed = len(pending.missing)
+        if pending.ahead is not None:
+            missed += _num_common(pending.ahead.missing, needed)
+        if not pending.fits:
+            rows = self._reuse.lookup(pending.layer_idx, needed)
+            missed += int(np.count_nonzero(rows < 0))
+        self._stats.groups_selected += len(needed)
+        self._stats.groups_hit += len(needed) - missed
+        self._note(pending.layer_idx, Use(needed))
 
     def _note(self, layer_idx: int, use: Use) -> None:
         if self.noted is not None:
@@ -148,26 +186,42 @@ class Prefetcher:
         self._note(layer_idx, Use(groups, is_asked=False))
         return self._reuse.lookup(layer_idx, groups)
 
-    def rounds(self, pending: Pending) -> Iterator[np.ndarray]:
-        """Yield the needed groups in as many parts as the slots ask for, each in memory.
+    def arrivals(self, pending: Pending) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield what rows have selected as it comes into memory.
 
-        While one is attended to, others are being read: two, where there are slots for them.
+        Row after row, while those of later rows are being read. Where there are too few slots it
+        comes in parts, others being read while one is attended to.
 
         Parameters
         ----------
         pending : Pending
-            From `submit`.
+            With all rows.
 
         Yields
         ------
-        ndarray, int64
-            Ids in memory until the next part is asked for.
+        row : int
+        groups : ndarray, int64
+            Of that row, in memory until the next are asked for.
         """
-        if pending.fits:
-            self.bring(pending)
-            yield pending.needed
-            return
         self._count(pending)
+        if not pending.fits:
+            for here in self._rounds(pending):
+                for row in range(len(pending.groups)):
+                    yield row, pending.part_of(row, here)
+            return
+        for part in () if pending.ahead is None else pending.ahead.in_flight():
+            self._wait_for(part, pending)
+        for row, part in enumerate(pending.reads):  # a row before may have its groups being read
+            self._wait_for(part, pending)
+            yield row, pending.groups[row]
+
+    def _rounds(self, pending: Pending) -> Iterator[np.ndarray]:
+        """Yield the needed groups in as many parts as the slots ask for, each in memory.
+
+        While one is attended to, others are being read: two, where there are slots for them.
+        """
+        for part in pending.in_flight():
+            self._wait_for(part, pending)
         coming, later = pending.coming, deque(self._parts(pending))
         while coming or later:
             while later and self._begin(pending, later[0]):
@@ -183,8 +237,9 @@ class Prefetcher:
         slots for: least recently used ones, in turn, would always have just gone.
         """
         size = max(1, self._reuse.num_slots(pending.layer_idx) // 3)
-        here = np.setdiff1d(pending.needed, pending.missing, assume_unique=True)
-        ordered = np.concatenate((here, pending.missing))
+        needed = pending.needed
+        is_here = self._reuse.lookup(pending.layer_idx, needed) >= 0
+        ordered = np.concatenate((needed[is_here], needed[~is_here]))
         return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
     def _begin(self, pending: Pending, groups: np.ndarray) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -82,8 +82,8 @@ class GroupSelection:
         scaling: float,
         is_final: bool = True,
         reach: Reach | None = None,
-    ) -> list[np.ndarray]:
-        """Return the ids of each row's groups.
+    ) -> Iterator[np.ndarray]:
+        """Yield the ids of each row's groups; the next row selects when it is asked for.
 
         Parameters
         ----------
@@ -99,19 +99,17 @@ class GroupSelection:
             Leave out what cannot be read in time, apart from sink and recent tokens; rows
             share the limit evenly. What is in memory takes its place.
         """
-        chosen = []
         for row, query in enumerate(queries):
             groups = batch.flushed_groups(layer_idx, row)
             last = batch.chosen[layer_idx, row]
             within = reach and _part_of(reach, row, len(queries))
             positions = self._select_row(groups, layer_idx, query, scaling, last, within)
             if positions is None:
-                chosen.append(groups if query.shape[1] else groups[:0])
+                yield groups if query.shape[1] else groups[:0]
                 continue
             if is_final:
                 batch.choose(layer_idx, row, positions)
-            chosen.append(groups[positions])
-        return chosen
+            yield groups[positions]
 
     def _select_row(
         self,

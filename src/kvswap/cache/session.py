@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -434,10 +434,9 @@ class CacheSession:
     def apart_from_decode(self) -> Iterator[None]:
         """Keep the reads inside out of the decode counters; they stay in the engine's own."""
         for pending in (*self._pending.values(), *self._speculated.values()):
-            for each in (pending, pending.ahead):
-                if each is not None and each.ticket is not None:  # the step's own, not counted yet
-                    with suppress(KVSwapError):  # its layer's wait will say it
-                        each.ticket.wait()
+            for part in pending.in_flight():  # the step's own, not counted yet
+                with suppress(KVSwapError):  # its layer's wait will say it
+                    part.settle()
         before = (self.store.stats.bytes_read, self.store.stats.reads)
         yield
         bytes_read = self.store.stats.bytes_read - before[0]
@@ -496,21 +495,23 @@ class CacheSession:
         """Submit the reads of an estimated query's selection before its layer begins."""
         is_final = not self.config.correct_prediction
         reach = self._reach(layer_idx, is_ahead=True)
-        groups = self.selection.select(
-            batch, layer_idx, queries, scaling=scaling, is_final=is_final, reach=reach
-        )
         into = self._pending if is_final else self._speculated
-        into[layer_idx] = pending = self.prefetcher.submit(layer_idx, groups)
+        into[layer_idx] = pending = self.prefetcher.begin(layer_idx)
+        for groups in self.selection.select(
+            batch, layer_idx, queries, scaling=scaling, is_final=is_final, reach=reach
+        ):
+            self.prefetcher.add(pending, groups)
         self._note_reads(pending, reach, is_ahead=True)
 
-    def read_ahead(self, layer_idx: int, groups: list[np.ndarray]) -> int:
+    def read_ahead(self, layer_idx: int, groups: Iterable[np.ndarray]) -> int:
         """Submit a read of a layer's groups, an array a row; return how many are being read.
 
         None are where not all of them have slots. `finish_reads` ends it.
         """
-        # In one statement: no interruption may come between the submission and the table.
-        self._speculated[layer_idx] = self.prefetcher.submit(layer_idx, groups)
-        pending = self._speculated[layer_idx]
+        # In the table before anything is submitted: an interruption finds it there.
+        self._speculated[layer_idx] = pending = self.prefetcher.begin(layer_idx)
+        for mine in groups:
+            self.prefetcher.add(pending, mine)
         return len(pending.missing) if pending.fits else 0
 
     def is_selected(self, layer_idx: int) -> bool:
@@ -531,11 +532,14 @@ class CacheSession:
         scaling : float
         """
         reach = self._reach(layer_idx, is_ahead=False)
-        groups = self.selection.select(batch, layer_idx, queries, scaling=scaling, reach=reach)
         ahead = self._speculated.get(layer_idx)
-        self._pending[layer_idx] = self.prefetcher.submit(layer_idx, groups, ahead=ahead)
+        self._pending[layer_idx] = pending = self.prefetcher.begin(layer_idx, ahead=ahead)
         self._speculated.pop(layer_idx, None)  # the new one waits for it
-        self._note_reads(self._pending[layer_idx], reach, is_ahead=False)
+        for groups in self.selection.select(
+            batch, layer_idx, queries, scaling=scaling, reach=reach
+        ):
+            self.prefetcher.add(pending, groups)
+        self._note_reads(pending, reach, is_ahead=False)
 
     def _reach(self, layer_idx: int, *, is_ahead: bool) -> Reach | None:
         """Return what can be read until a layer attends; None where that is no matter."""
