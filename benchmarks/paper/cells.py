@@ -84,7 +84,8 @@ class Cells:
         reader = self._reader(cell.context)
         ours = self._tuned(bench, reader, cell)
         wanted = ours.seen.recall if ours.seen is not None else 1.0
-        with self._against(bench, ours, cell) as (own, sides):
+        with self._against(bench, ours, cell) as (own, resident):
+            sides = {"kvswap": bench.step(own), "compute": bench.step(resident)}
             for contender in left:
                 named = {"cell": cell.to_dict(), "contender": contender.name}
                 named["commit"] = measured_at()
@@ -110,19 +111,21 @@ class Cells:
                         "reports": reports,
                     }
                 )
+                for held in (own, resident):  # the next contender meets the same context
+                    held.crop(min(0, cell.context - held.get_seq_length()))
                 taken = [f"{name} {median(s) * 1e3:.1f} ms" for name, s in seconds.items()]
                 progress(f"  {', '.join(taken)}")
 
     @contextmanager
     def _against(
         self, bench: Bench, ours: Ranked, cell: Cell
-    ) -> Iterator[tuple[KVSwapCache, dict[str, Any]]]:
+    ) -> Iterator[tuple[KVSwapCache, KVSwapCache]]:
         """Give what every contender is set against: kvswap, and its compute alone."""
         with (
             bench.cache(ours.entry, cell.device) as own,
             bench.resident(ours.entry, own, cell.device) as resident,
         ):
-            yield own, {"kvswap": bench.step(own), "compute": bench.step(resident)}
+            yield own, resident
 
     def _tuned(self, bench: Bench, reader: Reader, cell: Cell) -> Ranked:
         """Return the fastest of kvswap's settings that cover what its rules and KVSwap do."""
