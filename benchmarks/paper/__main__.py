@@ -25,7 +25,7 @@ from kvswap.core.device_model import PRESETS
 
 from . import claims, experiments
 from .cells import Cells
-from .contenders import ALL
+from .contenders import ALL, OURS
 from .reader import Reader
 from .report import write_report
 from .steps import Cell
@@ -100,7 +100,8 @@ def run(args: argparse.Namespace, directory: Path, fast: Path) -> Cells:
         return fast if PRESETS[device].bytes_per_s > LOCAL_BYTES_PER_S else directory
 
     kept = args.work / "cells.jsonl"
-    cells = Cells(reader, place, kept, samples=args.samples, seed=args.seed)
+    ours = OURS[:1] if args.quick else OURS
+    cells = Cells(reader, place, kept, samples=args.samples, seed=args.seed, ours=ours)
     contenders = [each for each in ALL if args.contenders is None or each.name in args.contenders]
     for name, wanted in cells_of(args).items():
         if name not in args.only:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,8 @@ class Cells:
     kept : Path
         One finding a line.
     samples, seed : int
+    ours : sequence of Contender
+        What kvswap is tuned among.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class Cells:
         *,
         samples: int,
         seed: int,
+        ours: Sequence[Contender] = OURS,
     ) -> None:
         self._reader, self._directories, self._kept = reader, directories, kept
-        self._samples, self._seed = samples, seed
+        self._samples, self._seed, self._ours = samples, seed, ours
         lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
         self.found: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
@@ -132,11 +135,11 @@ class Cells:
         published = KVSWAP_TIGHT if cell.is_tight else KVSWAP_PUBLISHED
         floors = [
             reader.see(each, each.group_size(cell.device), each.tokens)[0].recall
-            for each in (OURS[0], published)
+            for each in (self._ours[0], published)
         ]
         known = {each["ours"]["contender"] for each in self.of(cell).values()}
         tried: list[tuple[float, Ranked]] = []
-        for contender in OURS:
+        for contender in self._ours:
             if known and contender.name not in known:  # it was not the fastest
                 continue
             each = ranked(reader, bench, contender, cell.device, wanted=max(floors))

@@ -64,7 +64,7 @@ def parts(layers: int, *, is_quick: bool = False) -> dict[str, list[Cell]]:
         "ablation": [replace(base, device=device) for device in ("nvme", "emmc")],
     }
     if is_quick:
-        small = Cell(shape=SHAPE, layers=2, context=2048, batch=2, device="emmc")
+        small = Cell(shape=SHAPE, layers=2, context=2048, batch=1, device="emmc")
         made = {name: [small] for name in made}
         made["claims"] += [
             replace(small, device=device, batch=batch)

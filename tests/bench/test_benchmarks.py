@@ -36,7 +36,11 @@ def call(script: str, tmp_path: Path, *options: str) -> str:
         text=True,
         check=False,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path]),
+        },
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -88,7 +92,11 @@ def test_cuda_decode_refuses_where_there_is_no_gpu(tmp_path):
         text=True,
         check=False,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path]),
+        },
     )
     assert done.returncode == 1
     assert done.stderr == "cuda_decode: there is no CUDA device here, and nothing was measured\n"
