@@ -168,6 +168,48 @@ KVSWAP_PUBLISHED = Contender(
 
 KVSWAP_TIGHT = replace(KVSWAP_PUBLISHED, name="KVSwap-t as published", rank_share=1 / 32)
 
+_INFINIGEN = Contender(
+    name="InfiniGen",
+    source="InfiniGen, https://arxiv.org/abs/2406.19707",
+    index="infinigen",
+    rank_share=1 / 8,
+    code="bf16",
+    unit=1,
+    per_head=True,
+    reuse=False,
+    attends_to_prediction=True,
+    settings=_EXACT,
+    note="as many tokens as the others; layers 0 and 1 select too",
+)
+_INFINIGEN_STAR = replace(
+    _INFINIGEN,
+    name="InfiniGen*",
+    source="KVSwap's form of InfiniGen: one selection for all heads",
+    per_head=False,
+    note="the best head's share counts, not the mean of all",
+)
+_SHADOWKV = Contender(
+    name="ShadowKV",
+    source="ShadowKV, https://arxiv.org/abs/2410.21465",
+    index="shadowkv_values",
+    rank_share=40 / 1024,
+    code="bf16",
+    unit=16,
+    reuse=False,
+    settings=_EXACT,
+    note="values of all heads in one read, where its port to disk reads each head's alone",
+)
+_SOLIDATTENTION = Contender(
+    name="SolidAttention",
+    source="SolidAttention, FAST 2026",
+    index="chess",
+    unit=32,
+    tokens=1024,
+    settings=_EXACT,
+    note="a block's mean key stands for its representatives; what the step before selected"
+    " stays in memory, which is what it prefetches",
+)
+
 AS_THE_PAPER_RAN_THEM = (
     Contender(
         name="FlexGen",
@@ -176,117 +218,52 @@ AS_THE_PAPER_RAN_THEM = (
         unit=64,
         note="what memory holds stays there; no 4-bit cache and no block schedule over batches",
     ),
-    Contender(
-        name="InfiniGen",
-        source="InfiniGen, https://arxiv.org/abs/2406.19707",
-        index="infinigen",
-        rank_share=1 / 8,
-        code="bf16",
-        unit=1,
-        per_head=True,
-        reuse=False,
-        attends_to_prediction=True,
-        settings=_EXACT,
-        note="as many tokens as the others; layers 0 and 1 select too",
-    ),
-    Contender(
-        name="InfiniGen*",
-        source="KVSwap's form of InfiniGen: one selection for all heads",
-        index="infinigen",
-        rank_share=1 / 8,
-        code="bf16",
-        unit=1,
-        reuse=False,
-        attends_to_prediction=True,
-        settings=_EXACT,
-        note="the best head's share counts, not the mean of all",
-    ),
-    Contender(
+    _INFINIGEN,
+    _INFINIGEN_STAR,
+    replace(
+        _INFINIGEN_STAR,
         name="InfiniGen* + reuse",
         source="KVSwap's form of InfiniGen with its reuse buffer",
-        index="infinigen",
-        rank_share=1 / 8,
-        code="bf16",
-        unit=1,
-        attends_to_prediction=True,
-        settings=_EXACT,
-        note="the best head's share counts, not the mean of all",
+        reuse=True,
     ),
-    Contender(
+    replace(
+        _INFINIGEN,
         name="Loki",
         source="Loki, https://arxiv.org/abs/2406.02542",
         index="loki",
-        rank_share=1 / 8,
-        code="bf16",
-        unit=1,
-        per_head=True,
-        reuse=False,
-        attends_to_prediction=True,
-        settings=_EXACT,
         note="components of the prompt's own keys",
     ),
-    Contender(
-        name="ShadowKV",
-        source="ShadowKV, https://arxiv.org/abs/2410.21465",
-        index="shadowkv_values",
-        rank_share=40 / 1024,
-        code="bf16",
-        unit=16,
-        reuse=False,
-        settings=_EXACT,
-        note="values of all heads in one read, where its port to disk reads each head's alone",
-    ),
-    Contender(
-        name="SolidAttention",
-        source="SolidAttention, FAST 2026",
-        index="chess",
-        unit=32,
-        tokens=1024,
-        settings=_EXACT,
-        note="a block's mean key stands for its representatives; what the step before selected"
-        " stays in memory, which is what it prefetches",
-    ),
+    _SHADOWKV,
+    _SOLIDATTENTION,
 )
 
-GIVEN_OUR_ENGINE = (
-    Contender(
-        name="InfiniGen*, our engine",
-        source="InfiniGen with our reuse buffer, prefetch and all slots that fit",
-        index="infinigen",
-        rank_share=1 / 8,
-        code="bf16",
-        unit=1,
+
+def _in_our_engine(contender: Contender, source: str) -> Contender:
+    """Return a method with our reuse buffer, prefetch, and all slots that fit."""
+    return replace(
+        contender,
+        name=f"{contender.name}, our engine",
+        source=source,
+        reuse=True,
         slots_of_budget=True,
-        settings=_EXACT,
-    ),
-    Contender(
+        attends_to_prediction=False,
+        note="",
+    )
+
+
+_INFINIGEN_OURS = _in_our_engine(
+    _INFINIGEN_STAR, "InfiniGen with our reuse buffer, prefetch and all slots that fit"
+)
+GIVEN_OUR_ENGINE = (
+    _INFINIGEN_OURS,
+    replace(
+        _INFINIGEN_OURS,
         name="InfiniGen*, our engine and groups",
         source="the same, with KVSwap's groups",
-        index="infinigen",
-        rank_share=1 / 8,
-        code="bf16",
-        slots_of_budget=True,
-        settings=_EXACT,
+        unit=None,
     ),
-    Contender(
-        name="ShadowKV, our engine",
-        source="ShadowKV with our reuse buffer, prefetch and all slots that fit",
-        index="shadowkv_values",
-        rank_share=40 / 1024,
-        code="bf16",
-        unit=16,
-        slots_of_budget=True,
-        settings=_EXACT,
-    ),
-    Contender(
-        name="SolidAttention, our engine",
-        source="SolidAttention with our prefetch and all slots that fit",
-        index="chess",
-        unit=32,
-        tokens=1024,
-        slots_of_budget=True,
-        settings=_EXACT,
-    ),
+    _in_our_engine(_SHADOWKV, "ShadowKV with our reuse buffer, prefetch and all slots that fit"),
+    _in_our_engine(_SOLIDATTENTION, "SolidAttention with our prefetch and all slots that fit"),
 )
 
 

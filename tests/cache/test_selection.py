@@ -13,6 +13,7 @@ from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.errors import ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
+from kvswap.predict import KeyIndex
 
 GROUPS, BUDGET = 40, 8
 PINNED = {0, 38, 39}
@@ -22,6 +23,7 @@ class GivenScores:
     """An index that scores as told."""
 
     device = torch.device("cpu")
+    score_tokens = KeyIndex.score_tokens
 
     def __init__(self) -> None:
         self.scores = torch.full((GROUPS,), -20.0)

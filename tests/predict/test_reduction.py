@@ -22,7 +22,7 @@ GEOMETRY = KVGeometry(
 class ExactIndex:
     """Scores with the keys themselves."""
 
-    score_averaged = KeyIndex.score_averaged
+    score_averaged, score_tokens = KeyIndex.score_averaged, KeyIndex.score_tokens
 
     def __init__(self, keys: Tensor) -> None:
         self._keys = keys.unflatten(1, (KV_HEADS, HEAD_DIM))

@@ -496,22 +496,30 @@ class CacheSession:
         is_final = not self.config.correct_prediction
         reach = self._reach(layer_idx, is_ahead=True)
         into = self._pending if is_final else self._speculated
-        into[layer_idx] = pending = self.prefetcher.begin(layer_idx)
-        for groups in self.selection.select(
+        groups = self.selection.select(
             batch, layer_idx, queries, scaling=scaling, is_final=is_final, reach=reach
-        ):
-            self.prefetcher.add(pending, groups)
-        self._note_reads(pending, reach, is_ahead=True)
+        )
+        self._note_reads(self._submit(into, layer_idx, groups), reach, is_ahead=True)
+
+    def _submit(
+        self,
+        into: dict[int, Pending],
+        layer_idx: int,
+        groups: Iterable[np.ndarray],
+        ahead: Pending | None = None,
+    ) -> Pending:
+        """Submit row after row what is missing; an interruption finds it in the table."""
+        into[layer_idx] = pending = self.prefetcher.begin(layer_idx, ahead=ahead)
+        for mine in groups:
+            self.prefetcher.add(pending, mine)
+        return pending
 
     def read_ahead(self, layer_idx: int, groups: Iterable[np.ndarray]) -> int:
         """Submit a read of a layer's groups, an array a row; return how many are being read.
 
         None are where not all of them have slots. `finish_reads` ends it.
         """
-        # In the table before anything is submitted: an interruption finds it there.
-        self._speculated[layer_idx] = pending = self.prefetcher.begin(layer_idx)
-        for mine in groups:
-            self.prefetcher.add(pending, mine)
+        pending = self._submit(self._speculated, layer_idx, groups)
         return len(pending.missing) if pending.fits else 0
 
     def is_selected(self, layer_idx: int) -> bool:
@@ -532,13 +540,10 @@ class CacheSession:
         scaling : float
         """
         reach = self._reach(layer_idx, is_ahead=False)
+        groups = self.selection.select(batch, layer_idx, queries, scaling=scaling, reach=reach)
         ahead = self._speculated.get(layer_idx)
-        self._pending[layer_idx] = pending = self.prefetcher.begin(layer_idx, ahead=ahead)
+        pending = self._submit(self._pending, layer_idx, groups, ahead)
         self._speculated.pop(layer_idx, None)  # the new one waits for it
-        for groups in self.selection.select(
-            batch, layer_idx, queries, scaling=scaling, reach=reach
-        ):
-            self.prefetcher.add(pending, groups)
         self._note_reads(pending, reach, is_ahead=False)
 
     def _reach(self, layer_idx: int, *, is_ahead: bool) -> Reach | None:

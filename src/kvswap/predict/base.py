@@ -306,12 +306,8 @@ class KeyIndex(ABC):
             Logarithm of the largest share of a query head's attention that a group is expected
             to receive, less what it has less to say: higher matters more.
         """
-        tokens = query.split(1, dim=1)
-        by_token = (
-            reduce_heads(self.score_heads(token, groups, scaling=scaling), wanted)
-            for token in tokens
-        )
-        best = functools.reduce(torch.maximum, by_token)
+        reduce = functools.partial(reduce_heads, wanted=wanted)
+        best = self.score_tokens(query, groups, scaling=scaling, reduce=reduce)
         marked = self.always_read(groups)
         if marked is not None:
             best[marked] = 0.0
@@ -334,9 +330,33 @@ class KeyIndex(ABC):
         Tensor [n], float32
             Logarithm of the share that the averaged head is expected to give a group.
         """
-        tokens = query.split(1, dim=1)
+        return self.score_tokens(query, groups, scaling=scaling, reduce=average_heads)
+
+    def score_tokens(
+        self,
+        query: Tensor,
+        groups: np.ndarray,
+        *,
+        scaling: float,
+        reduce: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Score query tokens one by one, which bounds the memory; the largest score counts.
+
+        Parameters
+        ----------
+        query : Tensor [num_heads, q_len, head_dim]
+        groups : ndarray [n], int64
+        scaling : float
+        reduce : callable
+            From [n, num_heads] to [n], as `reduce_heads`.
+
+        Returns
+        -------
+        Tensor [n], float32
+        """
         by_token = (
-            average_heads(self.score_heads(token, groups, scaling=scaling)) for token in tokens
+            reduce(self.score_heads(token, groups, scaling=scaling))
+            for token in query.split(1, dim=1)
         )
         return functools.reduce(torch.maximum, by_token)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvswap.kernels.scores import average_heads, mass_of_heads, reduce_heads
@@ -43,8 +41,4 @@ def score_reduced(
     """
     if reduce == "mean":
         return index.score_averaged(query, groups, scaling=scaling)
-    by_token = (
-        REDUCTIONS[reduce](index.score_heads(token, groups, scaling=scaling))
-        for token in query.split(1, dim=1)
-    )
-    return functools.reduce(torch.maximum, by_token)
+    return index.score_tokens(query, groups, scaling=scaling, reduce=REDUCTIONS[reduce])
