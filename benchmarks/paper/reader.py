@@ -29,7 +29,8 @@ from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.config import CacheConfig, StorageConfig
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.hf.geometry import read_shape
-from kvswap.predict import INDEXES, KeyIndex
+from kvswap.predict import INDEXES
+from kvswap.tune.estimator import Estimator
 
 from .contenders import Contender
 
@@ -145,6 +146,7 @@ class _Walk:
         self._config = CacheConfig(kv_memory=1, storage=StorageConfig(directories=["."]), **fields)
         self._heads = self._config.head_groups
         self._one = _of_one_layer(geometry.split(self._heads), group_size)
+        self._estimator = _estimator(self._config, self._one.geometry, group_size)
         self._scaling = geometry.head_dim**-0.5
         self._budget = int(fields["budget_tokens"]) // group_size
 
@@ -198,7 +200,7 @@ class _Part:
         self._batch.groups[0], self._batch.flushed[0, 0] = self._groups, count
         self._selection = GroupSelection(
             walk._config,
-            [_fitted(walk, keys[:, : count * walk._size], shown)],
+            [walk._estimator.fitted(walk._one.geometry, flat(keys), shown=shown)],
             group_size=walk._size,
             layer_groups=(walk._budget,),
         )
@@ -224,22 +226,11 @@ class _Part:
         return chosen
 
 
-def _fitted(walk: _Walk, keys: Tensor, shown: Tensor) -> KeyIndex:
-    config, rows = walk._config, flat(keys)
+def _estimator(config: CacheConfig, geometry: KVGeometry, group_size: int) -> Estimator:
+    """Return the index that a config names, with the rank and code that it has by default."""
     kind = INDEXES.get(config.index)
-    rank = config.rank or kind.ranks(walk._one.geometry)[0]
-    index = kind(
-        walk._one.geometry,
-        group_size=walk._size,
-        num_groups=len(rows) // walk._size,
-        rank=rank,
-        code=config.code or kind.default_code(rank),
-    )
-    if index.wants_queries:
-        index.observe_queries(shown)
-    index.fit_to(lambda: [rows])
-    index.encode(np.arange(len(rows) // walk._size), rows)
-    return index
+    rank = config.rank or kind.ranks(geometry)[0]
+    return Estimator(config.index, rank, config.code or kind.default_code(rank), group_size)
 
 
 def _of_one_layer(geometry: KVGeometry, group_size: int) -> RecordLayout:

@@ -34,7 +34,6 @@ from kvswap.bench.evaluation.asking import Asking
 from kvswap.bench.evaluation.capture import capture
 from kvswap.bench.evaluation.plan import Plan
 from kvswap.bench.plots import check_plot
-from kvswap.bench.prefill import StoredPrefill
 from kvswap.bench.reader import load_reader
 from kvswap.bench.recall_plot import save_recall_plot
 from kvswap.bench.record import Record
@@ -45,26 +44,12 @@ from kvswap.core.stats import LayerRecall
 from kvswap.hf.geometry import read_shape
 from kvswap.kernels.scores import reduce_heads
 from kvswap.predict import INDEXES, KeyIndex
+from kvswap.tune.estimator import Estimator
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "recall.jsonl"
 TASKS = ("niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "extraction")
 ORACLE = "oracle"
 SHARES = (0.02, 0.05)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An index as it is tried: the largest of its rank and code within the bytes allowed."""
-
-    name: str
-    kind: type[KeyIndex]
-    rank: int
-    code: str
-
-    @property
-    def label(self) -> str:
-        """As `CacheConfig.index` takes it."""
-        return f"{self.name}:{self.rank}+{self.code}"
 
 
 def foreseen_label(label: str) -> str:
@@ -95,7 +80,7 @@ class Masses:
         return [statistics.fmean(found) for found in self._found[label, share, layer_idx] if found]
 
 
-def candidates(specs: list[str], geometry: KVGeometry, tokens: int, args) -> list[Candidate]:
+def candidates(specs: list[str], geometry: KVGeometry, tokens: int, args) -> list[Estimator]:
     """Read the indexes; one without a rank gets the largest that the allowed bytes hold."""
     made = []
     for spec in specs:
@@ -105,7 +90,8 @@ def candidates(specs: list[str], geometry: KVGeometry, tokens: int, args) -> lis
         if rank is None:
             print(f"{spec}: none of its ranks fits", file=sys.stderr)
             continue
-        made.append(Candidate(config.index, kind, rank, config.code or kind.default_code(rank)))
+        code = config.code or kind.default_code(rank)
+        made.append(Estimator(config.index, rank, code, args.group_size))
     return made
 
 
@@ -128,24 +114,8 @@ def largest_rank(
     return None
 
 
-def make_index(
-    candidate: Candidate, geometry: KVGeometry, prefill: StoredPrefill, layer_idx: int, size: int
-) -> KeyIndex:
-    """Fit an index to a layer of a document and encode all whole groups of it."""
-    groups = prefill.num_tokens // size
-    keys = flat(prefill.keys[layer_idx][:, : groups * size])
-    index = candidate.kind(
-        geometry, group_size=size, num_groups=groups, rank=candidate.rank, code=candidate.code
-    )
-    if index.wants_queries:
-        index.observe_queries(prefill.queries[layer_idx])
-    index.fit_to(lambda: [keys])
-    index.encode(np.arange(groups), keys)
-    return index
-
-
 def measure_document(
-    asking: Asking, document, number: int, chosen: list[Candidate], masses: Masses, args
+    asking: Asking, document, number: int, chosen: list[Estimator], masses: Masses, args
 ) -> None:
     """Add what one document's questions say."""
     geometry, size = read_shape(asking.model).geometry, args.group_size
@@ -160,8 +130,10 @@ def measure_document(
         for question in document.questions
     ]
     for layer_idx in range(prefill.num_layers):
+        keys = flat(prefill.keys[layer_idx])
         indexes = {
-            each.label: make_index(each, geometry, prefill, layer_idx, size) for each in chosen
+            each.spec: each.fitted(geometry, keys, shown=prefill.queries[layer_idx])
+            for each in chosen
         }
         groups = np.arange(prefill.num_tokens // size)
         for queries in asked:
@@ -269,8 +241,8 @@ def measure_reader(reader: Path, args: argparse.Namespace) -> Measured:
             measure_document(asking, document, number, chosen, masses, args)
             number += 1
             print(f"{reader.name}, {task}: document {number}", file=sys.stderr, flush=True)
-    first = chosen[0].label
-    labels = (*(each.label for each in chosen), foreseen_label(first), read_label(first))
+    first = chosen[0].spec
+    labels = (*(each.spec for each in chosen), foreseen_label(first), read_label(first))
     return Measured(labels, geometry.num_layers, number, masses)
 
 

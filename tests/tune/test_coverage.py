@@ -11,7 +11,8 @@ import kvswap
 from kvswap.core.geometry import KVGeometry
 from kvswap.hf.geometry import read_shape
 from kvswap.kernels.attention import AttentionParams, partial_attention
-from kvswap.tune.coverage import WARM, Coverage, Estimator, coverage
+from kvswap.tune.coverage import WARM, Coverage, coverage
+from kvswap.tune.estimator import Estimator
 from kvswap.tune.sample import (
     QUERIES,
     LayerSample,

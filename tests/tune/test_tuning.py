@@ -12,7 +12,7 @@ from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.tuned_plan import TunedPlan
 from kvswap.hf.geometry import read_shape
 from kvswap.tune import measuring, tuning
-from kvswap.tune.coverage import Estimator
+from kvswap.tune.estimator import Estimator
 from kvswap.tune.rehearsal import Forward, Rehearsal
 from kvswap.tune.space import SettingSpace
 from kvswap.tune.task import TuningOptions

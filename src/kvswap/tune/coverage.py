@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from kvswap.cache.fit import sample_stride
 from kvswap.cache.reuse import ReuseBuffer, make_reuse
@@ -21,34 +20,12 @@ from kvswap.cache.sequence import SequenceBatch
 from kvswap.core.config import CacheConfig
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.core.units import ceil_div
-from kvswap.predict import INDEXES, KeyIndex
+from kvswap.predict import KeyIndex
+from kvswap.tune.estimator import Estimator
 from kvswap.tune.sample import QUERIES, LayerSample
 
 WARM = 16
 """Steps until slots are taken for warm: what they miss is not counted."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Estimator:
-    """What scores groups: an index as it is made for groups of one size.
-
-    Attributes
-    ----------
-    index : str
-    rank : int
-    code : str
-    group_size : int
-    """
-
-    index: str
-    rank: int
-    code: str
-    group_size: int
-
-    @property
-    def label(self) -> str:
-        """For people and files: lowrank:64+rot4 in groups of 8."""
-        return f"{self.index}:{self.rank}+{self.code} in groups of {self.group_size}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +89,7 @@ def coverage(
     dict of int to Coverage
     """
     one = replace(geometry, num_layers=1)
-    index = fitted_index(sample, one, estimator)
+    index = _fitted(sample, one, estimator)
     size = estimator.group_size
     whole = sample.shares[:, : len(sample.keys) // size * size]
     mass = whole.unflatten(1, (-1, size)).sum(2).double().numpy()
@@ -122,29 +99,12 @@ def coverage(
     }
 
 
-def fitted_index(sample: LayerSample, geometry: KVGeometry, estimator: Estimator) -> KeyIndex:
-    """Fit an index to the keys before the first query, and encode all whole groups."""
+def _fitted(sample: LayerSample, geometry: KVGeometry, estimator: Estimator) -> KeyIndex:
+    """Fit an index as the engine would before the first query, and encode all whole groups."""
     size = estimator.group_size
-    groups = np.arange(len(sample.keys) // size)
-    made = INDEXES.get(estimator.index)(
-        geometry,
-        group_size=size,
-        num_groups=max(1, len(groups)),
-        rank=estimator.rank,
-        code=estimator.code,
-    )
-    if made.wants_queries and sample.shown.shape[1]:
-        made.observe_queries(sample.shown)
-    past = sample.keys[: sample.first // size * size]
-    by_group = past.unflatten(0, (-1, size))
-    stride = sample_stride(len(past))
-
-    def parts() -> Iterable[Tensor]:
-        return [by_group[::stride].flatten(0, 1)]
-
-    made.fit_to(parts)
-    made.encode(groups, sample.keys[: len(groups) * size])
-    return made
+    past = sample.keys[: sample.first // size * size].unflatten(0, (-1, size))
+    some = past[:: sample_stride(len(past) * size)].flatten(0, 1)
+    return estimator.fitted(geometry, sample.keys, shown=sample.shown, fitted_to=some)
 
 
 class _Steps:

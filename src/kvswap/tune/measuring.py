@@ -6,7 +6,8 @@ from contextlib import ExitStack
 
 from kvswap.hf.cache import KVSwapCache
 from kvswap.predict import INDEXES
-from kvswap.tune.coverage import Coverage, Estimator, coverage
+from kvswap.tune.coverage import Coverage, coverage
+from kvswap.tune.estimator import Estimator
 from kvswap.tune.notes import Notes
 from kvswap.tune.sample import SHOWN_QUERIES, layer_sample, reading, spread_layers
 from kvswap.tune.space import slots_by_estimator

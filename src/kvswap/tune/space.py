@@ -18,7 +18,7 @@ from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.core.units import align_up, format_bytes
 from kvswap.predict import INDEXES, KeyIndex
-from kvswap.tune.coverage import Estimator
+from kvswap.tune.estimator import Estimator
 
 MEMORY_PARTS = (Fraction(1), Fraction(1, 2), Fraction(1, 4))
 """Of the budget: what is chosen is chosen from all of them, and the frontier shows them."""

@@ -26,7 +26,8 @@ from kvswap.core.errors import ConfigError
 from kvswap.core.tuned_plan import TunedPlan, TunedTrial
 from kvswap.storage.facts import device_facts
 from kvswap.tune.cost import work_of
-from kvswap.tune.coverage import Coverage, Estimator
+from kvswap.tune.coverage import Coverage
+from kvswap.tune.estimator import Estimator
 from kvswap.tune.lengths import drawn_out, rehearsed_contexts
 from kvswap.tune.measuring import Measuring
 from kvswap.tune.notes import Notes
