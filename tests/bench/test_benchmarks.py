@@ -169,6 +169,20 @@ def test_plan_error(tmp_path):
         assert setting["tokens_per_s_foretold"] > 0
 
 
+def test_tuned_of_grid(tmp_path, tmp_path_factory):
+    partial = tmp_path_factory.mktemp("partial") / "notes"
+    (record,) = run("system/tuned_of_grid.py", tmp_path, "--quick", "--partial", str(partial))
+    assert_whole(record)
+    assert record["metric"] == "tuned_of_grid"
+    assert not partial.exists()
+    assert set(record["config"]["axes"]) >= {"indexes", "codes", "group_factors", "token_parts"}
+    found = record["extra"]["devices"]["emmc"]
+    assert record["samples"] == found["gains"]
+    assert found["points_that_fit"] >= found["points_that_cover_enough"] >= found["points_timed"]
+    assert min(found["recalls"].values()) >= found["recall_floor"]
+    assert found["recall_tuned"] >= found["recall_floor"]
+
+
 def test_scaling(tmp_path):
     (record,) = run("system/scaling.py", tmp_path, "--quick", "--keys", "reader")
     assert_whole(record)
