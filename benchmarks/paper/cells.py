@@ -10,13 +10,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from kvswap.bench.lab import free_memory_bytes
 from kvswap.bench.record import measured_at
 from kvswap.bench.script import progress
 from kvswap.hf.cache import KVSwapCache
 
 from .contenders import KVSWAP_PUBLISHED, KVSWAP_TIGHT, OURS, Contender
 from .reader import Reader, Seen, recall_reached
-from .steps import Bench, Cell, Entry, alternated, report
+from .steps import Bench, Cell, Entry, alternated, in_memory_report, report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,40 @@ class Ranked:
     entry: Entry
     seen: Seen | None
     is_reached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What every contender of a cell is timed beside: kvswap, and its compute alone."""
+
+    bench: Bench
+    ours: Ranked
+    own: KVSwapCache
+    resident: KVSwapCache
+
+    def alternated(self, run: Any, samples: int) -> dict[str, list[float]]:
+        """Return the seconds of a contender's steps, "it", and of both sides."""
+        kvswap, compute = (self.bench.step(cache) for cache in (self.own, self.resident))
+        seconds = alternated({"it": run, "kvswap": kvswap, "compute": compute}, samples)
+        taken = [f"{name} {median(spent) * 1e3:.1f} ms" for name, spent in seconds.items()]
+        progress(f"  {', '.join(taken)}")
+        return seconds
+
+    def finding(
+        self, rank: Ranked, seconds: dict[str, list[float]], seen: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return what is kept of a contender, given what is reported of its own steps."""
+        return {
+            **_what(rank),
+            "ours": {"contender": self.ours.entry.contender.name, **_what(self.ours)},
+            "seconds": seconds,
+            "reports": {"it": seen, "kvswap": report(self.own, seconds["kvswap"])},
+        }
+
+    def cut_back(self) -> None:
+        """Let the next contender meet the same context."""
+        for held in (self.own, self.resident):
+            held.crop(min(0, self.bench.cell.context - held.get_seq_length()))
 
 
 class Cells:
@@ -73,7 +108,7 @@ class Cells:
         return {name: each for name, each in self.known(cell).items() if "seconds" in each}
 
     def known(self, cell: Cell) -> dict[str, dict[str, Any]]:
-        """Return the same with those that do not fit the memory, of which nothing is timed."""
+        """Return the same with what does not fit its memory, of which nothing is timed."""
         mine = [each for each in self.found if each["cell"] == cell.to_dict()]
         return {each["contender"]: each for each in mine}
 
@@ -87,48 +122,51 @@ class Cells:
         reader = self._reader(cell.context)
         ours = self._tuned(bench, reader, cell)
         wanted = ours.seen.recall if ours.seen is not None else 1.0
-        with self._against(bench, ours, cell) as (own, resident):
-            sides = {"kvswap": bench.step(own), "compute": bench.step(resident)}
+        with self._against(bench, ours, cell) as beside:
             for contender in left:
                 named = {"cell": cell.to_dict(), "contender": contender.name}
                 named["commit"] = measured_at()
-                fitting = bench.fitting(contender, cell.device)
-                if fitting is None:
-                    self._keep(named)
-                    progress(f"  {contender.name} does not fit the memory")
-                    continue
-                rank = ranked(reader, bench, fitting, cell.device, wanted=wanted)
-                progress(f"  {contender.name}, {rank.entry.tokens} tokens")
-                with bench.cache(rank.entry, cell.device) as cache:
-                    seconds = alternated({"it": bench.step(cache), **sides}, self._samples)
-                    reports = {
-                        "it": report(cache, seconds["it"]),
-                        "kvswap": report(own, seconds["kvswap"]),
-                    }
-                self._keep(
-                    named
-                    | _what(rank)
-                    | {
-                        "ours": {"contender": ours.entry.contender.name, **_what(ours)},
-                        "seconds": seconds,
-                        "reports": reports,
-                    }
-                )
-                for held in (own, resident):  # the next contender meets the same context
-                    held.crop(min(0, cell.context - held.get_seq_length()))
-                taken = [f"{name} {median(s) * 1e3:.1f} ms" for name, s in seconds.items()]
-                progress(f"  {', '.join(taken)}")
+                timed = self._on_disk if contender.on_disk else self._in_memory
+                self._keep(named | timed(contender, beside, reader, wanted))
+                beside.cut_back()
+
+    def _on_disk(
+        self, contender: Contender, beside: _Beside, reader: Reader, wanted: float
+    ) -> dict[str, Any]:
+        """Time a method with as much memory as kvswap has; nothing where it does not fit."""
+        bench, device = beside.bench, beside.bench.cell.device
+        fitting = bench.fitting(contender, device)
+        if fitting is None:
+            progress(f"  {contender.name} does not fit the memory")
+            return {}
+        rank = ranked(reader, bench, fitting, device, wanted=wanted)
+        progress(f"  {contender.name}, {rank.entry.tokens} tokens")
+        with bench.cache(rank.entry, device) as cache:
+            seconds = beside.alternated(bench.step(cache), self._samples)
+            return beside.finding(rank, seconds, report(cache, seconds["it"]))
+
+    def _in_memory(
+        self, contender: Contender, beside: _Beside, reader: Reader, wanted: float
+    ) -> dict[str, Any]:
+        """Time full attention where the machine's memory has room for all keys and values."""
+        cell, free = beside.bench.cell, free_memory_bytes()
+        if cell.in_memory_bytes > free:
+            progress(f"  {contender.name} does not fit this machine's memory")
+            return {"needs_bytes": cell.in_memory_bytes, "free_bytes": free}
+        progress(f"  {contender.name}")
+        seconds = beside.alternated(beside.bench.in_memory(), self._samples)
+        entry = Entry(contender=contender, tokens=cell.context, trace=None)
+        rank = Ranked(entry=entry, seen=None, is_reached=True)
+        return beside.finding(rank, seconds, in_memory_report(cell, seconds["it"]))
 
     @contextmanager
-    def _against(
-        self, bench: Bench, ours: Ranked, cell: Cell
-    ) -> Iterator[tuple[KVSwapCache, KVSwapCache]]:
+    def _against(self, bench: Bench, ours: Ranked, cell: Cell) -> Iterator[_Beside]:
         """Give what every contender is set against: kvswap, and its compute alone."""
         with (
             bench.cache(ours.entry, cell.device) as own,
             bench.resident(ours.entry, own, cell.device) as resident,
         ):
-            yield own, resident
+            yield _Beside(bench, ours, own, resident)
 
     def _tuned(self, bench: Bench, reader: Reader, cell: Cell) -> Ranked:
         """Return the fastest of kvswap's settings that cover what its rules and KVSwap do."""

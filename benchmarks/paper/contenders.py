@@ -53,6 +53,8 @@ class Contender:
         Further fields of `CacheConfig`.
     note : str
         What deviates from the source.
+    on_disk : bool
+        Else memory holds all keys and values, and nothing here is a cache's setting.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Contender:
     attends_to_prediction: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    on_disk: bool = True
 
     def group_size(self, device: str) -> int:
         """Return the tokens of a group on a device."""
@@ -291,11 +294,22 @@ WITHOUT_REUSE = (
 )
 """For the ablation of the reuse buffer."""
 
-ALL = (
+IN_MEMORY = Contender(
+    name="everything in memory",
+    source="full attention of transformers, over its DynamicCache",
+    index=None,
+    on_disk=False,
+    note="new tokens are written into room beforehand, where a DynamicCache copies all for each",
+)
+"""What nobody has the memory for."""
+
+ON_DISK = (
     KVSWAP_PUBLISHED,
     KVSWAP_TIGHT,
     *AS_THE_PAPER_RAN_THEM,
     *GIVEN_OUR_ENGINE,
     *WITHOUT_REUSE,
 )
-"""What kvswap is set against."""
+"""What kvswap is set against, with as much memory."""
+
+ALL = (*ON_DISK, IN_MEMORY)

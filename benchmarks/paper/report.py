@@ -37,6 +37,9 @@ CAVEATS = (
     "Memory is what KVSwap as published needs by our count, which has tables, staging and workspace"
     " in it. A method's tokens are raised until it covers as much as kvswap does, or the memory is"
     " full; then it says what it falls short of.",
+    "Everything in memory is transformers' full attention over its own cache, with all keys and"
+    " values: as much memory as full KV, and a recall of 1. Where this machine has no room for them"
+    " beside what they are timed with, the row says so.",
     "Gains are medians of alternated pairs. The ceiling is the contender's step over kvswap's own"
     " with every group in memory: no method can gain more.",
     "kvswap is the fastest of its own settings that cover what the planner's rules cover:"
@@ -72,7 +75,7 @@ svg { max-width: 100%; height: auto }
 """
 
 COLUMNS = (
-    "method", "tokens", "recall", "memory", "step", "tokens/s", "read a token",
+    "method", "tokens", "recall", "memory", "of full KV", "step", "tokens/s", "read a token",
     "hits", "kvswap gains", "95 %", "ceiling", "paper, tokens/s",
 )  # fmt: skip
 
@@ -89,7 +92,9 @@ def write_report(path: Path, parts: Mapping[str, Sequence[Cell]], cells: Cells) 
     shown = []
     for name, wanted in parts.items():
         found = [(cell, cells.of(cell)) for cell in dict.fromkeys(wanted)]
-        tables = [_table(name, cell, by_name) for cell, by_name in found if by_name]
+        tables = [
+            _table(name, cell, by_name, cells.known(cell)) for cell, by_name in found if by_name
+        ]
         if tables:
             plots = [_bars(cell, by_name) for cell, by_name in found if by_name]
             shown.append({"title": TITLES[name], "tables": tables, "plots": plots})
@@ -107,7 +112,12 @@ def _title(cell: Cell) -> str:
     )
 
 
-def _table(part: str, cell: Cell, findings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _table(
+    part: str,
+    cell: Cell,
+    findings: Mapping[str, dict[str, Any]],
+    known: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
     rows = [_own_row(cell, findings)]
     for name, finding in sorted(findings.items(), key=lambda pair: gain(pair[1])):
         low, high = interval(ratios(finding))
@@ -123,7 +133,18 @@ def _table(part: str, cell: Cell, findings: Mapping[str, dict[str, Any]]) -> dic
                 ],
             }
         )
+    rows += [_row_without_room(name, known[name]) for name in sorted(known) if name not in findings]
     return {"title": _title(cell), "rows": rows}
+
+
+def _row_without_room(name: str, finding: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of what has not been timed, for it does not fit."""
+    cells = [name, *[""] * (len(COLUMNS) - 1)]
+    cells[COLUMNS.index("memory")] = "does not fit the memory of all"
+    if "needs_bytes" in finding:
+        needs, free = (finding[at] / 2**20 for at in ("needs_bytes", "free_bytes"))
+        cells[COLUMNS.index("memory")] = f"does not fit: needs {needs:,.0f} MiB, {free:,.0f} free"
+    return {"kind": "short", "cells": cells}
 
 
 def _own_row(cell: Cell, findings: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -144,6 +165,7 @@ def _shared(
         f"{finding['tokens']:,}",
         f"{finding['recall']:.3f}{short}",
         f"{seen['memory']['total'] / 2**20:,.0f} MiB",
+        f"1/{cell.full_bytes / seen['memory']['total']:.1f}",
         f"{step * 1e3:,.1f} ms",
         f"{cell.batch / step:,.1f}",
         f"{seen['bytes_read_per_token'] / 2**20:,.2f} MiB",

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 import kvswap
+from kvswap.bench.evaluation.in_memory import roomy_cache
 from kvswap.bench.replay import TraceSelector
 from kvswap.bench.stepping import Context, describe, hold_everything, imitate, stepper
-from kvswap.bench.synthetic import random_model
+from kvswap.bench.synthetic import SHAPES, random_model
 from kvswap.bench.traces import Trace
 from kvswap.cache.plan import plan_cache
 from kvswap.core.config import CacheConfig
@@ -63,6 +65,24 @@ class Cell:
         """Return the fields, ready for JSON."""
         return asdict(self)
 
+    @property
+    def full_bytes(self) -> int:
+        """Keys and values of all sequences, in bfloat16."""
+        return self.batch * self.context * self.layers * self._layer_token_bytes
+
+    @property
+    def in_memory_bytes(self) -> int:
+        """What steps in memory take: one layer's keys and values are repeated for each head."""
+        heads = SHAPES[self.shape]["num_attention_heads"]
+        shared = heads // SHAPES[self.shape]["num_key_value_heads"]
+        tokens = self.batch * (self.context + ROOM)
+        return tokens * self._layer_token_bytes * (self.layers + shared)
+
+    @property
+    def _layer_token_bytes(self) -> int:
+        shape = SHAPES[self.shape]
+        return int(4 * shape["num_key_value_heads"] * shape["head_dim"])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
@@ -95,7 +115,6 @@ class Bench:
             seed=seed,
         )
         self.geometry = read_shape(self.model).geometry
-        self.full_bytes = cell.batch * cell.context * self.geometry.token_bytes
         self.context: Context = list(
             synthetic_context(self.geometry, cell.context, seed=seed, distinct=2)
         )
@@ -169,13 +188,19 @@ class Bench:
         with self.cache(
             entry,
             device,
-            kv_memory=2 * self.full_bytes + 2**28,
+            kv_memory=2 * self.cell.full_bytes + 2**28,
             num_slots=plan.num_groups,
             rank=plan.rank,
             code=plan.code,
         ) as cache:
             hold_everything(cache)
             yield cache
+
+    def in_memory(self) -> Any:
+        """Return what makes steps with all keys and values in memory."""
+        rows = self.cell.batch
+        cache = roomy_cache(self.model, self.context, rows=rows, room_tokens=ROOM)
+        return stepper(self.model, cache, self._stock, rows=rows)
 
     def step(self, cache: KVSwapCache) -> Any:
         """Return what makes steps with a cache; see `kvswap.bench.stepping.Side`."""
@@ -185,10 +210,9 @@ class Bench:
 
 def equal_memory(geometry: KVGeometry, cell: Cell) -> int:
     """Return the bytes that all contenders get: what KVSwap as published needs, by our count."""
-    full = cell.batch * cell.context * geometry.token_bytes
     entry = KVSWAP_TIGHT if cell.is_tight else KVSWAP_PUBLISHED
     for share in range(400, 10, -1):
-        memory = full * 10 // share
+        memory = cell.full_bytes * 10 // share
         config = entry.config(
             geometry,
             device=cell.device,
@@ -236,6 +260,16 @@ def alternated(runs: dict[str, Any], samples: int) -> dict[str, list[float]]:
         for name, run in runs.items():
             seconds[name].append(run(steps[name]))
     return seconds
+
+
+def in_memory_report(cell: Cell, seconds: list[float]) -> dict[str, Any]:
+    """Return what is reported of the steps with everything in memory."""
+    return {
+        "p50_step_s": median(seconds),
+        "bytes_read_per_token": 0.0,
+        "hit_rate": 1.0,
+        "memory": {"total": cell.full_bytes},
+    }
 
 
 def report(cache: KVSwapCache, seconds: list[float]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Axes:
 FULL = Axes(
     indexes=("lowrank", "rotated", "quest"),
     rank_parts=(1.0, 0.5, 0.25),
-    codes=("rot2", "rot4", "int8", "bf16"),
+    codes=("rot2", "rot4", "band", "int8", "bf16"),
     record_codecs=("raw", "int8"),
     group_factors=(1, 2, 4),
     token_parts=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0),

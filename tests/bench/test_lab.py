@@ -127,7 +127,7 @@ def test_drives_without_room_are_refused(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="existing directory"):
         lab_module._check_room([tmp_path / "none"], SIZE)
     monkeypatch.setattr(lab_module, "file_system", lambda _: ("tmpfs", "tmpfs"))
-    monkeypatch.setattr(lab_module, "_free_memory_bytes", lambda: 2 * SIZE)
+    monkeypatch.setattr(lab_module, "free_memory_bytes", lambda: 2 * SIZE)
     lab_module._check_room([tmp_path], SIZE)
     with pytest.raises(ConfigError, match="drives need"):
         lab_module._check_room([tmp_path, tmp_path], SIZE)

@@ -12,16 +12,20 @@ from pathlib import Path
 import pytest
 
 from benchmarks.paper import experiments
+from benchmarks.paper.cells import Cells
 from benchmarks.paper.claims import CLAIMS, best, ceiling, gain, interval
 from benchmarks.paper.contenders import (
     ALL,
     AS_THE_PAPER_RAN_THEM,
     GIVEN_OUR_ENGINE,
+    IN_MEMORY,
     KVSWAP_PUBLISHED,
     KVSWAP_TIGHT,
+    ON_DISK,
     OURS,
     Contender,
 )
+from benchmarks.paper.report import write_report
 from benchmarks.paper.steps import Cell, equal_memory, is_within
 from kvswap.bench.synthetic import SHAPES
 from kvswap.core.geometry import KVGeometry
@@ -43,7 +47,7 @@ def config_of(contender: Contender, memory: int, tokens: int | None = None):
     )
 
 
-@pytest.mark.parametrize("contender", [*ALL, *OURS], ids=lambda each: each.name)
+@pytest.mark.parametrize("contender", [*ON_DISK, *OURS], ids=lambda each: each.name)
 def test_every_contender_is_a_cache_within_the_memory_of_all(contender):
     memory = equal_memory(SHAPE, CELL)
     full = CELL.batch * CELL.context * SHAPE.token_bytes
@@ -105,24 +109,72 @@ def test_an_interval_holds_the_median_and_is_that_of_the_same_seed():
     assert interval(samples) == (low, high)
 
 
+def kept(name: str, **fields) -> dict:
+    """Return a finding as runs before had them."""
+    side = {"memory": {"total": 2**20}, "bytes_read_per_token": 0.0, "hit_rate": 0.5}
+    what = {"tokens": 512, "rank_share": 0.125, "recall": 0.9, "is_reached": True}
+    own = {"contender": "kvswap, groups of 4, raw", **what}
+    timed = {"reports": {"it": side, "kvswap": side}, "ours": own, **what}
+    timed |= finding([2.0], [1.0], [0.5])
+    return {"cell": CELL.to_dict(), "contender": name, **(fields or timed)}
+
+
+def test_memory_of_all_keys_and_values_is_that_of_the_shape():
+    assert CELL.full_bytes == CELL.batch * CELL.context * SHAPE.token_bytes
+    assert CELL.full_bytes < CELL.in_memory_bytes < 2 * CELL.full_bytes
+
+
+def test_a_report_of_findings_of_before_stands_and_says_what_has_no_room(tmp_path):
+    found = [
+        kept("ShadowKV"),
+        kept("Loki", commit="x"),
+        kept(IN_MEMORY.name, needs_bytes=7 << 30, free_bytes=5 << 30),
+    ]
+    path = tmp_path / "cells.jsonl"
+    path.write_text("\n".join(json.dumps(each) for each in found))
+    cells = Cells(None, None, path, samples=1, seed=0)
+    write_report(tmp_path / "report.html", {"claims": [CELL]}, cells)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "does not fit: needs 7,168 MiB, 5,120 free" in page
+    assert "does not fit the memory of all" in page
+    assert f"1/{CELL.full_bytes / 2**20:.1f}" in page
+    assert set(cells.of(CELL)) == {"ShadowKV"}
+    assert set(cells.known(CELL)) == {"ShadowKV", "Loki", IN_MEMORY.name}
+
+
+def test_everything_in_memory_stands_beside_the_methods_but_not_in_the_claims():
+    assert IN_MEMORY in ALL
+    assert IN_MEMORY not in ON_DISK
+    for part in ("claims", "table4", "figure10", "figure11"):
+        assert experiments.takes(CELL, IN_MEMORY, part=part)
+    assert all(IN_MEMORY.name not in claim.baselines for claim in CLAIMS)
+
+
 @pytest.mark.smoke
 def test_a_run_keeps_findings_goes_on_and_writes_a_report(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.paper", "--quick", "--only", "ablation"]
+    command = [sys.executable, "-m", "benchmarks.paper", "--quick"]
     command += ["--kv-dir", str(tmp_path), "--work", str(tmp_path / "work"), "--questions", "1"]
-    command += ["--contenders", "KVSwap as published, no reuse"]
-    command += ["--samples", "2"]
+    command += ["--contenders", "KVSwap as published, no reuse", IN_MEMORY.name]
+    command += ["--samples", "2", "--only", "ablation"]
     path = os.pathsep.join([str(ROOT / "src"), *sys.path])
-    kept, texts = tmp_path / "work" / "cells.jsonl", []
-    for _ in range(2):  # the second time nothing is left to be timed
+    path_of_cells, texts = tmp_path / "work" / "cells.jsonl", []
+    for more in ([], ["figure11"]):  # of the same cell: what has been timed is not timed again
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=250,
+            [*command, *more], cwd=ROOT, capture_output=True, text=True, check=False, timeout=250,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
-        texts.append(kept.read_text(encoding="utf-8"))
-    assert texts[0] == texts[1]
-    found = [json.loads(line) for line in texts[0].splitlines()]
-    assert [each["contender"] for each in found] == ["KVSwap as published, no reuse"]
+        texts.append(path_of_cells.read_text(encoding="utf-8"))
+    assert texts[1].startswith(texts[0])
+    found = [json.loads(line) for line in texts[1].splitlines()]
+    assert [each["contender"] for each in found] == [
+        "KVSwap as published, no reuse",
+        IN_MEMORY.name,
+    ]
+    resident = found[1]
+    assert resident["recall"] == 1.0
+    assert resident["reports"]["it"]["memory"]["total"] == Cell(**resident["cell"]).full_bytes
+    assert resident["ours"] == found[0]["ours"]
     reports = found[0]["reports"]
     assert reports["kvswap"]["hit_rate"] > reports["it"]["hit_rate"] == 0
     page = (tmp_path / "work" / "report.html").read_text(encoding="utf-8")

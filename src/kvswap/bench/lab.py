@@ -162,7 +162,7 @@ def _check_room(folders: Sequence[Path], size_bytes: int) -> None:
         state = os.statvfs(folder)
         room = state.f_bavail * state.f_frsize
         if file_system(folder)[0] in IN_MEMORY:
-            room = min(room, _free_memory_bytes() // 2)
+            room = min(room, free_memory_bytes() // 2)
         needed = size_bytes * folders.count(folder)
         if needed > room:
             raise ConfigError(
@@ -170,6 +170,7 @@ def _check_room(folders: Sequence[Path], size_bytes: int) -> None:
             )
 
 
-def _free_memory_bytes() -> int:
+def free_memory_bytes() -> int:
+    """Return the memory that may still be taken, page cache included, as the kernel has it."""
     lines = _MEMORY.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024

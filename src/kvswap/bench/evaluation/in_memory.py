@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class RoomLayer(DynamicLayer):  # type: ignore[misc]
 
     Parameters
     ----------
-    keys, values : Tensor [1, num_kv_heads, num_tokens, head_dim]
+    keys, values : Tensor [batch, num_kv_heads, num_tokens, head_dim]
         What it begins with.
     room_tokens : int
         Tokens that may follow; with more it grows as its base does.
@@ -32,7 +33,7 @@ class RoomLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take new tokens [1, num_kv_heads, n, head_dim]; return all."""
+        """Take new tokens [batch, num_kv_heads, n, head_dim]; return all."""
         held = self.keys.shape[2]
         end = held + key_states.shape[2]
         if end > self._rooms[0].shape[2]:
@@ -60,12 +61,39 @@ def stock_cache(
     room_tokens : int
         Tokens that are to follow.
     """
+    context = zip(range(prefill.num_layers), prefill.keys, prefill.values, strict=True)
+    return roomy_cache(model, context, room_tokens=room_tokens)
+
+
+def roomy_cache(
+    model: PreTrainedModel,
+    context: Iterable[tuple[int, Tensor, Tensor]],
+    *,
+    rows: int = 1,
+    room_tokens: int = 0,
+) -> DynamicCache:
+    """Return transformers' own cache with a context in it, the same in each row of a batch.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        All its layers of full attention.
+    context : iterable of (layer_idx, keys, values)
+        For every layer in turn, tensors [num_kv_heads, num_tokens, head_dim]; copied to the
+        model's device.
+    rows, room_tokens : int
+        Sequences, and tokens that are to follow.
+    """
     cache = DynamicCache(config=model.config)
     cache.layers = [
-        RoomLayer(keys[None].to(model.device), values[None].to(model.device), room_tokens)
-        for keys, values in zip(prefill.keys, prefill.values, strict=True)
+        RoomLayer(_of_all(keys, rows, model), _of_all(values, rows, model), room_tokens)
+        for _, keys, values in context
     ]
     return cache
+
+
+def _of_all(tensor: Tensor, rows: int, model: PreTrainedModel) -> Tensor:
+    return tensor.to(model.device)[None].expand(rows, -1, -1, -1)
 
 
 def _with_room(tensor: Tensor, room_tokens: int) -> Tensor:
