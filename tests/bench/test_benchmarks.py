@@ -312,6 +312,7 @@ def test_methods_are_compared_from_the_same_prefills(tmp_path):
         "points_below_full_1_2",
         "codec4_points_below_raw",
         "default_minus_lowrank_points",
+        "kv_memory_share_quality",
         "methods_in_table",
     ]
     for record in records:
@@ -319,6 +320,18 @@ def test_methods_are_compared_from_the_same_prefills(tmp_path):
     assert records[-1]["value"] >= 10
     assert "| snapkv †" in printed
     before = (work / "llama-2048-float32-3.jsonl").read_bytes()
-    again = call("quality/compare.py", tmp_path, *options, "--results", str(work / "again.jsonl"))
-    assert again == printed  # nothing is asked twice
+    # Nothing is asked twice; a reader of the same answers changes no claim.
+    other = [json.dumps(record).replace('"llama"', '"other"') + "\n" for record in records]
+    (work / "again.jsonl").write_text("".join(other))
+    options += ["--results", str(work / "again.jsonl"), "--earlier", "other"]
+    assert call("quality/compare.py", tmp_path, *options) == printed
+    both = [json.loads(line) for line in (work / "again.jsonl").read_text().splitlines()]
+    for before_it, record in zip(records[:4], both[5:], strict=False):
+        assert record["config"]["reader"] == ["llama", "other"]
+        assert len(record["extra"].get("cells", [1, 2])) == 2
+        source = record["extra"]["earlier"][0]
+        expected = "points_below_full_1_2" if record is both[8] else before_it["metric"]
+        assert (source["metric"], source["commit"], source["date"]) == (
+            expected, before_it["commit"], records[0]["date"],
+        )  # fmt: skip
     assert (work / "llama-2048-float32-3.jsonl").read_bytes() == before
