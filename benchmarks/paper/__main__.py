@@ -109,7 +109,9 @@ def run(args: argparse.Namespace, directory: Path, fast: Path) -> Cells:
         for number, cell in enumerate(wanted, start=1):
             progress(f"{name}, {number} of {len(wanted)}")
             cells.run(
-                cell, [each for each in contenders if experiments.takes(cell, each, part=name)]
+                cell,
+                [each for each in contenders if experiments.takes(cell, each, part=name)],
+                with_answers=name in experiments.WITH_ANSWERS,
             )
     return cells
 

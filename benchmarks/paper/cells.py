@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -112,8 +112,10 @@ class Cells:
         mine = [each for each in self.found if each["cell"] == cell.to_dict()]
         return {each["contender"]: each for each in mine}
 
-    def run(self, cell: Cell, contenders: Iterable[Contender]) -> None:
-        """Time what has not been timed of a cell."""
+    def run(
+        self, cell: Cell, contenders: Iterable[Contender], *, with_answers: bool = False
+    ) -> None:
+        """Time what has not been timed of a cell; let the reader answer as each if asked to."""
         left = [each for each in contenders if each.name not in self.known(cell)]
         if not left:
             return
@@ -127,7 +129,11 @@ class Cells:
                 named = {"cell": cell.to_dict(), "contender": contender.name}
                 named["commit"] = measured_at()
                 timed = self._on_disk if contender.on_disk else self._in_memory
-                self._keep(named | timed(contender, beside, reader, wanted))
+                found = timed(contender, beside, reader, wanted)
+                if with_answers and "seconds" in found:
+                    for each, facts in ((contender, found), (ours.entry.contender, found["ours"])):
+                        facts["answers"] = self._answers(reader, each, facts, cell)
+                self._keep(named | found)
                 beside.cut_back()
 
     def _on_disk(
@@ -180,6 +186,8 @@ class Cells:
         for contender in self._ours:
             if known and contender.name not in known:  # it was not the fastest
                 continue
+            if not bench.fits(contender, cell.device, contender.tokens):
+                continue
             each = ranked(reader, bench, contender, cell.device, wanted=max(floors))
             if not each.is_reached:
                 continue
@@ -188,6 +196,17 @@ class Cells:
             progress(f"  {contender.name}: {median(seconds) * 1e3:.1f} ms a step")
             tried.append((median(seconds), each))
         return min(tried, key=lambda pair: pair[0])[1]
+
+    def _answers(
+        self, reader: Reader, contender: Contender, facts: dict[str, Any], cell: Cell
+    ) -> dict[str, float]:
+        """Ask the reader with what a contender was timed with."""
+        return reader.answers(
+            replace(contender, rank_share=facts["rank_share"]),
+            contender.group_size(cell.device),
+            facts["tokens"],
+            directory=self._directories(cell.device),
+        )
 
     def _keep(self, named: dict[str, Any]) -> None:
         self.found.append(named)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 from kvswap.core.config import CacheConfig, StorageConfig
@@ -270,27 +271,47 @@ GIVEN_OUR_ENGINE = (
 )
 
 
-def ours(unit: int, codec: str) -> Contender:
-    """Return kvswap with its own index and rules, in groups and records of a kind."""
+def ours(unit: int, codec: str, *, rank_share: float = 1 / 8, tokens: int = 256) -> Contender:
+    """Return kvswap with its own index and rules, in groups and records of a kind.
+
+    Parameters
+    ----------
+    unit : int
+        Tokens of a group.
+    codec : str
+        Of records.
+    rank_share : float
+        Rank over the key's length.
+    tokens : int
+        The fewest that are tried.
+    """
     return Contender(
-        name=f"kvswap, groups of {unit}, {codec}",
+        name=f"kvswap, groups of {unit}, {codec}, rank {Fraction(rank_share)}",
         source="this project",
         index="lowrank",
-        rank_share=1 / 8,
+        rank_share=rank_share,
         code="rot4",
         unit=unit,
-        tokens=512,
+        tokens=tokens,
         slots_of_budget=True,
         settings={"record_codec": codec},
     )
 
 
-OURS = tuple(ours(unit, codec) for codec in ("raw", "int8") for unit in (4, 8, 16))
-"""What kvswap is tuned among; the first is what the planner's rules give."""
+BY_RULES = ours(4, "raw", tokens=512)
+"""What the planner's rules select; no setting of kvswap may cover less."""
+
+OURS = (
+    BY_RULES,
+    *(ours(unit, "int8", rank_share=share) for unit in (8, 16) for share in (1 / 8, 3 / 16, 1 / 4)),
+)
+"""What kvswap is tuned among."""
 
 WITHOUT_REUSE = (
     replace(KVSWAP_PUBLISHED, name="KVSwap as published, no reuse", reuse=False),
-    replace(ours(8, "int8"), name="kvswap, no reuse", reuse=False, slots_of_budget=False),
+    replace(
+        ours(8, "int8", tokens=512), name="kvswap, no reuse", reuse=False, slots_of_budget=False
+    ),
 )
 """For the ablation of the reuse buffer."""
 

@@ -9,6 +9,9 @@ from .steps import Cell
 
 NAMES = ("claims", "table4", "figure10", "figure11", "ablation")
 
+WITH_ANSWERS = ("figure11",)
+"""Parts in which the reader's questions are answered as each contender would."""
+
 CLAIMED_DEVICES = ("sdcard", "emmc", "nvme", "ufs31")
 SHAPE = "qwen3-0.6b"
 OTHER_SHAPES = ("llama-3.2-3b", "llama-3.1-8b", "qwen3-14b")

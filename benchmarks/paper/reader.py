@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -32,6 +32,7 @@ from kvswap.hf.geometry import read_shape
 from kvswap.predict import INDEXES
 from kvswap.tune.estimator import Estimator
 
+from .answers import QUESTIONS, Answers
 from .contenders import Contender
 
 TASKS = ("vt", "extraction", "niah_multikey_3")
@@ -96,6 +97,14 @@ class Reader:
             seen = self._follow(contender, group_size, tokens, trace)
             kept.write_text(json.dumps(asdict(seen)), encoding="utf-8")
         return Seen(**json.loads(kept.read_text(encoding="utf-8"))), trace
+
+    def answers(
+        self, contender: Contender, group_size: int, tokens: int, *, directory: Path
+    ) -> dict[str, float]:
+        """Return the share of points of a contender's answers, by task; see `Answers`."""
+        plan = replace(self._plan(), samples=QUESTIONS, questions=QUESTIONS)
+        answers = Answers(asking=self._asking, plan=plan, work=self._work, directory=directory)
+        return answers.of(contender, group_size, tokens)
 
     def _follow(self, contender: Contender, group_size: int, tokens: int, path: Path) -> Seen:
         covered: list[float] = []

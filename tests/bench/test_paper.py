@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.paper import experiments
+from benchmarks.paper.answers import Answers
 from benchmarks.paper.cells import Cells
 from benchmarks.paper.claims import CLAIMS, best, ceiling, gain, interval
 from benchmarks.paper.contenders import (
@@ -27,7 +29,10 @@ from benchmarks.paper.contenders import (
 )
 from benchmarks.paper.report import write_report
 from benchmarks.paper.steps import Cell, equal_memory, is_within
+from kvswap.bench.evaluation import Asking, Plan
+from kvswap.bench.reader import load_reader
 from kvswap.bench.synthetic import SHAPES
+from kvswap.bench.tasks import Words
 from kvswap.core.geometry import KVGeometry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,6 +153,24 @@ def test_everything_in_memory_stands_beside_the_methods_but_not_in_the_claims():
     for part in ("claims", "table4", "figure10", "figure11"):
         assert experiments.takes(CELL, IN_MEMORY, part=part)
     assert all(IN_MEMORY.name not in claim.baselines for claim in CLAIMS)
+
+
+def test_answers_with_all_selected_are_those_of_full_attention_and_are_kept(tmp_path):
+    model, tokenizer = load_reader(torch.float32, directory=ROOT / "benchmarks/readers/llama")
+    plan = Plan(
+        tasks=("vt",), language=Words(), language_name="words", context_tokens=512, samples=2,
+        questions=2,
+    )  # fmt: skip
+    answers = Answers(
+        asking=Asking(model, tokenizer), plan=plan, work=tmp_path / "work", directory=tmp_path
+    )
+    every = answers.of(OURS[-1], 16, 512)
+    assert every == answers.of(AS_THE_PAPER_RAN_THEM[0], 64, 512)
+    assert set(every) == {"vt"}
+    kept = (tmp_path / "work" / "answers.jsonl").read_text(encoding="utf-8")
+    assert every == answers.of(OURS[-1], 16, 512)
+    assert kept == (tmp_path / "work" / "answers.jsonl").read_text(encoding="utf-8")
+    assert [each.name for each in tmp_path.iterdir()] == ["work"]
 
 
 @pytest.mark.smoke
