@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from grid import FULL, TOY, Recall, Recalls, points, reaching
-from grid_race import LEADERS, Pace, Race, Stage, gains
+from grid_race import LEADERS, WARM_STEPS, Pace, Race, Stage, gains
 from torch import Tensor
 
 import kvswap
@@ -86,6 +86,8 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     add_options(parser, HERE / "results" / "tuned_of_grid.jsonl")
     args = parse(parser)
+    if WARM_STEPS + args.samples * args.steps > ROOM:
+        parser.error(f"samples must have at most {ROOM - WARM_STEPS} steps in all")
     args.axes, args.indexes = FULL, FULL.indexes
     if args.quick:
         args.axes, args.indexes = TOY, ["lowrank:64+rot4"]
@@ -155,6 +157,7 @@ def tuned_plan(
             record_codecs=args.axes.record_codecs,
             minutes=args.tune_minutes,
         ),
+        partial=args.partial.with_name(f"{args.partial.name}.{device}"),
     )
     notes.put(f"{device}, plan", plan.to_dict())
     return plan
