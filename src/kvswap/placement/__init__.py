@@ -1,6 +1,29 @@
 """Where groups lie."""
 
+from kvswap.placement import balanced
 from kvswap.placement.base import Placement
+from kvswap.placement.clusters import Clusters, find_clusters
+from kvswap.placement.coactivation import CoActivation
+from kvswap.placement.drives import Drives
+from kvswap.placement.layouts import Layout, LayoutTask, lay_out, layout_names
+from kvswap.placement.packing import pack
+from kvswap.placement.retrieval import route
+from kvswap.placement.selections import Selections
 from kvswap.placement.sequential import SequentialPlacement
 
-__all__ = ["Placement", "SequentialPlacement"]
+__all__ = [
+    "Clusters",
+    "CoActivation",
+    "Drives",
+    "Layout",
+    "LayoutTask",
+    "Placement",
+    "Selections",
+    "SequentialPlacement",
+    "balanced",
+    "find_clusters",
+    "lay_out",
+    "layout_names",
+    "pack",
+    "route",
+]
