@@ -1,0 +1,176 @@
+"""What a layer's own steps say: the radius of clusters, and the layout that reads the least.
+
+Swarm's paper gives no value of tau and no rule. Here both are chosen by what they cost: counts are
+taken from the earlier steps, and the later ones, held out, are read from what came of them. The
+radius whose clusters, striped over the drives as the paper does, take the least time is kept, and
+of equals the smallest, which has the fewest copies; a radius with more shared members than allowed
+is left out. Nothing is kept that token order beats: where the later steps have little to do with
+the earlier ones, that is what one gets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvswap.core.errors import ConfigError
+from kvswap.placement.clusters import Clusters, find_clusters
+from kvswap.placement.coactivation import MOST_BYTES, CoActivation, Normalisation
+from kvswap.placement.drives import Drives
+from kvswap.placement.layouts import Layout, LayoutTask, lay_out
+from kvswap.placement.packing import pack
+from kvswap.placement.replay import replay
+from kvswap.placement.selections import Selections
+
+TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Radii that are tried."""
+
+MOST_NEIGHBOURS = 128
+"""Of one group, looked at for its cluster."""
+
+TOKEN_ORDER = "sequential"
+_TRIED = (TOKEN_ORDER, "packed", "balanced")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """Steps of one layer to learn from.
+
+    Attributes
+    ----------
+    num_groups : int
+    selections : Selections
+        What was activated.
+    reads : Selections
+        What of it is read from drives, step by step.
+    most_bytes : int
+        Of counts (`CoActivation`).
+    normalisation : str
+    """
+
+    num_groups: int
+    selections: Selections
+    reads: Selections
+    most_bytes: int = MOST_BYTES
+    normalisation: Normalisation = "jaccard"
+
+    def __post_init__(self) -> None:
+        if len(self.reads) != len(self.selections):
+            raise ConfigError(
+                f"reads must have {len(self.selections)} steps, as selections, got"
+                f" {len(self.reads)}"
+            )
+
+    def part(self, first: int, last: int) -> Recording:
+        """Return the steps from ``first`` up to, not with, ``last``."""
+        return Recording(
+            num_groups=self.num_groups,
+            selections=self.selections.part(first, last),
+            reads=self.reads.part(first, last),
+            most_bytes=self.most_bytes,
+            normalisation=self.normalisation,
+        )
+
+    def held_out(self) -> tuple[Recording, Recording]:
+        """Return the first three quarters and the last quarter of the steps."""
+        cut = len(self.selections) * 3 // 4
+        return self.part(0, cut), self.part(cut, len(self.selections))
+
+    def count(self) -> CoActivation:
+        """Count co-activation."""
+        counts = CoActivation(self.num_groups, most_bytes=self.most_bytes)
+        counts.add_all(self.selections)
+        return counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """What was chosen.
+
+    Attributes
+    ----------
+    value : float or str or None
+        The radius, None for groups alone; or the layout's name.
+    seconds : dict
+        What the held-out steps took, by what was tried.
+    """
+
+    value: float | str | None
+    seconds: dict[float | str | None, float]
+
+
+def fit_tau(recording: Recording, drives: Drives, *, most_shared: float = 0.5) -> Fit:
+    """Choose the radius of clusters.
+
+    Parameters
+    ----------
+    recording : Recording
+    drives : Drives
+    most_shared : float
+        Memberships beyond one a group, as a share of the groups that were ever selected.
+    """
+    training, held = recording.held_out()
+    counts = training.count()
+    neighbours = counts.neighbours(recording.normalisation, most=MOST_NEIGHBOURS)
+    room = most_shared * np.count_nonzero(counts.alone)
+    alone = Clusters.alone(recording.num_groups)
+    seconds: dict[float | str | None, float] = {None: _seconds("sequential", alone, held, drives)}
+    for tau in TAUS:
+        clusters = find_clusters(neighbours, tau)
+        if len(clusters.members) - recording.num_groups <= room:
+            seconds[tau] = _seconds("round_robin", clusters, held, drives)
+    return Fit(value=min(seconds, key=seconds.__getitem__), seconds=seconds)
+
+
+def clusters_of(recording: Recording, tau: float | None) -> Clusters:
+    """Return the clusters of all steps, or every group alone where there is no radius."""
+    if tau is None:
+        return Clusters.alone(recording.num_groups)
+    neighbours = recording.count().neighbours(recording.normalisation, most=MOST_NEIGHBOURS)
+    return find_clusters(neighbours, tau)
+
+
+def fit_layout(
+    recording: Recording,
+    drives: Drives,
+    *,
+    tau: float | None = None,
+    replicas: int = 1,
+    most_copies: int | None = None,
+) -> tuple[Layout, Fit]:
+    """Choose between token order, the packed order and its balanced parting, and lay out.
+
+    Parameters
+    ----------
+    recording : Recording
+    drives : Drives
+    tau : float, optional
+        Radius of the clusters that say which groups are shared most.
+    replicas, most_copies : int
+        See `LayoutTask`.
+    """
+
+    def task(known: Recording) -> LayoutTask:
+        return LayoutTask(
+            clusters=clusters_of(known, tau),
+            order=pack(known.count(), known.normalisation),
+            drives=drives,
+            selections=known.reads,
+            replicas=replicas,
+            most_copies=most_copies,
+        )
+
+    training, held = recording.held_out()
+    known, seconds = task(training), dict[float | str | None, float]()
+    for name in _TRIED:
+        times = replay(held.reads, lay_out(name, known), drives)
+        seconds[name] = float(times.step_seconds.sum())
+    best = min(_TRIED, key=seconds.__getitem__)
+    return lay_out(best, task(recording)), Fit(value=best, seconds=seconds)
+
+
+def _seconds(name: str, clusters: Clusters, held: Recording, drives: Drives) -> float:
+    order = np.arange(clusters.num_groups)
+    layout = lay_out(name, LayoutTask(clusters=clusters, order=order, drives=drives))
+    return float(replay(held.reads, layout, drives).step_seconds.sum())
