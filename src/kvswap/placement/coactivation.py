@@ -277,7 +277,12 @@ class CoActivation:
         excess = len(self._keys) - self._most_pairs
         if excess <= 0:
             return
-        hashed = self._keys.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        gone = np.lexsort((hashed, self._counts))[: excess + self._most_pairs // 8]
-        self._keys, self._counts = np.delete(self._keys, gone), np.delete(self._counts, gone)
+        excess += self._most_pairs // 8
+        least = np.partition(self._counts, excess)[excess]
+        kept = self._counts > least
+        equal = np.flatnonzero(self._counts == least)
+        room = len(kept) - excess - int(np.count_nonzero(kept))
+        hashed = self._keys[equal].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        kept[equal[np.argpartition(hashed, -room)[-room:]] if room else equal[:0]] = True
+        self._keys, self._counts = self._keys[kept], self._counts[kept]
         self._is_exact = False
