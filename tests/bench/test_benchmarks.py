@@ -204,6 +204,13 @@ def test_overhead(tmp_path):
     assert record["extra"]["kvswap"]["requests_per_token"] == 0
 
 
+def test_placement(tmp_path):
+    (record,) = run("system/placement.py", tmp_path, "--quick")
+    assert record["metric"] == "placement_model_gain_hidden_95_later"
+    assert record["value"] > 1
+    assert_whole(record)
+
+
 def test_reuse(tmp_path):
     (record,) = run("system/reuse.py", tmp_path, "--quick")
     assert_whole(record)

@@ -1,0 +1,207 @@
+"""What layouts over drives take to read recorded selections, by a model of the drives.
+
+Nothing is read: each step takes what its slowest drive takes for its requests, records joined as
+the store joins them. Clusters, order and parting are made from some steps of a document and other
+steps are read: its later half ("later"), which asks for other text, or the same steps once more
+("again"), as where a saved context is put to the use it had before. Steps of hidden clusters of
+stated correlation are read beside them, later ones only. A step reads what the one before it did
+not select.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kvswap.bench.coactivated import HiddenClusters
+from kvswap.bench.record import Record
+from kvswap.bench.script import add_options, note, publish
+from kvswap.bench.traces import Trace
+from kvswap.core.device_model import PRESETS, DeviceModel
+from kvswap.placement.drives import Drives
+from kvswap.placement.fit import Recording, clusters_of, fit_tau
+from kvswap.placement.layouts import LayoutTask, lay_out, layout_names
+from kvswap.placement.packing import pack
+from kvswap.placement.replay import replay
+from kvswap.placement.selections import Selections
+from kvswap.placement.simulate import IoTimes
+
+HERE = Path(__file__).resolve().parents[1]
+TRACES = HERE / "traces"
+RECORD_BYTES = 16384
+SWARM = PRESETS["swarm"]
+UNEVEN = tuple(
+    DeviceModel(name=f"{rate} MB/s", bytes_per_s=rate * 1e6, iops=rate * 25) for rate in (50, 360)
+)
+FLEETS = {str(num): (SWARM,) * num for num in (1, 2, 4, 8)} | {"uneven": UNEVEN}
+HIDDEN = {
+    "hidden 0.95": HiddenClusters(correlation=0.95, persistence=0.5),
+    "hidden 0.8": HiddenClusters(correlation=0.8, persistence=0.5),
+    "hidden 0.95, half renewed": HiddenClusters(correlation=0.95, persistence=0.5, drift=0.5),
+}
+QUICK = {"hidden 0.95": HiddenClusters(num_groups=512, active_clusters=4, correlation=0.95)}
+
+
+class Case(NamedTuple):
+    """Steps to learn from, and steps to read."""
+
+    kind: str
+    known: Recording
+    test: Selections
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the settings of a run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=400, help="of hidden clusters")
+    add_options(parser, HERE / "results" / "placement.jsonl")
+    args = parser.parse_args()
+    args.fleets = ("1", "4") if args.quick else tuple(FLEETS)
+    if args.quick:
+        args.steps = 40
+    return args
+
+
+def documents(trace: Trace, layer: int) -> Iterator[tuple[Selections, int]]:
+    """Return the selections of each document of a trace, and how many groups there were.
+
+    A document's parts end with its longest, the text that is read on.
+    """
+    sizes = np.bincount(trace.part)
+    last = np.flatnonzero(sizes == sizes.max())
+    ends = [int(np.flatnonzero(trace.part == part)[-1]) + 1 for part in last]
+    for first, end in zip([0, *ends[:-1]], ends, strict=True):
+        rows = [row[row >= 0] for row in trace.groups[first:end, layer]]
+        num_groups = int(trace.num_groups.max())
+        yield Selections.of(rows, num_groups), num_groups
+
+
+def halves(kind: str, selections: Selections, num_groups: int, *, again: bool) -> Iterator[Case]:
+    """Return what is read of one layer's steps."""
+    reads = selections.missing()
+    whole = Recording(num_groups=num_groups, selections=selections, reads=reads)
+    cut, steps = len(selections) // 2, len(selections)
+    yield Case(f"{kind} later", whole.part(0, cut), reads.part(cut, steps))
+    if again:
+        yield Case(f"{kind} again", whole, reads.part(cut, steps))
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Return all that is read."""
+    for path in () if args.quick else sorted(TRACES.glob("*_32k.npz")):
+        trace = Trace.load(path)
+        for layer in range(trace.groups.shape[1]):
+            for selections, num_groups in documents(trace, layer):
+                yield from halves("recorded", selections, num_groups, again=True)
+    for name, hidden in QUICK.items() if args.quick else HIDDEN.items():
+        selections = hidden.generate(args.steps, seed=args.seed)
+        yield from halves(name, selections, hidden.num_groups, again=False)
+
+
+def tasks(known: Recording, drives: Drives, seed: int) -> dict[str, LayoutTask]:
+    """Return what is laid out: with one copy, and with two where there are two drives."""
+    tau = fit_tau(known, drives).value
+    clusters = clusters_of(known, tau if isinstance(tau, float) else None)
+    order = pack(known.count())
+    return {
+        copies: LayoutTask(
+            clusters=clusters,
+            order=order,
+            drives=drives,
+            selections=known.reads,
+            replicas=int(copies),
+            seed=seed,
+        )
+        for copies in ("1", "2")[: len(drives)]
+    }
+
+
+Times = dict[tuple[str, str, str, str], list[IoTimes]]
+
+
+def measure(args: argparse.Namespace) -> Times:
+    """Return what every case took, by kind, fleet, layout and copies."""
+    found: Times = {}
+    for case in cases(args):
+        for fleet in args.fleets:
+            drives = Drives.of(FLEETS[fleet], RECORD_BYTES)
+            for copies, task in tasks(case.known, drives, args.seed).items():
+                for name in layout_names():
+                    times = replay(case.test, lay_out(name, task), drives)
+                    found.setdefault((case.kind, fleet, name, copies), []).append(times)
+    return found
+
+
+def total(times: IoTimes) -> float:
+    """Return the time of all steps."""
+    return float(times.step_seconds.sum())
+
+
+def say_table(args: argparse.Namespace, found: Times) -> None:
+    """Say a row for everything measured: means over layers and documents."""
+    note(args, "kind | drives | layout | copies | gain on striping | on one drive | KB a request |")
+    note(args, "  imbalance p50, p99 (steps of 8 reads a drive and more) | bandwidth used")
+    for (kind, fleet, name, copies), all_times in found.items():
+        striped = found[kind, fleet, "sequential", "1"]
+        alone = found[kind, "1", name, "1"]
+        drives = Drives.of(FLEETS[fleet], RECORD_BYTES)
+        rows = []
+        for times, base, one in zip(all_times, striped, alone, strict=True):
+            is_long = times.used_bytes >= 8 * len(drives) * RECORD_BYTES
+            off = (times.step_seconds / np.maximum(times.seconds.mean(1), 1e-12))[is_long]
+            middle, high = np.percentile(off, [50, 99]) if len(off) else (np.nan, np.nan)
+            rows.append(
+                (
+                    total(base) / total(times),
+                    total(one) / total(times),
+                    times.mean_request_bytes / 1e3,
+                    middle,
+                    high,
+                    times.bandwidth_used(drives),
+                )
+            )
+        figures = " | ".join(f"{x:.2f}" for x in np.nanmean(rows, axis=0))
+        note(args, f"{kind} | {fleet} | {name} | {copies} | {figures}")
+
+
+def records(args: argparse.Namespace, found: Times) -> list[Record]:
+    """Return the gain of the balanced layout on striping in token order, by kind of steps."""
+    made = []
+    for kind in sorted({kind for kind, *_ in found}):
+        fitted = found[kind, "4", "balanced", "2"]
+        striped = found[kind, "4", "sequential", "1"]
+        gains = [total(base) / total(mine) for base, mine in zip(striped, fitted, strict=True)]
+        name = kind.replace(", ", "_").replace(" ", "_").replace("0.", "")
+        made.append(
+            Record(
+                metric=f"placement_model_gain_{name}",
+                unit="times",
+                samples=gains,
+                question="By the model of 4 equal drives, how much sooner is what steps read of"
+                " the balanced layout with two copies there than of groups striped in token order?",
+                config={
+                    "device_model": SWARM.to_dict(),
+                    "record_bytes": RECORD_BYTES,
+                    "reads": "what the step before did not select",
+                    "steps_of_hidden_clusters": args.steps,
+                },
+                seed=args.seed,
+            )
+        )
+    return made
+
+
+def main() -> None:
+    """Read all, say the table, and keep the records."""
+    args = parse_arguments()
+    found = measure(args)
+    say_table(args, found)
+    publish(records(args, found), args)
+
+
+if __name__ == "__main__":
+    main()
