@@ -58,11 +58,13 @@ def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400, help="of hidden clusters")
+    parser.add_argument("--fleets", nargs="+", default=["1", "4"], choices=sorted(FLEETS))
     add_options(parser, HERE / "results" / "placement.jsonl")
     args = parser.parse_args()
-    args.fleets = ("1", "4") if args.quick else tuple(FLEETS)
     if args.quick:
         args.steps = 40
+    for needed in ("4", "1"):  # what others are compared with
+        args.fleets = [needed, *(fleet for fleet in args.fleets if fleet != needed)]
     return args
 
 
@@ -102,22 +104,31 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         yield from halves(name, selections, hidden.num_groups, again=False)
 
 
-def tasks(known: Recording, drives: Drives, seed: int) -> dict[str, LayoutTask]:
-    """Return what is laid out: with one copy, and with two where there are two drives."""
-    tau = fit_tau(known, drives).value
+def drives_of(fleet: str) -> Drives:
+    """Return the drives of that name."""
+    return Drives.of(FLEETS[fleet], RECORD_BYTES)
+
+
+def tasks(known: Recording, args: argparse.Namespace) -> Iterator[tuple[str, str, LayoutTask]]:
+    """Return what is laid out: with one copy, and with two where there are two drives.
+
+    Clusters are those that four drives read soonest.
+    """
+    tau = fit_tau(known, drives_of("4")).value
     clusters = clusters_of(known, tau if isinstance(tau, float) else None)
     order = pack(known.count())
-    return {
-        copies: LayoutTask(
-            clusters=clusters,
-            order=order,
-            drives=drives,
-            selections=known.reads,
-            replicas=int(copies),
-            seed=seed,
-        )
-        for copies in ("1", "2")[: len(drives)]
-    }
+    for fleet in args.fleets:
+        drives = drives_of(fleet)
+        for copies in ("1", "2")[: len(drives)]:
+            task = LayoutTask(
+                clusters=clusters,
+                order=order,
+                drives=drives,
+                selections=known.reads,
+                replicas=int(copies),
+                seed=args.seed,
+            )
+            yield fleet, copies, task
 
 
 Times = dict[tuple[str, str, str, str], list[IoTimes]]
@@ -127,12 +138,10 @@ def measure(args: argparse.Namespace) -> Times:
     """Return what every case took, by kind, fleet, layout and copies."""
     found: Times = {}
     for case in cases(args):
-        for fleet in args.fleets:
-            drives = Drives.of(FLEETS[fleet], RECORD_BYTES)
-            for copies, task in tasks(case.known, drives, args.seed).items():
-                for name in layout_names():
-                    times = replay(case.test, lay_out(name, task), drives)
-                    found.setdefault((case.kind, fleet, name, copies), []).append(times)
+        for fleet, copies, task in tasks(case.known, args):
+            for name in layout_names():
+                times = replay(case.test, lay_out(name, task), task.drives)
+                found.setdefault((case.kind, fleet, name, copies), []).append(times)
     return found
 
 
@@ -148,7 +157,7 @@ def say_table(args: argparse.Namespace, found: Times) -> None:
     for (kind, fleet, name, copies), all_times in found.items():
         striped = found[kind, fleet, "sequential", "1"]
         alone = found[kind, "1", name, "1"]
-        drives = Drives.of(FLEETS[fleet], RECORD_BYTES)
+        drives = drives_of(fleet)
         rows = []
         for times, base, one in zip(all_times, striped, alone, strict=True):
             is_long = times.used_bytes >= 8 * len(drives) * RECORD_BYTES
