@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,6 +77,23 @@ def test_a_layout_is_sound_and_read_from_once(name, task):
         assert len(on) == len(places) == len(wanted)
         copies = (layout.drives[wanted] == on[:, None]) & (layout.places[wanted] == places[:, None])
         assert (copies.sum(1) == 1).all(), "every group is read once, from one of its copies"
+
+
+@every_layout
+@pytest.mark.parametrize("gone", range(3))
+def test_with_two_copies_of_all_any_drive_may_go(name, gone):
+    clusters = Clusters(np.array([4, 1, 0, 1, 2, 3, 5]), np.array([0, 3, 7]), 6)
+    task = LayoutTask(
+        clusters=clusters, order=np.arange(6), drives=drives(100, 100, 50), replicas=2
+    )
+    left = lay_out(name, task).without(gone)
+    on, _ = route(np.arange(6), left, task.drives)
+    assert gone not in on
+    assert (on >= 0).all()
+    alone = lay_out(name, replace(task, replicas=1))
+    lost = alone.drives[:, 0] == gone
+    assert np.array_equal(alone.without(gone).drives[:, 0] < 0, lost)
+    assert np.array_equal(alone.without(gone).places[:, 0] < 0, lost)
 
 
 @every_layout

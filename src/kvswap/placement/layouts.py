@@ -75,7 +75,7 @@ class Layout:
     ----------
     drives : ndarray [num_groups, copies], int16
         -1 where a group has no such copy; the first always is.
-    places : ndarray [num_groups, copies], int64
+    places : ndarray [num_groups, copies], int32
         Records before it on that drive; -1 likewise.
     """
 
@@ -90,6 +90,15 @@ class Layout:
     def records(self, num_drives: int) -> np.ndarray:
         """Return how many records each drive holds."""
         return np.bincount(self.drives[self.drives >= 0], minlength=num_drives)
+
+    def without(self, drive: int) -> Layout:
+        """Return what is left when a drive is gone: groups that lay there alone have no place."""
+        drives = np.where(self.drives == drive, np.int16(-1), self.drives)
+        order = np.argsort(drives < 0, axis=1, kind="stable")
+        places = np.where(drives < 0, np.int32(-1), self.places)
+        return Layout(
+            np.take_along_axis(drives, order, axis=1), np.take_along_axis(places, order, axis=1)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +198,7 @@ def _copy(line: Line, drives: np.ndarray, order: np.ndarray, copy: int, num_driv
 
 def _places(drives: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Return each record's number on its drive, in the given order."""
-    places = np.full(drives.shape, -1, np.int64)
+    places = np.full(drives.shape, -1, np.int32)
     held = np.flatnonzero(drives.ravel() >= 0)
     on = drives.ravel()[held]
     sorted_by = np.lexsort((held, order.ravel()[held], on))

@@ -22,7 +22,8 @@ def replay(selections: Selections, layout: Layout, drives: Drives) -> IoTimes:
     drives : Drives
     """
     if layout.drives.shape[1] == 1:
-        on, places = layout.drives[selections.groups, 0], layout.places[selections.groups, 0]
+        on = layout.drives[selections.groups, 0]
+        places = layout.places[selections.groups, 0].astype(np.int64)
     else:
         routed = [route(wanted, layout, drives) for wanted in selections]
         on = np.concatenate([drive for drive, _ in routed] or [np.zeros(0, np.int16)])

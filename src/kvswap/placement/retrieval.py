@@ -28,7 +28,7 @@ def route(wanted: np.ndarray, layout: Layout, drives: Drives) -> tuple[np.ndarra
     Parameters
     ----------
     wanted : ndarray [n], int64
-        Groups to be read, each once.
+        Groups to be read, each once, each with a place.
     layout : Layout
     drives : Drives
 
@@ -41,7 +41,7 @@ def route(wanted: np.ndarray, layout: Layout, drives: Drives) -> tuple[np.ndarra
     -----
     The arguments alone decide. What is attended to does not depend on it: copies are equal.
     """
-    on, places = layout.drives[wanted], layout.places[wanted]
+    on, places = layout.drives[wanted], layout.places[wanted].astype(np.int64)
     if on.shape[1] == 1 or not (on[:, 1:] >= 0).any():
         return on[:, 0], places[:, 0]
     order = np.lexsort((places[:, 0], on[:, 0]))
