@@ -278,7 +278,7 @@ class CoActivation:
         if excess <= 0:
             return
         excess += self._most_pairs // 8
-        least = np.partition(self._counts, excess)[excess]
+        least = np.sort(self._counts)[excess]  # many are equal, which partition is slow at
         kept = self._counts > least
         equal = np.flatnonzero(self._counts == least)
         room = len(kept) - excess - int(np.count_nonzero(kept))
