@@ -62,10 +62,10 @@ constexpr std::int64_t kBrief = 65536;
 
 View ints(nb::handle object) { return View(object, "lq", 8, 0); }
 
-// A plan, and the memory that it is about.
+// A plan, and the memory that it is about, which parts of the plan share.
 struct PlanHandle {
   std::shared_ptr<Plan> plan = std::make_shared<Plan>();
-  View memory, scratch;
+  std::shared_ptr<const View> memory, scratch;
 };
 
 std::vector<Device> devices_of(nb::tuple files) {
@@ -103,37 +103,45 @@ std::unique_ptr<PlanHandle> plan(nb::handle ids, nb::handle devices, nb::handle 
                                  std::int64_t block_bytes, std::int64_t gap_bytes,
                                  std::int64_t most_bytes, bool is_write) {
   auto made = std::make_unique<PlanHandle>();
-  made->memory = View(memory, "B", 1, 0);
-  made->scratch = View(scratch, "B", 1, 0);
+  made->memory = std::make_shared<View>(memory, "B", 1, 0);
+  made->scratch = std::make_shared<View>(scratch, "B", 1, 0);
   const View id(ints(ids)), offset(ints(offsets)), device(devices, "h", 2, 0);
   if (!id.is_good() || (*id).ndim != 1) return nullptr;
   Request ask;
   ask.count = (*id).shape[0];
   if (!offset.has(1, ask.count) || !device.has(1, ask.count)) return nullptr;
-  if (!can_hold(made->memory, record_bytes, is_write)) return nullptr;
+  if (!can_hold(*made->memory, record_bytes, is_write)) return nullptr;
   View row;
   std::vector<std::uint32_t> expected;
   if (is_write) {
-    if ((*made->memory).shape[0] != ask.count) return nullptr;
+    if ((**made->memory).shape[0] != ask.count) return nullptr;
   } else {
     row = ints(rows);
     if (!row.has(1, ask.count)) return nullptr;
     if (!look_up(View(checksums, "IL", 4, 0), id, expected)) return nullptr;
     ask.rows = row.data<std::int64_t>();
     ask.checksums = expected.data();
-    ask.gap_bytes = made->scratch.is_good() ? std::min(gap_bytes, (*made->scratch).len) : 0;
+    ask.gap_bytes = made->scratch->is_good() ? std::min(gap_bytes, (**made->scratch).len) : 0;
   }
   ask.is_write = is_write;
   ask.ids = id.data<std::int64_t>();
   ask.offsets = offset.data<std::int64_t>();
   ask.devices = device.data<std::int16_t>();
-  ask.memory = made->memory.data<std::uint8_t>();
-  ask.num_rows = (*made->memory).shape[0];
-  ask.scratch = made->scratch.data<std::uint8_t>();
+  ask.memory = made->memory->data<std::uint8_t>();
+  ask.num_rows = (**made->memory).shape[0];
+  ask.scratch = made->scratch->data<std::uint8_t>();
   ask.record_bytes = record_bytes;
   ask.block_bytes = block_bytes;
   ask.most_bytes = most_bytes;
   if (!make_plan(ask, devices_of(files), *made->plan)) return nullptr;
+  return made;
+}
+
+std::unique_ptr<PlanHandle> part(const PlanHandle& handle, int device) {
+  auto made = std::make_unique<PlanHandle>();
+  *made->plan = part_of(*handle.plan, device);
+  made->memory = handle.memory;
+  made->scratch = handle.scratch;
   return made;
 }
 
@@ -314,6 +322,7 @@ void bind_io(nb::module_& module) {
       .def("transfers", &transfers)
       .def("column", &record_column, "name"_a)
       .def("check", &check_transfer, "transfer"_a)
+      .def("part", &part, "device"_a)
       .def("__len__", [](const PlanHandle& self) { return self.plan->transfers.size(); });
   module.def("plan", &plan, "ids"_a, "devices"_a, "offsets"_a, "rows"_a.none(),
              "checksums"_a.none(), "memory"_a, "scratch"_a, "files"_a, "record_bytes"_a,

@@ -91,4 +91,27 @@ bool make_plan(const Request& request, const std::vector<Device>& devices, Plan&
   return true;
 }
 
+Plan part_of(const Plan& plan, int device) {
+  Plan part;
+  part.is_write = plan.is_write;
+  part.memory = plan.memory;
+  part.record_bytes = plan.record_bytes;
+  for (const Transfer& transfer : plan.transfers) {
+    if (transfer.device != device) continue;
+    const auto record = static_cast<std::int32_t>(part.records.size()) - transfer.first_record;
+    const auto piece = static_cast<std::int32_t>(part.pieces.size()) - transfer.first_piece;
+    part.records.insert(part.records.end(), plan.records.begin() + transfer.first_record,
+                        plan.records.begin() + transfer.last_record);
+    part.pieces.insert(part.pieces.end(), plan.pieces.begin() + transfer.first_piece,
+                       plan.pieces.begin() + transfer.last_piece);
+    part.transfers.push_back(transfer);
+    Transfer& mine = part.transfers.back();
+    mine.first_record += record;
+    mine.last_record += record;
+    mine.first_piece += piece;
+    mine.last_piece += piece;
+  }
+  return part;
+}
+
 }  // namespace kvswap

@@ -66,4 +66,7 @@ struct Plan {
 // False where anything does not fit together; whoever asks says what.
 bool make_plan(const Request& request, const std::vector<Device>& devices, Plan& plan);
 
+// What a plan moves on one device alone; refers to the same memory.
+Plan part_of(const Plan& plan, int device);
+
 }  // namespace kvswap

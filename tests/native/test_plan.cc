@@ -120,6 +120,37 @@ TEST(every_record_is_moved_once_to_its_own_row) {
   }
 }
 
+TEST(parts_of_a_plan_are_what_it_moves_on_each_device) {
+  Random random(81);
+  for (int round = 0; round < 100; ++round) {
+    const At at{{"round", round}};
+    Asked asked = some_records(random);
+    Plan plan;
+    CHECK(asked.plan(plan));
+    size_t record = 0, transfer = 0;
+    for (int device = 0; device < static_cast<int>(asked.files.size()); ++device) {
+      const Plan part = part_of(plan, device);
+      std::int32_t next = 0, piece = 0;
+      for (const Transfer& mine : part.transfers) {
+        const Transfer& whole = plan.transfers[transfer++];
+        CHECK(mine.device == device && mine.fd == whole.fd);
+        CHECK(mine.offset == whole.offset && mine.nbytes == whole.nbytes);
+        CHECK(mine.first_record == next && mine.first_piece == piece);
+        expect_filled(asked, part, mine);
+        next = mine.last_record;
+        piece = mine.last_piece;
+      }
+      CHECK(static_cast<size_t>(next) == part.records.size());
+      CHECK(static_cast<size_t>(piece) == part.pieces.size());
+      for (const Record& mine : part.records) {
+        const Record& whole = plan.records[record++];
+        CHECK(mine.id == whole.id && mine.row == whole.row && mine.checksum == whole.checksum);
+      }
+    }
+    CHECK(record == plan.records.size() && transfer == plan.transfers.size());
+  }
+}
+
 TEST(neighbours_in_place_and_in_memory_are_one_piece) {
   Asked asked(4);
   asked.ids = {3, 1, 2, 0};

@@ -119,6 +119,25 @@ def test_every_byte_goes_where_its_record_says(
     assert skipped == sum(joined)
 
 
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_parts_of_a_batch_are_what_it_moves_on_each_device(
+    files: list[DeviceFile], data: st.DataObject
+) -> None:
+    where = data.draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60)), min_size=1))
+    rows = data.draw(st.permutations(range(len(where))))
+    whole = _plan(files, where, rows, gap=data.draw(st.sampled_from([0, 2])) * SIZE)
+    parts = [whole.part(device) for device in range(3)]
+    for device, part in enumerate(parts):
+        assert {transfer[0] for transfer in part.transfers} <= {device}
+        assert len(part.ids) == sum(on == device for on, _ in where)
+    for each in ("ids", "rows", "offsets"):
+        assert [k for part in parts for k in getattr(part, each)] == getattr(whole, each)
+    moved = [(t.fd, t.offset_bytes, t.nbytes, t.record_ids) for t in whole]
+    assert [(t.fd, t.offset_bytes, t.nbytes, t.record_ids) for p in parts for t in p] == moved
+    assert not any(p.plan.check(k) is None for p in parts for k in range(len(p)))
+
+
 def test_neighbours_are_one_transfer_and_one_buffer(files: list[DeviceFile]) -> None:
     batch = _run(files, 10, 30)
     assert [len(transfer.buffers) for transfer in batch] == [1]

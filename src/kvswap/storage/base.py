@@ -77,6 +77,10 @@ class Plan(Protocol):
         """Return the first record of a transfer that is not as it must be, and its checksum."""
         ...
 
+    def part(self, device: int) -> Plan:
+        """Return what is moved on one device alone."""
+        ...
+
 
 class Batch(Sequence[Transfer]):
     """All that one submit moves.
@@ -133,6 +137,17 @@ class Batch(Sequence[Transfer]):
     def offsets(self) -> list[int]:
         """Where each record lies in its file."""
         return self.plan.column("offsets")
+
+    def part(self, device: int) -> Batch:
+        """Return what is moved on one device alone, in the same order."""
+        return Batch(
+            self.plan.part(device),
+            self.fds,
+            self.paths,
+            self.memory,
+            self.scratch,
+            is_write=self.is_write,
+        )
 
     def unpack(self) -> None:
         """Make the columns now: threads that ask for them at once wait for each other."""

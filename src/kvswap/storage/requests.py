@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -160,6 +161,18 @@ class PlainPlan:
             if found != checksums[k]:
                 return k, found
         return None
+
+    def part(self, device: int) -> PlainPlan:
+        """Return what is moved on one device alone: its records follow each other."""
+        mine = [transfer for transfer in self._transfers if transfer[0] == device]
+        begin, end = (mine[0][3], mine[-1][4]) if mine else (0, 0)
+        part = copy(self)
+        part._columns = {name: held[begin:end] for name, held in self._columns.items()}
+        part._transfers = [
+            (device, offset, nbytes, first - begin, last - begin)
+            for _, offset, nbytes, first, last in mine
+        ]
+        return part
 
 
 def _join(
