@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvswap.core.errors import StoreError
-from kvswap.storage import store as store_module
+from kvswap.storage import drives as drives_module
 from kvswap.storage.base import Transfer
 from kvswap.storage.posix import OnDone, PosixBackend
 
@@ -85,7 +85,7 @@ class SteppedBackend:
 
 def use_backend(monkeypatch: pytest.MonkeyPatch, backend: SteppedBackend) -> SteppedBackend:
     """Let every store that is made from here on use a backend."""
-    monkeypatch.setattr(store_module, "make_backend", lambda storage, *, is_direct: backend)
+    monkeypatch.setattr(drives_module, "make_backend", lambda *_, **__: backend)
     return backend
 
 

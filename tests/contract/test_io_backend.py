@@ -565,7 +565,7 @@ def test_a_request_costs_what_the_larger_limit_says(monkeypatch: pytest.MonkeyPa
 
 def backend_of(directory: Path, **settings: Any) -> IOBackend:
     with make_store(directory, **settings) as store:
-        return store._backend
+        return store._drives.backends[0]
 
 
 @needs_uring

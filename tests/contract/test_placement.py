@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,18 +14,26 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvswap.core.errors import StoreFullError
 from kvswap.placement import Placement, SequentialPlacement
 
-PLACEMENTS = {
-    "sequential": lambda layers, groups, nbytes: SequentialPlacement(
-        num_layers=layers, num_groups=groups, record_bytes=nbytes
+
+def sequential(*weights: float) -> Callable[[int, int, int], SequentialPlacement]:
+    return lambda layers, groups, nbytes: SequentialPlacement(
+        num_layers=layers, num_groups=groups, record_bytes=nbytes, weights=weights
     )
+
+
+PLACEMENTS = {
+    "sequential": sequential(1),
+    "sequential on 2 drives": sequential(1, 1),
+    "sequential on 3 unequal drives": sequential(5, 1, 2),
 }
+NONE = np.empty(0, np.int64)
 pytestmark = pytest.mark.parametrize("name", sorted(PLACEMENTS))
 
 
 class Holders(RuleBasedStateMachine):
     """Holds and releases groups at random, against a plain count of holders."""
 
-    make = staticmethod(PLACEMENTS["sequential"])
+    make: Callable[[int, int, int], Placement]
 
     @initialize(
         layers=st.integers(1, 4), groups=st.integers(1, 90), blocks=st.sampled_from([1, 16, 64])
@@ -33,7 +42,7 @@ class Holders(RuleBasedStateMachine):
         self.layers, self.groups, self.record_bytes = layers, groups, blocks * 4096
         self.placement: Placement = self.make(layers, groups, self.record_bytes)
         self.holders: Counter[int] = Counter()
-        self.places: dict[tuple[int, int], int] = {}
+        self.places: dict[tuple[int, int], tuple[int, int]] = {}
 
     @property
     def held(self) -> list[int]:
@@ -69,18 +78,17 @@ class Holders(RuleBasedStateMachine):
     @invariant()
     def records_do_not_overlap_and_stay_where_they_are(self) -> None:
         held = np.array(self.held, np.int64)
-        ends = [0]
+        reach = self.placement.end_bytes(held)
         for layer in range(self.layers):
             extents = self.placement.locate(layer, held)
-            for group, device, offset in zip(held, extents.devices, extents.offsets, strict=True):
-                assert device == 0
-                assert offset >= 0
-                assert self.places.setdefault((layer, int(group)), int(offset)) == offset
-                ends.append(int(offset) + self.record_bytes)
-        offsets = sorted(self.places.values())
-        gaps = np.diff(offsets)
-        assert (gaps >= self.record_bytes).all()
-        assert self.placement.end_bytes(held) >= max(ends)
+            assert (extents.devices.dtype, extents.offsets.dtype) == (np.int16, np.int64)
+            devices, offsets = extents.devices.tolist(), extents.offsets.tolist()
+            for group, device, offset in zip(self.held, devices, offsets, strict=True):
+                assert 0 <= offset <= reach[device] - self.record_bytes
+                assert self.places.setdefault((layer, group), (device, offset)) == (device, offset)
+        for device in range(len(reach)):
+            offsets = sorted(offset for on, offset in self.places.values() if on == device)
+            assert (np.diff(offsets) >= self.record_bytes).all()
 
     @invariant()
     def record_ids_are_unique(self) -> None:
@@ -107,8 +115,9 @@ def test_what_follows_a_group_lies_next_to_it(name):
     assert first.tolist() + more.tolist() == list(range(8))
     assert other.tolist() == [32, 33, 34, 35]
     for layer in range(3):
-        offsets = placement.locate(layer, np.concatenate((first, more))).offsets
-        assert np.diff(offsets).tolist() == [4096] * 7
+        extents = placement.locate(layer, np.concatenate((first, more)))
+        assert len(set(extents.devices.tolist())) == 1
+        assert np.diff(extents.offsets).tolist() == [4096] * 7
 
 
 def test_ids_are_found_wherever_they_are_free(name):
@@ -126,18 +135,35 @@ def test_a_saved_state_finds_the_records_again(name):
     for layer in range(3):
         before, after = placement.locate(layer, ids), again.locate(layer, ids)
         assert before.offsets.tolist() == after.offsets.tolist()
+        assert before.devices.tolist() == after.devices.tolist()
     new = [each.allocate(90, after=2000) for each in (placement, again)]
     assert new[0].tolist() == new[1].tolist()
     assert set(new[1].tolist()).isdisjoint(ids.tolist())
-    end = int(again.locate(2, ids).offsets.max())
-    assert int(again.locate(0, new[1]).offsets.min()) > 0
-    assert again.end_bytes(new[1]) > end
+    assert again.end_bytes(np.concatenate((ids, new[1]))) == placement.end_bytes_with(new[0])
+    both = np.concatenate((ids, new[1]))
+    places = again.locate(0, both)
+    found = set(zip(places.devices.tolist(), places.offsets.tolist(), strict=True))
+    assert len(found) == len(both)
 
 
 def test_bytes_are_those_of_the_tables_and_within_the_plan(name):
     for groups in (1, 9, 1000):
-        placement = PLACEMENTS[name](4, groups, 4096)
-        assert placement.nbytes <= type(placement).plan_bytes(groups)
+        for record_bytes in (512, 4096, 2**17):
+            placement = PLACEMENTS[name](4, groups, record_bytes)
+            assert placement.nbytes <= type(placement).plan_bytes(
+                groups, record_bytes=record_bytes, num_drives=len(placement.end_bytes(NONE))
+            )
+
+
+def test_allocation_reaches_as_far_as_was_foretold(name):
+    placement = PLACEMENTS[name](2, 900, 4096)
+    for count, after in ((5, -1), (100, 400), (300, 80)):
+        free = np.flatnonzero(placement._holders == 0)
+        coming = free[free > after][:count]
+        told = placement.end_bytes_with(coming)
+        assert placement.allocate(count, after=after).tolist() == coming.tolist()
+        held = np.flatnonzero(placement._holders)
+        assert placement.end_bytes(held) == told
 
 
 def test_an_allocation_that_finds_no_room_takes_nothing(name):

@@ -27,8 +27,10 @@ BAD_STORAGE = [
     ("directories", Path("/somewhere"), "must be a list of directories"),
     ("directories", None, "must be a list of directories, got None"),
     ("directories", [3], "must be a list of directories, got [3]"),
-    ("directories", [], "must name exactly one directory, got 0"),
-    ("directories", ["/a", "/b"], "must name exactly one directory, got 2"),
+    ("directories", [], "must name 1 to 16 directories, got 0"),
+    ("directories", ["/a"] * 17, "must name 1 to 16 directories, got 17"),
+    ("device_model", ["emmc", "nvme"], "must be one, or one for each of 1 directories, got 2"),
+    ("device_model", ["floppy"], "must be a DeviceModel or one of"),
     ("keep", "yes", "must be one of True, False, got 'yes'"),
     ("disk_limit", "12 apples", "must be a positive size such as 256MiB, got '12 apples'"),
     ("disk_limit", 0, "must be a positive size such as 256MiB, got 0"),
@@ -139,6 +141,25 @@ def test_a_config_survives_json(fields, keep, limit):
     again = CacheConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again == config
     assert again.kv_memory_bytes == config.kv_memory_bytes
+
+
+def test_each_drive_may_have_a_model_of_its_own():
+    two = {"directories": ["/a", "/b"]}
+    of_one, of_each = storage(**two, device_model="emmc"), ["emmc", None]
+    assert [model.name for model in of_one.device_models] == ["emmc", "emmc"]
+    config = cache(storage=storage(**two, device_model=of_each))
+    assert config.storage.device_models[0].name == "emmc"
+    assert config.storage.device_models[1] is None
+    assert CacheConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_gaps_are_read_through_where_it_pays_on_every_drive():
+    gaps = {
+        models: storage(directories=["/a", "/b"], device_model=models).gap_bytes(4096)
+        for models in (("emmc", "emmc"), ("emmc", "sdcard"), ("emmc", None), (None, None))
+    }
+    assert gaps["emmc", "emmc"] > gaps["emmc", "sdcard"] > gaps["emmc", None]
+    assert gaps["emmc", None] == gaps[None, None] == 8192
 
 
 def test_a_projection_of_all_heads_and_head_groups_are_refused_together():

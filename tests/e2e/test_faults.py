@@ -264,7 +264,7 @@ def test_a_failed_completion_is_told_with_layer_and_groups(limits, at, tmp_path,
         cache.crop(-1)
         cache.session.reuse.clear()
         cache.session.records.drain()
-        cache.session.store._backend.inject(at, -errno.EIO)
+        cache.session.store._drives.backends[0].inject(at, -errno.EIO)
         with pytest.raises(DeviceIOError, match=r"\(layer \d, groups \d+") as error:
             step(model, cache, new)
         assert error.value.errno == errno.EIO

@@ -262,17 +262,37 @@ def test_what_is_no_manifest_is_refused(kept: Path, data: bytes) -> None:
         BlockStore.open(kept)
 
 
-@pytest.mark.parametrize("version", [0, 2, 4, "1", 1.0, True, None])
+@pytest.mark.parametrize("version", [0, 2, 5, "1", 1.0, True, None])
 def test_an_unknown_version_is_refused(kept: Path, version: Any) -> None:
     rewrite(kept, lambda members: members.update(version=version))
-    with pytest.raises(CorruptStoreError, match="manifest, version: expected 1 or 3"):
+    with pytest.raises(CorruptStoreError, match="manifest, version: expected 1, 3 or 4"):
+        BlockStore.open(kept)
+
+
+@pytest.mark.parametrize(
+    ("version", "count", "law"), [(4, 1, "several devices"), (1, 2, "one device")]
+)
+def test_a_version_says_whether_there_are_several_drives(
+    kept: Path, version: int, count: int, law: str
+) -> None:
+    """An older reader would look for all groups on the first."""
+
+    def change(members: dict[str, Any]) -> None:
+        entry = members["devices"][0] | {"directory": "/mnt/a"}
+        members["devices"] = [
+            entry | {"index": device, "file": f"device-{device}.kv"} for device in range(count)
+        ]
+        members["version"] = version
+
+    rewrite(kept, change)
+    with pytest.raises(CorruptStoreError, match=f"field devices: expected {law}"):
         BlockStore.open(kept)
 
 
 def test_a_later_version_is_named_even_where_its_checksum_is_elsewhere(kept: Path) -> None:
     path = file_of(kept, "manifest.json")
-    path.write_bytes(json.dumps({"format": "kvswap-store", "version": 4}).encode())
-    with pytest.raises(CorruptStoreError, match="manifest, version: expected 1 or 3, found 4"):
+    path.write_bytes(json.dumps({"format": "kvswap-store", "version": 5}).encode())
+    with pytest.raises(CorruptStoreError, match="manifest, version: expected 1, 3 or 4, found 5"):
         BlockStore.open(kept)
 
 

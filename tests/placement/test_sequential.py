@@ -37,14 +37,14 @@ def test_a_stripe_is_a_mebibyte_a_layer_within_bounds(record_bytes, groups):
 
 
 def test_room_is_counted_in_whole_stripes(placement):
-    assert placement.end_bytes(np.empty(0, np.int64)) == 0
-    assert placement.planned_bytes == 8 * placement.stripe_bytes
+    assert placement.end_bytes(np.empty(0, np.int64)) == [0]
+    assert placement.planned_ends == [8 * placement.stripe_bytes]
     ids = placement.allocate(9, after=-1)
-    assert placement.end_bytes(ids) == 2 * placement.stripe_bytes
-    assert placement.end_bytes_with(ids) == 2 * placement.stripe_bytes
-    assert placement.end_bytes_with(np.arange(9, 18)) == 3 * placement.stripe_bytes
-    assert placement.end_bytes_with(np.array([63, 62])) == 3 * placement.stripe_bytes
-    assert placement.end_bytes(ids) == 2 * placement.stripe_bytes
+    assert placement.end_bytes(ids) == [2 * placement.stripe_bytes]
+    assert placement.end_bytes_with(ids) == [2 * placement.stripe_bytes]
+    assert placement.end_bytes_with(np.arange(9, 18)) == [3 * placement.stripe_bytes]
+    assert placement.end_bytes_with(np.array([63, 62])) == [3 * placement.stripe_bytes]
+    assert placement.end_bytes(ids) == [2 * placement.stripe_bytes]
 
 
 def test_a_freed_id_comes_back_to_its_old_place(placement):

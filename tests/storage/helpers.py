@@ -30,7 +30,7 @@ def make_layout(record_bytes: int = 4096, block_size_bytes: int = 4096) -> Recor
 
 
 def make_store(
-    directory: Path,
+    directory: Path | list[Path],
     *,
     record_bytes: int = 4096,
     block_size_bytes: int = 4096,
@@ -38,7 +38,8 @@ def make_store(
     **settings: Any,
 ) -> BlockStore:
     settings = {"read_gap_bytes": 0, **settings}  # requests are counted
-    storage = StorageConfig(directories=[directory], block_size_bytes=block_size_bytes, **settings)
+    directories = directory if isinstance(directory, list) else [directory]
+    storage = StorageConfig(directories=directories, block_size_bytes=block_size_bytes, **settings)
     return BlockStore.create(storage, make_layout(record_bytes, block_size_bytes), backend=backend)
 
 

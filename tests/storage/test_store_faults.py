@@ -17,7 +17,7 @@ import pytest
 
 from kvswap.core.errors import ConfigError, CorruptStoreError, DeviceIOError, StoreFullError
 from kvswap.storage import device, pagecache, syscalls
-from kvswap.storage import store as store_module
+from kvswap.storage import drives as drives_module
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.faults import free_bytes
 from kvswap.storage.posix import PosixBackend
@@ -116,7 +116,7 @@ def test_closing_waits_for_what_is_in_flight(
 ) -> None:
     gated = Gated()
     backend = PosixBackend(1, preadv=gated)
-    monkeypatch.setattr(store_module, "make_backend", lambda *_, **__: backend)
+    monkeypatch.setattr(drives_module, "make_backend", lambda *_, **__: backend)
     store = make_store(tmp_path, backend=backend if given_backend else None)
     records = fill(store, 2)
     out = aligned_empty((2, 4096))
@@ -142,7 +142,7 @@ def test_a_store_dropped_without_closing_gives_its_file_back(
     """Even where its last reference is the worker's, which cannot wait for itself."""
     gated = Gated()
     monkeypatch.setattr(
-        store_module, "make_backend", lambda *_, **__: PosixBackend(4, preadv=gated)
+        drives_module, "make_backend", lambda *_, **__: PosixBackend(4, preadv=gated)
     )
     store = make_store(tmp_path, keep=kept)
     fill(store, 4)
@@ -169,11 +169,11 @@ def test_a_store_dropped_without_closing_gives_its_file_back(
 
 def test_reserving_allocates_without_writing(tmp_path: Path) -> None:
     with make_store(tmp_path, keep=True) as store:
-        store.reserve(0, MIB)
+        store.reserve(MIB)
         state = (tmp_path / "kvswap-store" / "device-0.kv").stat()
         assert state.st_size == START + MIB
         assert state.st_blocks * 512 >= MIB
-        store.reserve(0, 10)
+        store.reserve(10)
         assert store._files[0].size_bytes == START + MIB
         assert store.stats.bytes_written == 0
 
@@ -183,17 +183,17 @@ def test_the_limit_on_the_disk_is_kept_and_named(tmp_path: Path) -> None:
         assert store.room_bytes(0) == 8 * 4096
         records = fill(store, 6)
         assert store.room_bytes(0) == 2 * 4096
-        store.check_room(0, 8 * 4096)
+        store.check_room(8 * 4096)
         for grow in (
-            lambda: store.check_room(0, 9 * 4096),
-            lambda: store.reserve(0, 9 * 4096),
+            lambda: store.check_room(9 * 4096),
+            lambda: store.reserve(9 * 4096),
             lambda: fill(store, 9, seed=3),
         ):
             with pytest.raises(StoreFullError, match="disk_limit") as caught:
                 grow()
             assert (caught.value.need_bytes, caught.value.have_bytes) == (3 * 4096, 2 * 4096)
         assert np.array_equal(read_back(store, range(6)), records)
-        store.reserve(0, 8 * 4096)
+        store.reserve(8 * 4096)
         assert store.room_bytes(0) == 0
 
 
@@ -206,14 +206,14 @@ def test_room_is_what_the_file_system_has_free(tmp_path: Path) -> None:
     with make_store(tmp_path) as store:
         assert 0 < store.room_bytes(0) <= 2 * free_bytes(tmp_path)
         with pytest.raises(StoreFullError, match="free space"):
-            store.reserve(0, 2**62)
+            store.reserve(2**62)
 
 
 def test_a_full_file_system_keeps_what_is_stored(tiny_disk: Path) -> None:
     with make_store(tiny_disk) as store:
         records = fill(store, 100)
         with pytest.raises(StoreFullError, match="free space") as caught:
-            store.reserve(0, 2 * MIB)
+            store.reserve(2 * MIB)
         assert caught.value.need_bytes == 2 * MIB - 100 * 4096
         assert 0 < caught.value.have_bytes < caught.value.need_bytes
         assert store.room_bytes(0) == caught.value.have_bytes
@@ -229,7 +229,7 @@ def test_a_file_system_that_fills_up_meanwhile_leaves_the_file_as_it_was(
         free = free_bytes(tiny_disk)
         monkeypatch.setattr(device, "free_bytes", lambda _: 2**40)
         with pytest.raises(StoreFullError):
-            store.reserve(0, 2 * MIB)
+            store.reserve(2 * MIB)
         assert free_bytes(tiny_disk) == free
         assert store._files[0].size_bytes == START + 100 * 4096
         assert np.array_equal(read_back(store, range(100)), records)
@@ -246,7 +246,7 @@ def test_what_a_failed_allocation_grew_is_given_back(
         records = fill(store, 4)
         monkeypatch.setattr(device, "fallocate", half)
         with pytest.raises(StoreFullError):
-            store.reserve(0, MIB)
+            store.reserve(MIB)
         assert os.fstat(store._files[0].fd).st_size == START + 4 * 4096
         assert np.array_equal(read_back(store, range(4)), records)
 
@@ -260,7 +260,7 @@ def test_without_allocation_the_file_is_sparse_and_a_full_disk_shows_when_writte
     monkeypatch.setattr(device, "fallocate", unsupported)
     with make_store(tiny_disk) as store:
         before = free_bytes(tiny_disk)
-        store.reserve(0, before)
+        store.reserve(before)
         assert free_bytes(tiny_disk) == before
         records = fill(store, 100)
         (tiny_disk / "other").write_bytes(bytes(free_bytes(tiny_disk) - 8192))
@@ -280,7 +280,7 @@ def test_a_device_that_fails_to_allocate_is_not_taken_for_a_full_one(
 
     monkeypatch.setattr(device, "fallocate", broken)
     with make_store(tmp_path) as store, pytest.raises(DeviceIOError) as caught:
-        store.reserve(0, 4096)
+        store.reserve(4096)
     assert caught.value.errno == errno.EIO
 
 
@@ -428,7 +428,7 @@ def test_bytes_counted_are_the_kernels_own_count(tmp_path: Path) -> None:
     with make_store(tmp_path, record_bytes=size) as store:
         if not store.is_direct:
             pytest.skip("this file system has no O_DIRECT")
-        store.reserve(0, 100 * size)
+        store.reserve(100 * size)
         before = _kernel_counts()
         fill(store, 100)
         written = _kernel_counts()

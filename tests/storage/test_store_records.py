@@ -23,7 +23,7 @@ NUM_ROWS = 64
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BlockStore]:
     with make_store(tmp_path_factory.mktemp("shared")) as store:
-        store.reserve(0, NUM_PLACES * 4096)
+        store.reserve(NUM_PLACES * 4096)
         yield store
 
 
@@ -106,7 +106,7 @@ def test_adjacent_records_are_one_request(tmp_path: Path, direct_io: str) -> Non
 
 def test_a_record_never_written_is_refused(store: BlockStore) -> None:
     fill(store, 4)
-    store.reserve(0, 64 * 4096)
+    store.reserve(64 * 4096)
     with pytest.raises(CorruptStoreError, match=r"never: \[9, 5000\]"):
         read_back(store, [1, 9, 5000])
     assert store.stats.reads == 0
@@ -173,9 +173,9 @@ def test_a_closed_store_is_refused_and_closing_again_is_not(tmp_path: Path) -> N
     for use in (
         lambda: store.read(np.arange(2), places([0, 1]), records, np.arange(2)),
         lambda: store.write(np.arange(2), places([0, 1]), records),
-        lambda: store.reserve(0, 4096),
+        lambda: store.reserve(4096),
         lambda: store.room_bytes(0),
-        lambda: store.check_room(0, 4096),
+        lambda: store.check_room(4096),
         lambda: store.save({}, config={}, fingerprint=None, meta={}),
     ):
         with pytest.raises(SessionClosedError):
@@ -196,7 +196,7 @@ def test_the_checksum_table_grows_by_use_or_to_the_entry(store: BlockStore) -> N
 
 
 def test_threads_may_share_a_store(store: BlockStore) -> None:
-    store.reserve(0, 64 * 4096)
+    store.reserve(64 * 4096)
     errors: list[BaseException] = []
 
     def work(turn: int) -> None:

@@ -116,7 +116,7 @@ def test_the_file_is_a_quarter_of_what_is_free_or_less(tmp_path, monkeypatch, em
     monkeypatch.setattr(
         kvswap.BlockStore,
         "reserve",
-        lambda store, device, end: (reserved.append(end), reserve(store, device, 16 * MIB)),
+        lambda store, end: (reserved.append(end), reserve(store, 16 * MIB)),
     )
     profiled(tmp_path, seconds=0.01, file_bytes=None)
     assert reserved == [expected]

@@ -60,7 +60,7 @@ class Stream:
             directories=[directory], read_gap_bytes=0, device_model=device_model
         )
         self.store: BlockStore = make_store(storage)
-        self.store.reserve(0, file_bytes)
+        self.store.reserve(file_bytes)
         self._probe = _BusyProbe(self.store, clock=time.perf_counter, seed=seed)
         self._probe.fill(file_bytes, until=math.inf, on_written=lambda _: None)
 

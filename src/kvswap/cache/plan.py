@@ -368,7 +368,11 @@ class _Shape:
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
         # holders and stripe; what says whether it stays in memory; its place in a sequence and in
         # the saved one; what is taken off coded tokens; what lies in gaps that are read through.
-        tables = self.num_groups * 8 * layers + SequentialPlacement.plan_bytes(self.num_groups)
+        tables = self.num_groups * 8 * layers + SequentialPlacement.plan_bytes(
+            self.num_groups,
+            record_bytes=layout.record_bytes,
+            num_drives=len(self.config.storage.directories),
+        )
         tables += make_reuse(self.config.reuse).plan_bytes(layers, self.num_groups)
         tables += SequenceBatch.plan_table_bytes(
             layout, self.batch_size, self.max_context, budget_groups if rank else 0

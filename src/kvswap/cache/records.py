@@ -142,7 +142,7 @@ class RecordIO:
         groups : ndarray [n], int64
         keys, values : Tensor [num_kv_heads, n * group_size, head_dim]
         """
-        self.store.reserve(0, self.placement.end_bytes(groups))
+        self.store.reserve(*self.placement.end_bytes(groups))
         self._settle(layer_idx, groups)
         self.centres.settle(layer_idx, keys, values)
         size, most = self.layout.group_size, (self._rows + 1) // 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -37,6 +37,7 @@ from kvswap.kernels.accelerator import Accelerator
 from kvswap.placement import SequentialPlacement
 from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.selectors import check_selection
+from kvswap.storage.speeds import drive_weights
 from kvswap.storage.store import BlockStore
 
 # What holds memory, given back when a session closes.
@@ -166,9 +167,10 @@ class CacheSession:
             num_layers=self.geometry.num_layers,
             num_groups=plan.num_groups,
             record_bytes=self.layout.record_bytes,
+            weights=self._drive_weights(),
         )
         if self.config.max_context is not None:
-            self.store.check_room(0, placement.planned_bytes)
+            self.store.check_room(*placement.planned_ends)
         self.plan, self.placement = plan, placement
         if self.turn is not None:
             self.turn.reserve(plan.num_groups)
@@ -203,6 +205,14 @@ class CacheSession:
         )
         self._make_selection(plan)
         self.is_allocated = True
+
+    def _drive_weights(self) -> Sequence[float]:
+        """Return those that an opened store was made with, whatever profiles say now."""
+        saved = self.store.tables.get("placement.drives")
+        if saved is not None:
+            turns: list[float] = np.bincount(saved).tolist()
+            return turns
+        return drive_weights(self.config.storage, self.layout.record_bytes)
 
     def _reads(self, plan: CachePlan) -> Reads:
         """Return what brings groups into slots; the indexes are there already."""
@@ -386,7 +396,7 @@ class CacheSession:
         if is_prefill and q_len > 1:
             coming = max(self.prefill_total, batch.seq_len + q_len)
             ids = self.sequences.groups_to_come(batch, coming)
-            self.store.check_room(0, self.placement.end_bytes_with(ids))
+            self.store.check_room(*self.placement.end_bytes_with(ids))
         self._is_within = True
         self.is_selecting = not is_prefill
         if is_prefill:

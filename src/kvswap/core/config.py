@@ -38,6 +38,9 @@ REUSE = 0.77
 """Share of a step's groups that the step before selected too, where nothing says it: KVSwap's paper
 has 0.75 to 0.81."""
 
+MOST_DIRECTORIES = 16
+"""Drives of one store: each has an I/O backend, and a share of every layer's reads."""
+
 Progress = Callable[[str, int, int], None]
 """Called as ``on_progress(stage, done, total)``; the total is 0 where it is not known."""
 
@@ -60,22 +63,25 @@ class StorageConfig:
     Parameters
     ----------
     directories : sequence of path
-        Existing, writable directories, one a device. One for now.
+        Existing, writable directories, at most 16. With several, each is to be on a drive of
+        its own, and groups are spread over all by their speed: that of ``device_model``, or else
+        of the profile that `kvswap profile` saved in each; equally where one has none.
     keep : bool
         Save the store on close so that `KVSwapCache.open` can resume it. A store that is
         not kept is unlinked once open: nothing is left, whatever ends the process.
     disk_limit : int or str, optional
-        Most bytes the store may take ("20GiB"). Default: the free space.
+        Most bytes the store may take ("20GiB"), on all drives. Default: the free space.
     direct_io : {"auto", "on", "off"}
         O_DIRECT where the file system allows it; ``on`` makes its absence an error.
         Without it pages are dropped from the page cache after each transfer.
     num_threads : int
-        Threads of the pread/pwrite backend.
+        Threads of the pread/pwrite backend, of which each drive has one.
     block_size_bytes : int
         The device's unit.
-    device_model : DeviceModel or str, optional
+    device_model : DeviceModel, str or sequence of either, optional
         Be as slow as this device, or as the preset of that name: sdcard, emmc, nvme, ufs31
-        or swarm. For measurements.
+        or swarm; each drive by itself, or each as its own of a sequence, None for as fast as it
+        is. For measurements.
     read_gap_bytes : int, optional
         Records with at most so many bytes between them are read in one request, gap
         included. Default: what breaks even on the device model, or as measured.
@@ -87,7 +93,7 @@ class StorageConfig:
     direct_io: str = "auto"
     num_threads: int = 4
     block_size_bytes: int = 4096
-    device_model: DeviceModel | str | None = None
+    device_model: DeviceModel | str | Sequence[DeviceModel | str | None] | None = None
     read_gap_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -101,8 +107,10 @@ class StorageConfig:
             raise ConfigError(
                 f"directories must be a list of directories, got {self.directories!r}"
             ) from error
-        if len(paths) != 1:
-            raise ConfigError(f"directories must name exactly one directory, got {len(paths)}")
+        if not 1 <= len(paths) <= MOST_DIRECTORIES:
+            raise ConfigError(
+                f"directories must name 1 to {MOST_DIRECTORIES} directories, got {len(paths)}"
+            )
         object.__setattr__(self, "directories", paths)
         if self.disk_limit is not None:
             limit = parse_bytes(self.disk_limit, field="disk_limit")
@@ -111,17 +119,32 @@ class StorageConfig:
         _one_of("direct_io", self.direct_io, DIRECT_IO)
         _at_least("num_threads", self.num_threads, 1)
         _at_least("block_size_bytes", self.block_size_bytes, 512)
-        object.__setattr__(self, "device_model", as_device_model(self.device_model))
+        object.__setattr__(self, "device_model", _models(self.device_model, len(paths)))
         if self.read_gap_bytes is not None:
             _at_least("read_gap_bytes", self.read_gap_bytes, 0)
 
+    @property
+    def device_models(self) -> tuple[DeviceModel | None, ...]:
+        """The device that each drive is as slow as, or None."""
+        model = self.device_model
+        if isinstance(model, tuple):
+            return model
+        assert model is None or isinstance(model, DeviceModel), "made of its name"
+        return (model,) * len(self.directories)
+
     def gap_bytes(self, record_bytes: int) -> int:
-        """Return the largest gap between records of that length that is read through."""
+        """Return the largest gap between records of that length that is read through.
+
+        With several drives, what pays on each of them.
+        """
         if self.read_gap_bytes is not None:
             return min(self.read_gap_bytes, MOST_GAP_BYTES)
-        if isinstance(self.device_model, DeviceModel):
-            return min(self.device_model.gap_bytes(record_bytes), MOST_GAP_BYTES)
-        return GAP_BYTES if record_bytes <= GAP_BYTES else 0  # gaps are records themselves
+        measured = GAP_BYTES if record_bytes <= GAP_BYTES else 0  # gaps are records themselves
+        gaps = {
+            measured if model is None else model.gap_bytes(record_bytes)
+            for model in self.device_models
+        }
+        return min(*gaps, MOST_GAP_BYTES)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""
@@ -367,6 +390,18 @@ class CacheConfig:
             raise ConfigError(f"config has unknown or missing fields: {error}") from error
 
 
+def _models(value: Any, num_drives: int) -> DeviceModel | tuple[DeviceModel | None, ...] | None:
+    """Return the device that all drives are as slow as, or that of each."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return as_device_model(value)
+    if len(value) != num_drives:
+        raise ConfigError(
+            f"device_model must be one, or one for each of {num_drives} directories,"
+            f" got {len(value)}"
+        )
+    return tuple(as_device_model(each) for each in value)
+
+
 def _budget(value: Any) -> int | tuple[int, ...] | str | None:
     """Return tokens to select: one number, one for each layer, or a file's path."""
     if isinstance(value, (str, os.PathLike)):
@@ -389,4 +424,4 @@ def _share(name: str, value: Any) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, (StorageConfig, DeviceModel)):
         return value.to_dict()
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value

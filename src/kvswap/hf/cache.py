@@ -237,7 +237,7 @@ class KVSwapCache(Cache):
     @classmethod
     def open(
         cls,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         kv_memory: int | str | None = None,
         device: str = "cpu",
@@ -246,8 +246,8 @@ class KVSwapCache(Cache):
 
         Parameters
         ----------
-        directory : path
-            The directory that was named in its `StorageConfig`.
+        directory : path or sequence of path
+            The directories that were named in its `StorageConfig`, in that order.
         kv_memory : int or str, optional
             Another budget than the one it was made with.
         device : str
@@ -256,12 +256,15 @@ class KVSwapCache(Cache):
 
         Raises
         ------
+        ConfigError
+            If there is none, or the directories are not those of all its drives.
         CorruptStoreError
             If it is not a whole store.
         StoreLockedError
             If it is in use.
         """
-        return persist.open_cache(cls, directory, kv_memory, device)
+        directories = [directory] if isinstance(directory, (str, os.PathLike)) else directory
+        return persist.open_cache(cls, directories, kv_memory, device)
 
     def close(self) -> None:
         """Save a kept store, detach from the model and close; safe to call again."""

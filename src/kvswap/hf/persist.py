@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,15 +55,15 @@ def save(
 
 def open_cache(
     cls: type[KVSwapCache],
-    directory: str | os.PathLike[str],
+    directories: Sequence[str | os.PathLike[str]],
     kv_memory: int | str | None,
     device: str,
 ) -> KVSwapCache:
     """Open a kept store; see `KVSwapCache.open`."""
-    store = BlockStore.open(directory)
+    store = BlockStore.open(directories)
     try:
         accelerator = accelerator_of(torch.device(device))
-        return _build(cls, store, os.fspath(directory), kv_memory, accelerator)
+        return _build(cls, store, [os.fspath(each) for each in directories], kv_memory, accelerator)
     except BaseException:
         store.close()
         raise
@@ -71,7 +72,7 @@ def open_cache(
 def _build(
     cls: type[KVSwapCache],
     store: BlockStore,
-    directory: str,
+    directories: Sequence[str],
     kv_memory: int | str | None,
     accelerator: Accelerator | None,
 ) -> KVSwapCache:
@@ -81,14 +82,14 @@ def _build(
     try:
         config = CacheConfig.from_dict(manifest.config)
         on_device = accelerator is not None
-        config = _config(config, meta, directory, kv_memory, on_device=on_device)
+        config = _config(config, meta, directories, kv_memory, on_device=on_device)
         geometry = KVGeometry(**meta["geometry"])
         session = CacheSession(
             geometry, config, max_context=meta["max_context"], accelerator=accelerator, store=store
         )
         if session.layout != store.layout:  # head_groups or group_size, changed since
             raise CorruptStoreError(
-                directory,
+                directories[0],
                 "configuration of the records",
                 expected=store.layout.to_dict(),
                 found=session.layout.to_dict(),
@@ -107,7 +108,9 @@ def _build(
         store.tables = {}  # copied: to keep them would take their memory twice
         is_prefill = bool(meta["is_prefill"])
     except KeyError as error:
-        raise CorruptStoreError(directory, "saved state", expected=error, found="none") from error
+        raise CorruptStoreError(
+            directories[0], "saved state", expected=error, found="none"
+        ) from error
     cache = cls(session, config, [None] * geometry.num_layers)
     cache.resume(batch, fingerprint=manifest.fingerprint, is_prefill=is_prefill)
     return cache
@@ -116,13 +119,13 @@ def _build(
 def _config(
     config: CacheConfig,
     meta: dict[str, Any],
-    directory: str,
+    directories: Sequence[str],
     kv_memory: int | str | None,
     *,
     on_device: bool,
 ) -> CacheConfig:
     """Return the saved config with what must not change fixed, and what may, changed."""
-    storage = replace(config.storage, directories=[directory])
+    storage = replace(config.storage, directories=directories)
     # A calibrated projection is in the saved index; its file may be gone.
     config = replace(config, storage=storage, projection=None)
     if kv_memory is not None:

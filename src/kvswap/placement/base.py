@@ -48,19 +48,23 @@ class Placement(ABC):
 
     @abstractmethod
     def locate(self, layer_idx: int, groups: np.ndarray) -> Extents:
-        """Return where the records of some groups of one layer lie."""
+        """Return where the records of some groups of one layer lie.
+
+        One extent a record, on the device that it is to be read from or written to: were there
+        copies, this would choose among them.
+        """
 
     @abstractmethod
     def record_ids(self, layer_idx: int, groups: np.ndarray) -> np.ndarray:
         """Return the keys of the records in the checksum table, int64."""
 
     @abstractmethod
-    def end_bytes(self, groups: np.ndarray) -> int:
-        """Return how far a device must reach to hold these groups in all layers."""
+    def end_bytes(self, groups: np.ndarray) -> list[int]:
+        """Return how far each device must reach to hold these groups in all layers."""
 
     @abstractmethod
-    def end_bytes_with(self, groups: np.ndarray) -> int:
-        """Return how far a device would reach if these ids were allocated too."""
+    def end_bytes_with(self, groups: np.ndarray) -> list[int]:
+        """Return how far each device would reach if these ids were allocated too."""
 
     @property
     @abstractmethod

@@ -1,19 +1,26 @@
-"""Groups in the order of their tokens, layer after layer within a stripe."""
+"""Groups in the order of their tokens, layer after layer within a stripe, drive after drive."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from kvswap.core.errors import StoreFullError
 from kvswap.core.units import ceil_div
 from kvswap.placement.base import Placement
+from kvswap.placement.cycle import MOST_TURNS, drive_cycle
 from kvswap.storage.base import Extents
 
-_STRIPE_BYTES = 2**20  # one layer's run in a stripe: large enough for sequential speed
+_STRIPE_BYTES = 2**20  # one layer's part of a stripe: large enough for sequential speed
+_RUN_BYTES = 2**16
+"""One layer's part of a run. A request of this length is as fast as the bandwidth of any device in
+`kvswap.core.device_model.PRESETS` lets it be, so that neighbours are parted at no cost; and the
+shorter the run, the more drives have a part in reading what lies close together."""
 
 
 class SequentialPlacement(Placement):
-    """One device; a stripe holds a run of ids, and in it each layer has a contiguous part.
+    """Stripes on each drive; a stripe holds ids, and in it each layer has a contiguous part.
 
     Parameters
     ----------
@@ -23,33 +30,73 @@ class SequentialPlacement(Placement):
         Ids are below this.
     record_bytes : int
         Bytes of a record.
+    weights : sequence of float
+        Speed of each drive, in any unit: as often as that says, a drive takes the next run of ids
+        (`drive_cycle`). With one drive a run is a stripe; with several it is shorter, and what is
+        in one drive's runs follows each other on it.
 
     Notes
     -----
     Stripes are mapped when first used, so ids may be far apart without holes on the device.
     The offset of a record is ``((stripe * num_layers + layer) * stripe_groups + place) *
-    record_bytes`` with ``stripe`` the mapped one.
+    record_bytes`` with ``stripe`` the mapped one and ``place`` that among the drive's own ids.
     """
 
-    def __init__(self, *, num_layers: int, num_groups: int, record_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_groups: int,
+        record_bytes: int,
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
         self._num_layers = num_layers
         self._record_bytes = record_bytes
-        self._stripe_groups = max(8, min(256, _STRIPE_BYTES // record_bytes))
+        self._run_groups, self._stripe_runs = _sizes(record_bytes, len(weights))
+        self._stripe_groups = self._run_groups * self._stripe_runs
         self._holders = np.zeros(num_groups, np.int32)
-        self._stripe_of = np.full(ceil_div(num_groups, self._stripe_groups), -1, np.int32)
-        self._num_stripes = 0
-        # From an id to the number of its record in layer 0, by stripe.
-        self._shift = np.zeros(len(self._stripe_of), np.int64)
+        self._take_turns(drive_cycle(weights))
+
+    def _take_turns(self, cycle: np.ndarray) -> None:
+        """Lay runs out in these turns, none of them mapped yet."""
+        runs = np.arange(ceil_div(self.num_groups, self._run_groups))
+        self._cycle = cycle
+        # Turns of each drive in a cycle, and how many of its own came before each turn.
+        self._turns = np.bincount(cycle)
+        self._before = np.array([np.count_nonzero(cycle[:k] == d) for k, d in enumerate(cycle)])
+        self._devices = cycle[runs % len(cycle)]
+        num_stripes = -(
+            -np.bincount(self._devices, minlength=len(self._turns)) // self._stripe_runs
+        )
+        self._first = np.concatenate(([0], np.cumsum(num_stripes)))  # stripe of each drive
+        self._stripe_of = np.full(self._first[-1], -1, np.int32)
+        # From an id to the number of its record in layer 0, by run.
+        self._shift = np.zeros(len(runs), np.int64)
 
     @classmethod
-    def plan_bytes(cls, num_groups: int) -> int:
-        """Return the bytes that the tables of so many groups take, at most."""
-        return num_groups * 4 + ceil_div(num_groups, 8) * 12
+    def plan_bytes(cls, num_groups: int, *, record_bytes: int = 0, num_drives: int = 1) -> int:
+        """Return the bytes that the tables take, at most.
+
+        Parameters
+        ----------
+        num_groups : int
+        record_bytes : int
+            Needed for several drives.
+        num_drives : int
+        """
+        cycles = 18 * MOST_TURNS + 16 * num_drives + 8
+        if num_drives == 1:
+            return num_groups * 4 + ceil_div(num_groups, 8) * 14 + 42
+        run_groups, stripe_runs = _sizes(record_bytes, num_drives)
+        runs = ceil_div(num_groups, run_groups)
+        return num_groups * 4 + runs * 10 + (runs // stripe_runs + num_drives) * 4 + cycles
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables."""
-        return self._holders.nbytes + self._stripe_of.nbytes + self._shift.nbytes
+        by_run = self._stripe_of.nbytes + self._shift.nbytes + self._devices.nbytes
+        cycles = self._cycle, self._turns, self._before, self._first
+        return self._holders.nbytes + by_run + sum(each.nbytes for each in cycles)
 
     @property
     def num_groups(self) -> int:
@@ -57,14 +104,20 @@ class SequentialPlacement(Placement):
         return len(self._holders)
 
     @property
+    def num_devices(self) -> int:
+        """Drives."""
+        return len(self._turns)
+
+    @property
     def stripe_bytes(self) -> int:
         """Bytes that a stripe takes on the device: the unit of growth."""
         return self._num_layers * self._stripe_groups * self._record_bytes
 
     @property
-    def planned_bytes(self) -> int:
-        """Bytes that all groups take on the device."""
-        return len(self._stripe_of) * self.stripe_bytes
+    def planned_ends(self) -> list[int]:
+        """Bytes that all groups take on each device."""
+        stripes: list[int] = np.diff(self._first).tolist()
+        return [count * self.stripe_bytes for count in stripes]
 
     def allocate(self, count: int, *, after: int) -> np.ndarray:
         """Take the ids after ``after`` where free, else the first free ones beyond it."""
@@ -95,48 +148,82 @@ class SequentialPlacement(Placement):
         return freed
 
     def locate(self, layer_idx: int, groups: np.ndarray) -> Extents:
-        """Look stripes up and compute offsets."""
-        offsets = self._shift[groups // self._stripe_groups]
+        """Look runs up and compute offsets."""
+        runs = groups // self._run_groups
+        offsets = self._shift[runs]
         offsets += groups
         offsets += layer_idx * self._stripe_groups
         offsets *= self._record_bytes
-        return Extents(np.zeros(len(groups), np.int16), offsets)
+        return Extents(self._devices[runs], offsets)
 
     def record_ids(self, layer_idx: int, groups: np.ndarray) -> np.ndarray:
         """Return numbers that go by group, then layer."""
         return groups * self._num_layers + layer_idx
 
-    def end_bytes(self, groups: np.ndarray) -> int:
-        """Return the end of the last stripe these groups are in."""
-        if not len(groups):
-            return 0
-        last = int(self._stripe_of[groups // self._stripe_groups].max())
-        return (last + 1) * self.stripe_bytes
+    def end_bytes(self, groups: np.ndarray) -> list[int]:
+        """Return, for each device, the end of the last stripe that these groups are in."""
+        runs = groups // self._run_groups
+        ends = np.zeros(self.num_devices, np.int64)
+        np.maximum.at(ends, self._devices[runs], self._stripe_of[self._places(runs)[0]] + 1)
+        return [int(end) * self.stripe_bytes for end in ends]
 
-    def end_bytes_with(self, groups: np.ndarray) -> int:
-        """Return how far the device would reach if these groups were allocated too."""
-        stripes = np.unique(groups // self._stripe_groups)
-        new = np.count_nonzero(self._stripe_of[stripes] < 0)
-        return (self._num_stripes + int(new)) * self.stripe_bytes
+    def end_bytes_with(self, groups: np.ndarray) -> list[int]:
+        """Return how far each device would reach if these groups were allocated too."""
+        stripes, devices = self._stripes_with(groups)
+        new = np.bincount(devices[self._stripe_of[stripes] < 0], minlength=self.num_devices)
+        return [int(count) * self.stripe_bytes for count in self._num_mapped() + new]
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what is needed to locate again; who holds a group is not saved."""
-        return {"stripe_of": self._stripe_of}
+        turns = {"drives": self._cycle} if self.num_devices > 1 else {}
+        return {"stripe_of": self._stripe_of} | turns
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Take back what `state` gave, into a table of the same size."""
+        """Take back what `state` gave, into a table of the same size, whatever its weights."""
+        if "drives" in state:
+            self._take_turns(state["drives"])
         self._stripe_of[...] = state["stripe_of"]
-        self._num_stripes = int(self._stripe_of.max()) + 1
         self._shift_ids()
 
+    def _stripes_with(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the stripes that some groups are in, each once, and their devices."""
+        runs = np.unique(groups // self._run_groups)
+        stripes = np.unique(self._places(runs)[0])
+        return stripes, np.searchsorted(self._first, stripes, side="right") - 1
+
+    def _places(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the stripe of each run, counted over all drives, and which of its runs it is."""
+        cycles, turns = np.divmod(runs, len(self._cycle))
+        devices = self._cycle[turns]
+        own = cycles * self._turns[devices] + self._before[turns]
+        stripes, places = np.divmod(own, self._stripe_runs)
+        return stripes + self._first[devices], places
+
+    def _num_mapped(self) -> np.ndarray:
+        """Return how many stripes each device has in use."""
+        used = np.concatenate(([0], np.cumsum(self._stripe_of >= 0)))[self._first]
+        counts: np.ndarray = np.diff(used)
+        return counts
+
     def _map(self, groups: np.ndarray) -> None:
-        stripes = np.unique(groups // self._stripe_groups)
-        new = stripes[self._stripe_of[stripes] < 0]
-        self._stripe_of[new] = np.arange(self._num_stripes, self._num_stripes + len(new))
-        self._num_stripes += len(new)
+        stripes, devices = self._stripes_with(groups)
+        is_new = self._stripe_of[stripes] < 0
+        if not is_new.any():
+            return
+        for device, count in enumerate(self._num_mapped().tolist()):
+            new = stripes[is_new & (devices == device)]
+            self._stripe_of[new] = np.arange(count, count + len(new))
         self._shift_ids()
 
     def _shift_ids(self) -> None:
-        stripes = np.arange(len(self._stripe_of))
-        records = self._stripe_of.astype(np.int64) * self._num_layers - stripes
-        self._shift[...] = records * self._stripe_groups
+        runs = np.arange(len(self._shift))
+        stripes, places = self._places(runs)
+        records = self._stripe_of[stripes].astype(np.int64) * self._num_layers * self._stripe_runs
+        self._shift[...] = (records + places - runs) * self._run_groups
+
+
+def _sizes(record_bytes: int, num_drives: int) -> tuple[int, int]:
+    """Return the groups of a run, and the runs of a stripe."""
+    stripe = max(8, min(256, _STRIPE_BYTES // record_bytes))
+    run = stripe if num_drives == 1 else max(1, min(stripe, _RUN_BYTES // record_bytes))
+    return run, stripe // run

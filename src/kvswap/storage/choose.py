@@ -1,11 +1,10 @@
-"""Which backend a store gets: io_uring where it can be had, else the pool of threads."""
+"""Which backend a drive gets: io_uring where it can be had, else the pool of threads."""
 
 from __future__ import annotations
 
 import os
 
 from kvswap.core.config import StorageConfig
-from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import ConfigError
 from kvswap.core.extension import warn_once
 from kvswap.storage.base import IOBackend
@@ -17,25 +16,25 @@ FORCED = "KVSWAP_IO"
 """Variable of the environment that names the backend to use: uring or posix."""
 
 
-def make_backend(storage: StorageConfig, *, is_direct: bool) -> IOBackend:
-    """Make the backend of one store.
+def make_backend(storage: StorageConfig, *, is_direct: bool, device: int = 0) -> IOBackend:
+    """Make the backend of one of a store's drives.
 
     Parameters
     ----------
     storage : StorageConfig
-        Threads, and the device model.
+        Threads, and the device models.
     is_direct : bool
-        Whether its files bypass the page cache. Those that do not need a system call after
+        Whether its file bypasses the page cache. One that does not needs a system call after
         each transfer, which threads make in the background.
+    device : int
+        Which drive.
 
     Raises
     ------
     ConfigError
         If the environment names one that is not there.
     """
-    model = storage.device_model
-    assert model is None or isinstance(model, DeviceModel), "a config makes a model of its name"
-    return as_slow_as(model, _plain(storage, is_direct))
+    return as_slow_as(storage.device_models[device], _plain(storage, is_direct))
 
 
 def _plain(storage: StorageConfig, is_direct: bool) -> IOBackend:

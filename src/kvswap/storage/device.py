@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvswap.core.errors import ConfigError, CorruptStoreError, StoreFullError
@@ -32,12 +33,16 @@ class DeviceFile:
     direct_io : {"auto", "on", "off"}
         As in `StorageConfig`.
     disk_limit : int, optional
-        Most bytes of the file, header included.
+        Most bytes of the file and of those beside it, headers included.
+    beside : sequence of DeviceFile
+        The files of the store's other drives.
 
     Attributes
     ----------
-    fd, path, header, disk_limit
+    fd, path, header, disk_limit, beside
         As given.
+    disk : int
+        Number of the file system's device: files of one number share its free space.
     is_direct : bool
         Whether transfers bypass the page cache by themselves.
     record_start : int
@@ -58,10 +63,13 @@ class DeviceFile:
         *,
         direct_io: str = "auto",
         disk_limit: int | None = None,
+        beside: Sequence[DeviceFile] = (),
     ) -> None:
         self.fd, self.path, self.header, self.disk_limit = fd, path, header, disk_limit
+        self.beside = beside
         self.record_start = header.header_bytes
-        self.size_bytes = os.fstat(fd).st_size
+        state = os.fstat(fd)
+        self.size_bytes, self.disk = state.st_size, state.st_dev
         self.is_direct = direct_io != "off" and pagecache.enable_direct_io(
             fd, header.block_size_bytes
         )
@@ -79,16 +87,19 @@ class DeviceFile:
         *,
         direct_io: str = "auto",
         disk_limit: int | None = None,
+        beside: Sequence[DeviceFile] = (),
     ) -> DeviceFile:
         """Write the header to a new file and take it over; close it where that fails."""
         try:
             with typed_errors(path, nbytes=header.header_bytes):
-                _check_limit(path, header.header_bytes, disk_limit)
+                _check_limit(path, header.header_bytes, disk_limit, beside)
                 block = header.pack()
                 if os.pwrite(fd, block, 0) != len(block):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fdatasync(fd)
-                return cls(fd, path, header, direct_io=direct_io, disk_limit=disk_limit)
+                return cls(
+                    fd, path, header, direct_io=direct_io, disk_limit=disk_limit, beside=beside
+                )
         except BaseException:
             os.close(fd)
             raise
@@ -102,6 +113,7 @@ class DeviceFile:
         size_bytes: int,
         direct_io: str = "auto",
         disk_limit: int | None = None,
+        beside: Sequence[DeviceFile] = (),
     ) -> DeviceFile:
         """Open a kept file and compare its header and length.
 
@@ -129,7 +141,9 @@ class DeviceFile:
                         expected=f"{size_bytes} bytes",
                         found=f"{found} bytes",
                     )
-                return cls(fd, str(path), header, direct_io=direct_io, disk_limit=disk_limit)
+                return cls(
+                    fd, str(path), header, direct_io=direct_io, disk_limit=disk_limit, beside=beside
+                )
         except BaseException:
             os.close(fd)
             raise
@@ -143,9 +157,24 @@ class DeviceFile:
         """Return how many bytes could be reserved beyond what is reserved already."""
         return max(0, self._room()[0])
 
-    def check_room(self, end_bytes: int) -> None:
-        """Raise `StoreFullError` where `reserve` would, but reserve nothing."""
-        self._check(self._file_end(end_bytes) - self.size_bytes)
+    def check_room(self, end_bytes: int, *, on_disk: int = 0, in_all: int = 0) -> int:
+        """Raise `StoreFullError` where `reserve` would, but reserve nothing.
+
+        Parameters
+        ----------
+        end_bytes : int
+        on_disk, in_all : int
+            Bytes that files beside it will have reserved before: those on the same file system,
+            and all of them.
+
+        Returns
+        -------
+        int
+            Bytes by which the file would grow.
+        """
+        growth = max(0, self._file_end(end_bytes) - self.size_bytes)
+        self._check(growth, on_disk=on_disk, in_all=in_all)
+        return growth
 
     def reserve(self, end_bytes: int) -> None:
         """Grow so that the record area reaches ``end_bytes``.
@@ -215,15 +244,16 @@ class DeviceFile:
     def _file_end(self, end_bytes: int) -> int:
         return self.header.header_bytes + align_up(end_bytes, self.header.block_size_bytes)
 
-    def _room(self) -> tuple[int, str]:
-        free = free_bytes(self.fd), FREE_SPACE
+    def _room(self, *, on_disk: int = 0, in_all: int = 0) -> tuple[int, str]:
+        free = free_bytes(self.fd) - on_disk, FREE_SPACE
         if self.disk_limit is None:
             return free
-        return min(free, (self.disk_limit - self.size_bytes, "disk_limit"))
+        taken = self.size_bytes + sum(file.size_bytes for file in self.beside) + in_all
+        return min(free, (self.disk_limit - taken, "disk_limit"))
 
-    def _check(self, growth: int) -> None:
+    def _check(self, growth: int, *, on_disk: int = 0, in_all: int = 0) -> None:
         if growth > 0:
-            room, limit = self._room()
+            room, limit = self._room(on_disk=on_disk, in_all=in_all)
             if growth > room:
                 raise StoreFullError(
                     self.path, need_bytes=growth, have_bytes=max(0, room), limit=limit
@@ -238,8 +268,13 @@ class DeviceFile:
             os.ftruncate(self.fd, self.size_bytes + growth)
 
 
-def _check_limit(path: str, header_bytes: int, disk_limit: int | None) -> None:
-    if disk_limit is not None and header_bytes > disk_limit:
+def _check_limit(
+    path: str, header_bytes: int, disk_limit: int | None, beside: Sequence[DeviceFile]
+) -> None:
+    if disk_limit is None:
+        return
+    room = disk_limit - sum(file.size_bytes for file in beside)
+    if header_bytes > room:
         raise StoreFullError(
-            path, need_bytes=header_bytes, have_bytes=disk_limit, limit="disk_limit"
+            path, need_bytes=header_bytes, have_bytes=max(0, room), limit="disk_limit"
         )

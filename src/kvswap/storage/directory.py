@@ -7,10 +7,12 @@ import fcntl
 import os
 import re
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from kvswap.core.errors import ConfigError, StoreLockedError
+from kvswap.core.extension import warn_once
 from kvswap.storage.faults import store_error, typed_errors
 from kvswap.storage.manifest import MANIFEST_NAME, device_name
 
@@ -36,6 +38,36 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise ConfigError(f"directories must be writable, got {str(directory)!r}")
     return path.absolute()
+
+
+def check_directories(directories: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Return the paths of directories that we may write to, each for a drive of its own.
+
+    Several on one drive share its speed and its room, which is warned of.
+
+    Raises
+    ------
+    ConfigError
+        If one is missing, not a directory, not writable, or named twice, by whatever path.
+    """
+    paths = [check_directory(directory) for directory in directories]
+    states = [path.stat() for path in paths]
+    for second, state in enumerate(states):
+        for first, other in enumerate(states[:second]):
+            if os.path.samestat(state, other):
+                raise ConfigError(
+                    f"directories must differ, got {str(paths[first])!r} and"
+                    f" {str(paths[second])!r}, which are the same"
+                )
+    by_drive: dict[int, list[str]] = {}
+    for path, state in zip(paths, states, strict=True):
+        by_drive.setdefault(state.st_dev, []).append(str(path))
+    for shared in by_drive.values():
+        if len(shared) > 1:
+            warn_once(
+                f"directories {', '.join(shared)} are on one drive, whose speed and room they share"
+            )
+    return paths
 
 
 def open_unnamed(directory: Path) -> tuple[int, str]:
@@ -66,6 +98,11 @@ def open_unnamed(directory: Path) -> tuple[int, str]:
         finally:
             private.rmdir()
     return fd, shown
+
+
+def _holds_store(parent: Path) -> bool:
+    """Whether there is a kept store, or one drive of it."""
+    return (parent / STORE_NAME / MANIFEST_NAME).exists()
 
 
 class KeptDirectory:
@@ -101,7 +138,7 @@ class KeptDirectory:
             path.mkdir(mode=0o700, exist_ok=True)
         kept = cls(path)
         try:
-            if (path / MANIFEST_NAME).exists():
+            if _holds_store(parent):
                 raise ConfigError(
                     f"directories must hold no other store, got {str(parent)!r}, which already"
                     " holds a kept store; open it with KVSwapCache.open or choose another"
@@ -125,7 +162,7 @@ class KeptDirectory:
             If there is none.
         """
         path = parent / STORE_NAME
-        if not (path / MANIFEST_NAME).exists():
+        if not _holds_store(parent):
             raise ConfigError(f"directory must hold a kept store, got {str(parent)!r}")
         return cls(path)
 
@@ -154,6 +191,26 @@ class KeptDirectory:
         for path in self.path.iterdir():
             if _OURS.fullmatch(path.name):
                 path.unlink()
+
+
+def create_kept(parents: Sequence[Path], stack: ExitStack) -> list[KeptDirectory]:
+    """Make and lock one in each directory, or in none; released by the stack."""
+    for parent in filter(_holds_store, parents):
+        KeptDirectory.create(parent).release()  # refused, before anything is made in the others
+    return _held(map(KeptDirectory.create, parents), stack)
+
+
+def open_kept(parents: Sequence[Path], stack: ExitStack) -> list[KeptDirectory]:
+    """Lock that of each directory, or none; released by the stack."""
+    return _held(map(KeptDirectory.open, parents), stack)
+
+
+def _held(coming: Iterable[KeptDirectory], stack: ExitStack) -> list[KeptDirectory]:
+    held: list[KeptDirectory] = []
+    for kept in coming:
+        stack.callback(kept.release)
+        held.append(kept)
+    return held
 
 
 def _lock(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -12,7 +13,6 @@ from uuid import UUID
 import numpy as np
 
 from kvswap.core.config import StorageConfig
-from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.core.geometry import RecordLayout
 from kvswap.storage.checksum import ChecksumTable
@@ -56,9 +56,9 @@ def now() -> str:
 
 
 def save_store(
-    directory: Path,
+    directories: Sequence[Path],
     identity: Identity,
-    files: list[DeviceFile],
+    files: Sequence[DeviceFile],
     checksums: dict[str, np.ndarray],
     tables: dict[str, np.ndarray],
     state: SavedState,
@@ -69,10 +69,11 @@ def save_store(
 
     Parameters
     ----------
-    directory : Path
-        The kept store's.
+    directories : sequence of Path
+        The kept store's, one a drive. All get the manifest, and the first the tables: what counts
+        is the first one's manifest, the others say that their drives are in use.
     identity : Identity
-    files : list of DeviceFile
+    files : sequence of DeviceFile
         Synchronised first.
     checksums : dict of str to ndarray [n], uint32
         By name of table. Taken before any record that they speak of could be lost.
@@ -90,9 +91,9 @@ def save_store(
     state.check()
     for file in files:
         file.sync()
+    directory = directories[0]
     generation = next_generation(directory, last_generation)
     tables_path = directory / tables_name(generation)
-    staged_path = directory / STAGED_NAME
     with ExitStack() as undo:  # a failed save takes no room, least of all on a full disk
         undo.callback(_remove, tables_path)
         entry = write_tables(tables_path, checksums | tables)
@@ -103,20 +104,63 @@ def save_store(
             saved_at=now(),
             layout=identity.layout,
             storage=storage_settings(identity.storage),
-            devices=tuple(
-                DeviceEntry(index=place, file=device_name(place), size_bytes=file.size_bytes)
-                for place, file in enumerate(files)
-            ),
+            devices=_entries(directories, files),
             tables=entry,
             state=state,
         )
-        undo.callback(_remove, staged_path)
-        write_private(staged_path, manifest.to_bytes())
-        sync_directory(directory.parent)  # the name of the directory itself
+        for each in directories:
+            undo.callback(_remove, each / STAGED_NAME)
+            write_private(each / STAGED_NAME, manifest.to_bytes())
+            sync_directory(each.parent)  # the name of the directory itself
         undo.pop_all()  # from the rename on, the new files may be the ones that count
-    rename_durably(staged_path, directory / MANIFEST_NAME)
+    for each in reversed(directories):  # the first one's is the one that counts
+        rename_durably(each / STAGED_NAME, each / MANIFEST_NAME)
     remove_other_tables(directory, keep=entry.file)
     return manifest
+
+
+def _entries(directories: Sequence[Path], files: Sequence[DeviceFile]) -> tuple[DeviceEntry, ...]:
+    has_several = len(files) > 1
+    return tuple(
+        DeviceEntry(
+            index=device,
+            file=device_name(device),
+            size_bytes=file.size_bytes,
+            directory=str(directory.parent) if has_several else None,
+        )
+        for device, (directory, file) in enumerate(zip(directories, files, strict=True))
+    )
+
+
+def check_drives(directories: Sequence[Path], manifest: Manifest) -> None:
+    """Refuse directories that are not those of a store, one a drive and in its order.
+
+    Parameters
+    ----------
+    directories : sequence of Path
+        Those of kept stores.
+    manifest : Manifest
+        That of the first.
+
+    Raises
+    ------
+    ConfigError
+        Naming the drives that the store was saved on.
+    """
+    devices = manifest.devices
+    law = f"directories must name the store's drives in their order ({_saved_on(devices)})"
+    if len(directories) != len(devices):
+        raise ConfigError(f"{law}, got {len(directories)} of {len(devices)}")
+    for device, directory in enumerate(directories):
+        others = [entry.index for entry in devices if (directory / entry.file).exists()]
+        if others and device not in others:
+            raise ConfigError(
+                f"{law}, got {str(directory.parent)!r}, which is drive {others[0]}, as {device}"
+            )
+
+
+def _saved_on(devices: Sequence[DeviceEntry]) -> str:
+    return ", ".join(str(entry.directory or entry.file) for entry in devices)
 
 
 def _remove(path: Path) -> None:
@@ -127,18 +171,18 @@ def _remove(path: Path) -> None:
 def storage_settings(storage: StorageConfig) -> dict[str, Any]:
     """Return what of a config holds wherever the store is moved to."""
     settings = {name: getattr(storage, name) for name in _SETTINGS}
-    if isinstance(storage.device_model, DeviceModel):
-        settings["device_model"] = storage.device_model.to_dict()
+    if storage.device_model is not None:
+        settings["device_model"] = storage.to_dict()["device_model"]
     return settings
 
 
-def saved_storage(manifest: Manifest, path: Path, **instead: Any) -> StorageConfig:
+def saved_storage(manifest: Manifest, paths: Sequence[Path], **instead: Any) -> StorageConfig:
     """Return the config that a store was saved with.
 
     Parameters
     ----------
     manifest : Manifest
-    path : Path
+    paths : sequence of Path
         Where the store lies now.
     **instead
         Settings that replace those saved, where they are not None.
@@ -147,10 +191,10 @@ def saved_storage(manifest: Manifest, path: Path, **instead: Any) -> StorageConf
     settings: dict[str, Any] = {name: manifest.storage.get(name) for name in names}
     block = manifest.layout.block_size_bytes
     try:
-        saved = StorageConfig(directories=[path], keep=True, block_size_bytes=block, **settings)
+        saved = StorageConfig(directories=paths, keep=True, block_size_bytes=block, **settings)
     except ConfigError as error:
         raise CorruptStoreError(
-            path, "manifest, field storage", expected="settings", found=str(error)
+            paths[0], "manifest, field storage", expected="settings", found=str(error)
         ) from error
     return replace(saved, **{name: value for name, value in instead.items() if value is not None})
 

@@ -22,6 +22,7 @@ STAGED_NAME = "manifest.json.tmp"
 FORMAT = "kvswap-store"
 VERSION = 1
 CODED_VERSION = 3  # records are coded: who does not know their codec must not read them
+DRIVES_VERSION = 4  # records lie on several drives, coded or not
 _HEAD = re.compile(rb'\{\n  "crc32c": "([0-9a-f]{8})",\n')
 
 
@@ -37,11 +38,21 @@ def tables_name(generation: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceEntry:
-    """A device file: its name, and the bytes it has at least, header included."""
+    """A device file: its name, and the bytes it has at least, header included.
+
+    With several drives, also the directory that it was in when it was saved, for people: nothing
+    is looked for there.
+    """
 
     index: int
     file: str
     size_bytes: int
+    directory: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the member of the manifest."""
+        named = {"index": self.index, "file": self.file, "size_bytes": self.size_bytes}
+        return named if self.directory is None else named | {"directory": self.directory}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,11 +153,18 @@ class Manifest:
         """Whatever else the layer above stored."""
         return self.state.meta
 
+    @property
+    def version(self) -> int:
+        """Version of the format: the first that has what this store has."""
+        if len(self.devices) > 1:
+            return DRIVES_VERSION
+        return VERSION if self.layout.codec == "raw" else CODED_VERSION
+
     def to_bytes(self) -> bytes:
         """Return the file: JSON whose first member is a CRC32C of all lines after its own."""
         members = {
             "format": FORMAT,
-            "version": VERSION if self.layout.codec == "raw" else CODED_VERSION,
+            "version": self.version,
             "uuid": str(self.uuid),
             "generation": self.generation,
             "created_at": self.created_at,
@@ -154,9 +172,7 @@ class Manifest:
             "layout": self.layout.to_dict(),
             "storage": self.storage,
             "checksum": self.checksum,
-            "devices": [
-                {"index": d.index, "file": d.file, "size_bytes": d.size_bytes} for d in self.devices
-            ],
+            "devices": [device.to_dict() for device in self.devices],
             "tables": {
                 "file": self.tables.file,
                 "size_bytes": self.tables.size_bytes,
@@ -210,7 +226,7 @@ class _Reader:
             saved_at=self._get(members, "saved_at", str),
             layout=self._layout(self._get(members, "layout", dict), version),
             storage=self._get(members, "storage", dict),
-            devices=self._devices(self._get(members, "devices", list)),
+            devices=self._devices(self._get(members, "devices", list), version),
             tables=self._tables(self._get(members, "tables", dict), tables_name(generation)),
             state=SavedState(
                 config=self._get(members, "config", dict),
@@ -264,8 +280,9 @@ class _Reader:
             raise self._corrupt("field uuid", "a UUID", text) from error
 
     def _version(self, found: Any) -> int:
-        if type(found) is not int or found not in (VERSION, CODED_VERSION):
-            raise self._corrupt("version", f"{VERSION} or {CODED_VERSION}", found)
+        if type(found) is not int or found not in (VERSION, CODED_VERSION, DRIVES_VERSION):
+            known = f"{VERSION}, {CODED_VERSION} or {DRIVES_VERSION}"
+            raise self._corrupt("version", known, found)
         return found
 
     def _layout(self, fields: dict[str, Any], version: int) -> RecordLayout:
@@ -276,16 +293,18 @@ class _Reader:
         for name in ("group_size", "block_size_bytes"):
             self._count(fields, name, "layout")
         codec = "raw"
-        if version == CODED_VERSION:
+        if version == CODED_VERSION or (version == DRIVES_VERSION and "codec" in fields):
             codec = self._get(fields, "codec", str, "layout")
         try:
             return RecordLayout.from_dict(fields | {"codec": codec})
         except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
             raise self._corrupt("field layout", "a record layout", str(error)) from error
 
-    def _devices(self, entries: list[Any]) -> tuple[DeviceEntry, ...]:
-        if not entries:
-            raise self._corrupt("field devices", "at least one device", entries)
+    def _devices(self, entries: list[Any], version: int) -> tuple[DeviceEntry, ...]:
+        has_several = version == DRIVES_VERSION
+        if (len(entries) > 1) != has_several or not entries:
+            law = "several devices" if has_several else "one device"
+            raise self._corrupt("field devices", law, entries)
         devices = []
         for place, entry in enumerate(entries):
             within = f"devices[{place}]"
@@ -297,6 +316,7 @@ class _Reader:
                     index=index,
                     file=self._file(entry, within, device_name(place)),
                     size_bytes=size_bytes,
+                    directory=self._get(entry, "directory", str, within) if has_several else None,
                 )
             )
         return tuple(devices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -18,24 +19,22 @@ from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import ConfigError, CorruptStoreError, SessionClosedError
 from kvswap.core.geometry import RecordLayout
 from kvswap.core.stats import IOStats
-from kvswap.storage.base import Batch, Extents, FinishedTicket, IOBackend, Ticket
+from kvswap.storage.base import Batch, Extents, FinishedTicket, Ticket
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.checksum import ChecksumTable
-from kvswap.storage.choose import make_backend
 from kvswap.storage.completion import BatchDone, InFlight, Meter
-from kvswap.storage.device import DeviceFile
-from kvswap.storage.directory import KeptDirectory, check_directory, open_unnamed
+from kvswap.storage.directory import KeptDirectory, check_directories, create_kept, open_kept
+from kvswap.storage.drives import Backends, DriveSet
 from kvswap.storage.halves import SecondHalves, saved_checksums
 from kvswap.storage.keeping import (
     Identity,
-    device_header,
+    check_drives,
     load_tables,
     now,
     save_store,
     saved_storage,
 )
 from kvswap.storage.manifest import Manifest, SavedState
-from kvswap.storage.paced import as_slow_as
 from kvswap.storage.posix import check_not_forked
 from kvswap.storage.requests import Demand, Planner, as_ids, check_memory
 from kvswap.storage.tables import CHECKSUMS, HALF_CHECKSUMS
@@ -62,11 +61,10 @@ class BlockStore:
     def __init__(
         self,
         identity: Identity,
-        files: list[DeviceFile],
-        backend: IOBackend,
+        drives: DriveSet,
         resources: ExitStack,
         *,
-        kept: KeptDirectory | None = None,
+        kept: Sequence[KeptDirectory] = (),
         saved: tuple[Manifest, ChecksumTable, dict[str, np.ndarray]] | None = None,
     ) -> None:
         self.layout = identity.layout
@@ -75,12 +73,11 @@ class BlockStore:
         self._checksums = ChecksumTable()
         if saved is not None:
             self.manifest, self._checksums, self.tables = saved
-        self._identity, self._files, self._backend = identity, files, backend
+        self._identity, self._drives, self._files = identity, drives, drives.files
         self._kept, self._meter, self._in_flight = kept, Meter(), InFlight()
         self._save_lock = threading.Lock()
         self._halves: SecondHalves | None = None
         self._read_gaps_as(identity.storage)
-        self._is_direct = all(file.is_direct for file in files)
         self._owner = os.getpid()
         resources.callback(self._in_flight.wait)
         self._release = weakref.finalize(self, _release, resources, self._owner)
@@ -89,9 +86,9 @@ class BlockStore:
 
     @classmethod
     def create(
-        cls, storage: StorageConfig, layout: RecordLayout, *, backend: IOBackend | None = None
+        cls, storage: StorageConfig, layout: RecordLayout, *, backend: Backends = None
     ) -> BlockStore:
-        """Make an empty store in the directory that a config names.
+        """Make an empty store in the directories that a config names.
 
         Parameters
         ----------
@@ -99,74 +96,66 @@ class BlockStore:
             Where, how much, and whether it is kept.
         layout : RecordLayout
             Shape of a record.
-        backend : IOBackend, optional
-            Moves the bytes; the caller closes it. Default: one of its own, see `make_backend`.
+        backend : IOBackend or sequence of IOBackend, optional
+            Moves the bytes of all drives, or of each; the caller closes it. Default: each drive
+            has one of its own, see `make_backend`.
 
         Raises
         ------
         ConfigError
-            If the directory is missing, not writable, or already holds a kept store.
+            If a directory is missing, not writable, named twice, or already holds a kept store.
         StoreLockedError
             If a kept store is in use there.
         StoreFullError, DeviceIOError
-            If the file cannot be made.
+            If a file cannot be made.
         """
-        parent = check_directory(storage.directories[0])
+        parents = check_directories(storage.directories)
         identity = Identity(uuid=uuid4(), layout=layout, storage=storage, created_at=now())
         with ExitStack() as stack:
-            kept = KeptDirectory.create(parent) if storage.keep else None
-            if kept is not None:
-                stack.callback(kept.release)
-            fd, path = kept.new_device(0) if kept else open_unnamed(parent)
-            file = DeviceFile.create(
-                fd,
-                path,
-                device_header(identity.uuid, layout, 0),
-                direct_io=storage.direct_io,
-                disk_limit=_limit(storage),
-            )
-            stack.callback(file.close)
-            backend = _backend(stack, backend, storage, [file])
-            return cls(identity, [file], backend, stack.pop_all(), kept=kept)
+            kept = create_kept(parents, stack) if storage.keep else []
+            drives = DriveSet.create(stack, identity, parents, kept, backend)
+            return cls(identity, drives, stack.pop_all(), kept=kept)
 
     @classmethod
     def open(
         cls,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         num_threads: int | None = None,
         direct_io: str | None = None,
         disk_limit: int | str | None = None,
-        backend: IOBackend | None = None,
+        backend: Backends = None,
     ) -> BlockStore:
         """Open a kept store.
 
         Parameters
         ----------
-        directory : path
-            The directory that its `StorageConfig` named.
+        directory : path or sequence of path
+            The directories that its `StorageConfig` named, in that order.
         num_threads, direct_io, disk_limit : optional
             As in `StorageConfig`. Default: as it was made with.
-        backend : IOBackend, optional
+        backend : IOBackend or sequence of IOBackend, optional
             As in `create`.
 
         Raises
         ------
         ConfigError
-            If there is no kept store.
+            If there is no kept store, or the directories are not those of all its drives.
         StoreLockedError
             If it is in use.
         CorruptStoreError
-            If manifest, tables or device file are not what was saved.
+            If manifest, tables or a device file are not what was saved.
         """
-        parent = check_directory(directory)
+        named = [directory] if isinstance(directory, (str, os.PathLike)) else directory
+        parents = check_directories(named)
         with ExitStack() as stack:
-            kept = KeptDirectory.open(parent)
-            stack.callback(kept.release)
-            manifest = Manifest.load(kept.path)
+            kept = open_kept(parents, stack)
+            paths = [each.path for each in kept]
+            manifest = Manifest.load(paths[0])
+            check_drives(paths, manifest)
             storage = saved_storage(
                 manifest,
-                parent,
+                parents,
                 num_threads=num_threads,
                 direct_io=direct_io,
                 disk_limit=disk_limit,
@@ -177,21 +166,9 @@ class BlockStore:
                 storage=storage,
                 created_at=manifest.created_at,
             )
-            checksums, tables = load_tables(kept.path, manifest)
-            files = []
-            for entry in manifest.devices:
-                file = DeviceFile.open(
-                    kept.path / entry.file,
-                    device_header(manifest.uuid, manifest.layout, entry.index),
-                    size_bytes=entry.size_bytes,
-                    direct_io=storage.direct_io,
-                    disk_limit=_limit(storage),
-                )
-                stack.callback(file.close)
-                files.append(file)
-            backend = _backend(stack, backend, storage, files)
-            saved = manifest, checksums, tables
-            return cls(identity, files, backend, stack.pop_all(), kept=kept, saved=saved)
+            saved = manifest, *load_tables(paths[0], manifest)
+            drives = DriveSet.open(stack, identity, kept, manifest.devices, backend)
+            return cls(identity, drives, stack.pop_all(), kept=kept, saved=saved)
 
     @property
     def is_closed(self) -> bool:
@@ -218,16 +195,18 @@ class BlockStore:
     ) -> None:
         self.close()
 
-    def imitate(self, model: DeviceModel | None) -> None:
+    def imitate(self, model: DeviceModel | Sequence[DeviceModel | None] | None) -> None:
         """Be as slow as another device from now on, once what is in flight has ended.
 
         For measurements: a store that is filled once is timed as several devices. None is for as
-        fast as its own device is. What a kept store is made with stays as it was.
+        fast as its own device is; of a sequence, each drive takes its own. What a kept store is
+        made with stays as it was.
         """
         self._check_open()
+        storage = replace(self._identity.storage, device_model=model)
         self._in_flight.wait()
-        self._backend = as_slow_as(model, self._backend)
-        self._read_gaps_as(replace(self._identity.storage, device_model=model))
+        self._drives.imitate(storage.device_models)
+        self._read_gaps_as(storage)
 
     # -- room -----------------------------------------------------------------------------
 
@@ -242,18 +221,18 @@ class BlockStore:
 
     @property
     def num_devices(self) -> int:
-        """Device files."""
+        """Device files, one a drive."""
         return len(self._files)
 
     @property
     def is_direct(self) -> bool:
         """Whether every device bypasses the page cache."""
-        return self._is_direct
+        return self._drives.is_direct
 
     @property
     def backend_name(self) -> str:
-        """Which backend moves the bytes."""
-        return self._backend.name
+        """Which backend moves the bytes, or which ones, where drives differ."""
+        return self._drives.name
 
     @property
     def gap_bytes(self) -> int:
@@ -284,21 +263,21 @@ class BlockStore:
         self._check_open()
         return self._files[device].room_bytes()
 
-    def check_room(self, device: int, end_bytes: int) -> None:
+    def check_room(self, *ends: int) -> None:
         """Raise `StoreFullError` where `reserve` would now, but reserve nothing."""
         self._check_open()
-        self._files[device].check_room(end_bytes)
+        self._drives.check_room(ends)
 
-    def reserve(self, device: int, end_bytes: int) -> None:
-        """Allocate a device's record area up to ``end_bytes``.
+    def reserve(self, *ends: int) -> None:
+        """Allocate each device's record area up to so many bytes, one number a device.
 
         Raises
         ------
         StoreFullError
-            If there is no room; what is stored stays.
+            If there is no room, naming the drive; what is stored stays.
         """
         self._check_open()
-        self._files[device].reserve(end_bytes)
+        self._drives.reserve(ends)
 
     # -- records --------------------------------------------------------------------------
 
@@ -484,13 +463,13 @@ class BlockStore:
         fails: their checksums say so.
         """
         self._check_open()
-        if self._kept is None:
+        if not self._kept:
             raise ConfigError("keep must be True for a store to be saved, got False")
         state = SavedState(config=config, fingerprint=fingerprint, meta=meta)
         with self._save_lock:
             self._in_flight.wait()
             self.manifest = save_store(
-                self._kept.path,
+                [each.path for each in self._kept],
                 self._identity,
                 self._files,
                 self._tables_of_checksums(),
@@ -520,20 +499,20 @@ class BlockStore:
         check_not_forked(self._owner)
 
     def _submit(self, batch: Batch) -> Ticket:
-        if self._backend.has_workers:
-            batch.unpack()
-        done = BatchDone(
+        ticket = self._drives.submit(batch, self._completing)
+        self._in_flight.add(ticket)
+        return ticket
+
+    def _completing(self, batch: Batch, has_workers: bool) -> BatchDone:
+        return BatchDone(
             batch,
             self._files,
             self._meter,
-            is_direct=self._is_direct,
+            is_direct=self._drives.is_direct,
             written=self._checksums if batch.is_write else None,
             # Work that ends by itself may outlive the last use of the store.
-            owner=self if self._backend.has_workers else None,
+            owner=self if has_workers else None,
         )
-        ticket = self._backend.submit(batch, done)
-        self._in_flight.add(ticket)
-        return ticket
 
     def _reserve_for(self, extents: Extents) -> None:
         for device in np.unique(extents.devices).tolist():
@@ -543,26 +522,12 @@ class BlockStore:
             self._files[device].reserve(furthest + self.layout.record_bytes)
 
 
-def _backend(
-    stack: ExitStack, backend: IOBackend | None, storage: StorageConfig, files: list[DeviceFile]
-) -> IOBackend:
-    """Return the backend given, or a new one that is closed with the store."""
-    if backend is None:
-        backend = make_backend(storage, is_direct=all(file.is_direct for file in files))
-        stack.callback(backend.close)
-    return backend
-
-
 def _release(resources: ExitStack, owner: int) -> None:
     """Give everything back; in a forked child, where it is the parent's, nothing."""
     if os.getpid() == owner:
         resources.close()
     else:
         resources.pop_all()
-
-
-def _limit(storage: StorageConfig) -> int | None:
-    return None if storage.disk_limit is None else int(storage.disk_limit)
 
 
 def _same_length(count: int, **arrays: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from kvswap.core.device_profile import DeviceProfile
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.units import ceil_div
 from kvswap.placement import SequentialPlacement
-from kvswap.storage.directory import check_directory
+from kvswap.storage.directory import check_directories
 from kvswap.storage.facts import device_facts
+from kvswap.storage.speeds import drive_weights
 from kvswap.tune.lengths import drawn_out, rehearsed_contexts
 from kvswap.tune.outline import ModelOutline
 from kvswap.tune.rehearsal import Forward, Rehearsal, rehearse
@@ -109,7 +111,7 @@ class Forecast:
     full_kv_bytes : int
         Of the whole cache in memory.
     disk_bytes, free_bytes : int
-        Room that the store takes, and what the file system has.
+        Room that the store takes, and what the file systems have.
     written_bytes : int
         For the whole context.
     token_bytes_written : float
@@ -174,7 +176,7 @@ def forecast(
     reuse : float
         Share of a step's groups that the step before selected too, in [0, 1).
     profile : DeviceProfile, optional
-        Of the device, for ``Speed.device_s``.
+        Of the device, for ``Speed.device_s``; none is taken of several drives.
     has_speed : bool
         Rehearse: a shortened model with random weights runs on this machine, with a cache in the
         directory, of the sizes planned. Takes seconds to minutes.
@@ -196,6 +198,9 @@ def forecast(
         raise ConfigError("max_context must be given, got None")
     if not 0 <= reuse < 1:
         raise ConfigError(f"reuse must be in [0, 1), got {reuse}")
+    directories = check_directories(config.storage.directories)
+    if len(directories) > 1:
+        profile = None
     budgets = sorted(max(1, int(config.kv_memory_bytes * factor)) for factor in factors)
     plans = [_plan(outline, config, budget, batch_size) for budget in budgets]
     asked = plans[budgets.index(config.kv_memory_bytes)]
@@ -204,12 +209,12 @@ def forecast(
     speeds: list[Speed | None] = [None] * len(plans)
     if has_speed:
         speeds = _Rehearsals(outline, config, reuse, profile, on_progress).of(plans, asked)
-    directory = check_directory(config.storage.directories[0])
     layout = asked.layout
     placement = SequentialPlacement(
         num_layers=layout.geometry.num_layers,
         num_groups=asked.num_groups,
         record_bytes=layout.record_bytes,
+        weights=drive_weights(config.storage, layout.record_bytes),
     )
     group_bytes = layout.geometry.num_layers * layout.record_bytes
     return Forecast(
@@ -217,8 +222,8 @@ def forecast(
         context=asked.max_context,
         batch_size=batch_size,
         full_kv_bytes=batch_size * asked.max_context * outline.shape.geometry.token_bytes,
-        disk_bytes=placement.planned_bytes,
-        free_bytes=device_facts(directory).free_bytes,
+        disk_bytes=sum(placement.planned_ends),
+        free_bytes=_free_bytes(directories),
         written_bytes=asked.num_groups * group_bytes,
         token_bytes_written=group_bytes / layout.group_size,
         reuse=reuse,
@@ -230,6 +235,12 @@ def forecast(
             for budget, found, speed in zip(budgets, plans, speeds, strict=True)
         ),
     )
+
+
+def _free_bytes(directories: Sequence[Path]) -> int:
+    """Return what the file systems of some directories have, each counted once."""
+    by_disk = {path.stat().st_dev: path for path in directories}
+    return sum(device_facts(path).free_bytes for path in by_disk.values())
 
 
 def _plan(

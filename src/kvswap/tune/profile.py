@@ -103,7 +103,7 @@ def profile_device(
     length = _file_bytes(path, facts, file_bytes)
     date, begun = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), _clock()
     with make_store(storage) as store:
-        store.reserve(0, length)
+        store.reserve(length)
         measuring = _Measuring(store, on_progress)
         measuring.fill(length, until=begun + seconds / _FILL_PARTS)
         measuring.read_again(until=_clock() + seconds / _REREAD_PARTS)

@@ -90,6 +90,11 @@ class TuningTask:
         self.context, self.rows = context_limit(self.shape, config), config.max_batch or 1
         self.config = replace(config, max_context=self.context, max_batch=self.rows)
         self.ids = ids[:, : self.context]
+        if len(config.storage.directories) > 1:
+            raise ConfigError(
+                "directories must name one directory where settings are tuned, got"
+                f" {len(config.storage.directories)}"
+            )
         self.directory = check_directory(config.storage.directories[0])
         self.on_device = accelerator_of(model.device) is not None
         self.space = SettingSpace(
