@@ -108,7 +108,9 @@ def _on_disk(name: str, share: str, args: argparse.Namespace, geometry: KVGeomet
     settings: dict[str, Any] = {"recall_every": args.recall, **ON_DISK[name]}
     if name == SAME_BYTES:
         settings["rank"] = _rank_of_same_bytes(args, budget, geometry)
-    return KVSwap(name=label(name, share), budget=budget, directory=args.kv_dir, settings=settings)
+    return KVSwap(
+        name=label(name, share), budget=budget, directories=[args.kv_dir], settings=settings
+    )
 
 
 def _rank_of_same_bytes(args: argparse.Namespace, budget: Budget, geometry: KVGeometry) -> int:

@@ -55,7 +55,7 @@ def methods_in(folder: Path, **settings):
     kv = folder / "kv"
     kv.mkdir(exist_ok=True)
     budget = Budget.parse("600KiB")
-    return [FullAttention(), KVSwap(name="disk", budget=budget, directory=kv, settings=SMALL)]
+    return [FullAttention(), KVSwap(name="disk", budget=budget, directories=[kv], settings=SMALL)]
 
 
 def run(asking, folder, plan=None, methods=None, **options):
@@ -142,7 +142,9 @@ def test_a_budget_that_holds_everything_answers_as_full_attention(asking, tmp_pa
     for changes in ({}, {"group_size": 2, "budget_tokens": 4096, "num_slots": 64}):
         folder = tmp_path / str(len(changes))
         folder.mkdir()
-        kv = KVSwap(name="all", budget=Budget.parse("64MiB"), directory=folder, settings=changes)
+        kv = KVSwap(
+            name="all", budget=Budget.parse("64MiB"), directories=[folder], settings=changes
+        )
         results = run(asking, folder, methods=[FullAttention(), kv])
         for (*place, method), sample in results.samples.items():
             if method == "all":
@@ -153,7 +155,7 @@ def test_a_budget_that_holds_everything_answers_as_full_attention(asking, tmp_pa
 def test_an_index_of_queries_and_head_groups_are_served(asking, tmp_path):
     settings = SMALL | {"index": "kqsvd", "head_groups": 2, "recall_every": 1}
     budget = Budget.parse("2MiB")
-    method = KVSwap(name="kqsvd", budget=budget, directory=tmp_path, settings=settings)
+    method = KVSwap(name="kqsvd", budget=budget, directories=[tmp_path], settings=settings)
     plan = make_plan(asking, samples=1, questions=1)
     ((_, sample),) = run(asking, tmp_path, plan, [method]).samples.items()
     assert {layer_idx for layer_idx, _ in sample.recall} <= {0, 1, 2, 3}
@@ -205,7 +207,7 @@ def test_other_questions_or_a_method_set_otherwise_are_refused(asking, whole, tm
     shutil.copy(whole[0] / "out.jsonl", tmp_path)
     with pytest.raises(ConfigError, match=r"same run, .*its seed is 0, not 1: name another file"):
         run(asking, tmp_path, make_plan(asking, seed=1))
-    other = KVSwap(name="disk", budget=Budget.parse("1/2"), directory=tmp_path)
+    other = KVSwap(name="disk", budget=Budget.parse("1/2"), directories=[tmp_path])
     with pytest.raises(ConfigError, match="must be of the same method disk"):
         run(asking, tmp_path, methods=[other])
 
@@ -228,10 +230,10 @@ def test_methods_of_one_name_are_refused(asking, tmp_path):
 
 
 def test_what_cannot_be_is_said_before_a_document_is_read(asking, tmp_path):
-    small = KVSwap(name="small", budget=Budget.parse("1KiB"), directory=tmp_path)
+    small = KVSwap(name="small", budget=Budget.parse("1KiB"), directories=[tmp_path])
     with pytest.raises(BudgetError, match="kv_memory must be at least"):
         run(asking, tmp_path, methods=[small], capture_document=None)
-    enough = KVSwap(name="small", budget=Budget.parse("64MiB"), directory=tmp_path)
+    enough = KVSwap(name="small", budget=Budget.parse("64MiB"), directories=[tmp_path])
     plan = make_plan(asking)
     with Results(tmp_path / "out.jsonl", plan.to_dict()) as results:
         results.begin("small", enough.describe())  # nothing was answered: it may be set anew
@@ -252,7 +254,7 @@ def test_what_cannot_be_is_said_before_a_document_is_read(asking, tmp_path):
 )
 def test_settings_are_checked_when_a_method_is_made(settings, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        KVSwap(name="x", budget=Budget.parse("1/16"), directory=tmp_path, settings=settings)
+        KVSwap(name="x", budget=Budget.parse("1/16"), directories=[tmp_path], settings=settings)
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "much", "", "-1", "1/0"])
@@ -301,7 +303,7 @@ def test_shipped_reader_is_right_with_full_attention_and_on_disk(tmp_path, monke
     base.register_task("of the reader")(ReaderTask)
     asking = Asking(*load_reader())
     plan = make_plan(asking, tasks=["of the reader"], context_tokens=2000, samples=4)
-    kv = KVSwap(name="disk", budget=Budget.parse("2MiB"), directory=tmp_path)
+    kv = KVSwap(name="disk", budget=Budget.parse("2MiB"), directories=[tmp_path])
     report = summarise(run(asking, tmp_path, plan, [FullAttention(), kv]))
     full, disk = report.methods
     assert full.all_tasks.mean == 1

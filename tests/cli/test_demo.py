@@ -35,7 +35,6 @@ def temporary(monkeypatch, tmp_path):
     path.mkdir()
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(path))
     monkeypatch.setattr("kvswap.cli.options.is_in_memory", lambda _: False)
-    monkeypatch.setattr("kvswap.cli.demo.is_in_memory", lambda _: False)
     yield path
     assert not any(path.iterdir())
 
@@ -104,7 +103,7 @@ def test_named_directory_is_used_and_left_empty(kvswap, kv_dir, monkeypatch):
 
 @pytest.mark.usefixtures("untaught")
 def test_directory_in_memory_is_warned_of(kvswap, monkeypatch):
-    monkeypatch.setattr("kvswap.cli.demo.is_in_memory", lambda _: True)
+    monkeypatch.setattr("kvswap.cli.options.is_in_memory", lambda _: True)
     result = kvswap(*SMALL, "--json")
     assert result.code == 0
     assert result.err.startswith("kvswap: warning: ")

@@ -33,7 +33,7 @@ METHOD_TYPES = {
 @pytest.fixture
 def options(model_dir, kv_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kvswap.cli.evaluating.is_in_memory", lambda _: False)
+    monkeypatch.setattr("kvswap.cli.options.is_in_memory", lambda _: False)
     return {
         "--model": model_dir,
         "--tasks": "niah_single_1",

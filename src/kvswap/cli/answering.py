@@ -169,12 +169,11 @@ def _config(
     }
     if request.kv_memory is not None:
         fixed["kv_memory"] = request.kv_memory
-    directory = request.kv_dir
+    directories = request.kv_dirs
     if request.plan is not None:
         plan = TunedPlan.load(request.plan)
-        directory = directory or Path(plan.directory)
-    assert directory is not None, "the command asks for it where no plan says it"
-    fixed["storage"] = StorageConfig(directories=[directory], disk_limit=request.disk_limit)
+        directories = directories or (Path(plan.directory),)
+    fixed["storage"] = StorageConfig(directories=directories, disk_limit=request.disk_limit)
     return CacheConfig(**fixed) if request.plan is None else planned_config(model, plan, **fixed)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from kvswap.cli.failures import tell
-from kvswap.cli.options import DIRECTORY, is_in_memory, read_size, scratch_directory
+from kvswap.cli.options import drives_on_disks, drives_option, read_size
 from kvswap.core.config import CacheConfig, StorageConfig
 from kvswap.core.errors import BudgetError, ConfigError
 
@@ -44,9 +44,7 @@ _RECALL_EVERY = 32  # steps; a sample reads one layer whole, so they must be few
     metavar="SIZE",
     help="Memory for the cache.  [default: 1/16 of the full KV cache]",
 )
-@click.option(
-    "--kv-dir", type=DIRECTORY, help="Directory for the cache.  [default: for temporary files]"
-)
+@drives_option(default="default: for temporary files")
 @click.option("--questions", default=20, show_default=True, type=click.IntRange(min=1))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
@@ -54,7 +52,7 @@ def demo(
     *,
     context: int,
     kv_memory: int | None,
-    kv_dir: Path | None,
+    kv_dirs: tuple[Path, ...],
     questions: int,
     seed: int,
     as_json: bool,
@@ -65,9 +63,7 @@ def demo(
     answers are right. Nothing is downloaded, and nothing is left on disk.
     """
     document = _make_document(context, questions, seed)
-    directory = kv_dir or scratch_directory()
-    if is_in_memory(directory):
-        tell(f"warning: {directory} is in memory: name a directory on a disk by --kv-dir")
+    directories = drives_on_disks(kv_dirs)
     from kvswap.cli.progress import StageBars, waiting
     from kvswap.cli.report import print_comparison
 
@@ -81,7 +77,7 @@ def demo(
         found = compare(
             load_reader,
             document,
-            lambda model: _config(model, document, directory, kv_memory, bars),
+            lambda model: _config(model, document, directories, kv_memory, bars),
             on_progress=bars,
         )
     if as_json:
@@ -102,7 +98,7 @@ def _make_document(context: int, questions: int, seed: int) -> Document:
 def _config(
     model: PreTrainedModel,
     document: Document,
-    directory: Path,
+    directories: Sequence[Path],
     kv_memory: int | None,
     bars: StageBars,
 ) -> CacheConfig:
@@ -110,7 +106,7 @@ def _config(
 
     config = CacheConfig(
         kv_memory=kv_memory or max(1, full_kv_bytes(model, len(document.words)) // _SHARE),
-        storage=StorageConfig(directories=[directory]),
+        storage=StorageConfig(directories=directories),
         max_context=longest_context(document),
         recall_every=_RECALL_EVERY,
         recall_floor=0.0,  # the table says it

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvswap.core.device_profile import DeviceProfile
+
+
+def find_devices(
+    kv_dirs: Sequence[Path], path: Path | None, *, named: str | None = None, force: bool
+) -> tuple[DeviceProfile | None, Any]:
+    """Return what `find_device` does; of several drives no profile, and a device for each.
+
+    Raises
+    ------
+    ConfigError
+        As there, and if one profile is named for several drives.
+    """
+    from kvswap.core.errors import ConfigError
+
+    if len(kv_dirs) > 1 and path is not None:
+        raise ConfigError(f"profile must be left out with several --kv-dir, got {path}")
+    found = [find_device(each, path, named=named, force=force) for each in kv_dirs]
+    return found[0] if len(found) == 1 else (None, [paced for _, paced in found])
 
 
 def find_device(

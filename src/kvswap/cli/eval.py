@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kvswap.cli.options import DIRECTORY, DTYPES, PLOT_FILE, read_pairs
+from kvswap.cli.options import DTYPES, PLOT_FILE, drives_option, read_pairs
 
 _DATA = "task=FILE"
 
@@ -33,7 +33,8 @@ class EvalRequest:
     selector, kv_memory, language, dtype : str
     settings, data : dict of str to str
         Further settings by name, and files by task.
-    kv_dir : Path or None
+    kv_dirs : tuple of Path
+        One a drive.
     output, plot : Path or None
     full : bool
         Whether full attention answers too.
@@ -56,7 +57,7 @@ class EvalRequest:
     dtype: str
     settings: dict[str, str]
     data: dict[str, str]
-    kv_dir: Path | None
+    kv_dirs: tuple[Path, ...]
     output: Path | None
     plot: Path | None
     full: bool
@@ -135,9 +136,7 @@ class EvalRequest:
     help="Every N steps measure, on one layer, how much attention is covered.",
 )
 @click.option("--plot", type=PLOT_FILE, metavar="FILE", help="Recall by layer, as .png or .svg.")
-@click.option(
-    "--kv-dir", type=DIRECTORY, help="Directory for the cache.  [default: for temporary files]"
-)
+@drives_option(default="default: for temporary files")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),

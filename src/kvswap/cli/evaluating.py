@@ -26,9 +26,8 @@ from kvswap.bench.evaluation.capture import check_model
 from kvswap.bench.evaluation.plan import resolve_tasks
 from kvswap.bench.evaluation.results import fingerprint_of
 from kvswap.bench.recall_plot import save_recall_plot
-from kvswap.cli.failures import tell
 from kvswap.cli.models import ModelSource
-from kvswap.cli.options import check_plot, is_in_memory, scratch_directory
+from kvswap.cli.options import check_plot, drives_on_disks
 from kvswap.cli.progress import StageBars, waiting
 from kvswap.cli.quiet import quieten_transformers
 from kvswap.core.config import CacheConfig
@@ -119,16 +118,14 @@ def make_methods(request: EvalRequest) -> list[Method]:
     """
     resolve_tasks(_names(request.tasks), dict.fromkeys(request.data, Path()))
     budget = Budget.parse(request.kv_memory, field="--kv-memory")
-    directory = request.kv_dir or scratch_directory()
-    if is_in_memory(directory):
-        tell(f"warning: {directory} is in memory: name a directory on a disk by --kv-dir")
+    directories = drives_on_disks(request.kv_dirs)
     given = read_settings(request.settings)
     shared = given | {"selector": request.selector, "recall_every": request.recall}
     methods: list[Method] = [FullAttention()] if request.full else []
     for index in request.index:
         name = index if request.selector == "topk" else f"{index} {request.selector}"
         settings = shared | {"index": index}
-        methods.append(KVSwap(name=name, budget=budget, directory=directory, settings=settings))
+        methods.append(KVSwap(name=name, budget=budget, directories=directories, settings=settings))
     methods += [Evicted(name=name, budget=budget) for name in request.baseline]
     return methods
 

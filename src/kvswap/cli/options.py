@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import click
 
+from kvswap.cli.failures import tell
 from kvswap.core.errors import ConfigError
 from kvswap.core.units import parse_bytes
 
@@ -28,6 +29,15 @@ def read_names(_: click.Context, parameter: click.Parameter, value: str) -> tupl
     if not all(names):
         raise ConfigError(f"{parameter.opts[0]} must be names between commas, got {value!r}")
     return names
+
+
+def read_drives(_: click.Context, __: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return directories that are not the same; a click callback."""
+    if len(value) > 1:
+        from kvswap.storage.directory import check_directories  # brings numpy, which no help needs
+
+        check_directories(value)
+    return value
 
 
 DIRECTORY = click.Path(exists=True, file_okay=False, writable=True, path_type=Path)
@@ -67,11 +77,24 @@ def sample_options(command: F) -> F:
     return command
 
 
+def drives_option(*, default: str = "", required: bool = False) -> Callable[[F], F]:
+    """Return the option that says where a cache lies: a directory for each drive."""
+    return click.option(
+        "--kv-dir",
+        "kv_dirs",
+        multiple=True,
+        required=required,
+        type=DIRECTORY,
+        callback=read_drives,
+        help="Directory for the cache; given again, one on another drive."
+        + (f"  [{default}]" if default else ""),
+    )
+
+
 def size_options(command: F) -> F:
-    """Give a command the options that say how large a cache is, where it lies, and its dtype."""
+    """Give a command the options that say how large a cache is, and its dtype."""
     for option in (
         click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True),
-        click.option("--kv-dir", required=True, type=DIRECTORY, help="Directory for the cache."),
         click.option(
             "--kv-memory",
             required=True,
@@ -159,6 +182,15 @@ def scratch_directory() -> Path:
         if path.is_dir() and os.access(path, os.W_OK | os.X_OK) and not is_in_memory(path):
             return path
     return temporary
+
+
+def drives_on_disks(named: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Return the directories named, or one for temporary files; warn where files lie in memory."""
+    directories = named or (scratch_directory(),)
+    for directory in directories:
+        if is_in_memory(directory):
+            tell(f"warning: {directory} is in memory: name a directory on a disk by --kv-dir")
+    return directories
 
 
 def is_in_memory(directory: Path) -> bool:

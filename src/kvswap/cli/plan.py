@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from kvswap.cli.devices import find_device
-from kvswap.cli.options import device_options, size_options
+from kvswap.cli.devices import find_devices
+from kvswap.cli.options import device_options, drives_option, size_options
 from kvswap.core.config import REUSE
 
 
@@ -25,14 +25,15 @@ class PlanRequest:
     context, batch : int
     kv_memory : int
         Bytes.
-    kv_dir : Path
+    kv_dirs : tuple of Path
+        One a drive.
     dtype : str
     settings : dict
         Of the cache, those that were given.
     device_model : str or None
         A device to be as slow as.
     profile : Path or None
-        A device's profile; default: the one in ``kv_dir``.
+        A device's profile; default: the one in each directory.
     reuse : float
     has_speed, force : bool
     """
@@ -41,7 +42,7 @@ class PlanRequest:
     context: int
     batch: int
     kv_memory: int
-    kv_dir: Path
+    kv_dirs: tuple[Path, ...]
     dtype: str
     settings: dict[str, Any]
     device_model: str | None
@@ -54,6 +55,7 @@ class PlanRequest:
 @click.command(short_help="Say what a run will take: memory, disk, time and wear.")
 @click.option("--model", required=True, metavar="DIR_OR_HUB_ID", help="Its config is enough.")
 @size_options
+@drives_option(required=True)
 @click.option("--index", metavar="NAME[:RANK][+CODE]", help="Key index, as lowrank:64+rot4.")
 @click.option("--record-codec", metavar="NAME", help="Form of records: raw, int8 or rot4.")
 @click.option("--group-size", type=click.IntRange(min=1), help="Tokens read as a unit.")
@@ -79,8 +81,8 @@ def plan(*, as_json: bool, no_speed: bool, **given: Any) -> None:
     names = ("index", "record_codec", "group_size", "budget_tokens", "num_slots")
     settings = {name: value for name in names if (value := given.pop(name)) is not None}
     request = PlanRequest(settings=settings, has_speed=not no_speed, **given)
-    profile, paced = find_device(
-        request.kv_dir, request.profile, named=request.device_model, force=request.force
+    profile, paced = find_devices(
+        request.kv_dirs, request.profile, named=request.device_model, force=request.force
     )
     from kvswap.cli.progress import StageBars, waiting
 
@@ -97,7 +99,7 @@ def plan(*, as_json: bool, no_speed: bool, **given: Any) -> None:
         config = source.load_config()
         dtype = source.find_dtype(config) if request.dtype == "auto" else request.dtype
         outline = ModelOutline.of(config, dtype=dtype)
-    storage = StorageConfig(directories=[request.kv_dir], device_model=paced)
+    storage = StorageConfig(directories=request.kv_dirs, device_model=paced)
     wanted = CacheConfig(
         kv_memory=request.kv_memory,
         storage=storage,

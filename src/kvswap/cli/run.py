@@ -9,7 +9,14 @@ from typing import Any
 
 import click
 
-from kvswap.cli.options import DIRECTORY, PLOT_FILE, TEXT_FILE, check_plot, read_size, read_text
+from kvswap.cli.options import (
+    PLOT_FILE,
+    TEXT_FILE,
+    check_plot,
+    drives_option,
+    read_size,
+    read_text,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +30,10 @@ class Request:
     document, prompt : str
     kv_memory, disk_limit : int or None
         Bytes; no limit on the disk where that is None.
-    kv_dir : Path or None
+    kv_dirs : tuple of Path
+        One a drive.
     plan : Path or None
-        Tuned settings, which say memory and directory where those are None.
+        Tuned settings, which say memory and directory where those were not given.
     max_new_tokens : int
     temperature : float
         0 for greedy decoding.
@@ -41,7 +49,7 @@ class Request:
     document: str
     prompt: str
     kv_memory: int | None
-    kv_dir: Path | None
+    kv_dirs: tuple[Path, ...]
     plan: Path | None
     disk_limit: int | None
     max_new_tokens: int
@@ -61,9 +69,7 @@ class Request:
     metavar="SIZE",
     help="Memory for the cache, as 256MiB.  [required without --plan]",
 )
-@click.option(
-    "--kv-dir", type=DIRECTORY, help="Directory for the cache.  [required without --plan]"
-)
+@drives_option(default="required without --plan")
 @click.option(
     "--plan",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -100,9 +106,8 @@ def run(*, file: str, as_json: bool, **rest: Any) -> None:
     The text and the prompt are one user message where the tokenizer has a chat template. The
     answer goes to stdout as it comes, everything else to stderr. Nothing is left on disk.
     """
-    for name in ("kv_memory", "kv_dir"):
-        if rest[name] is None and rest["plan"] is None:
-            option = f"--{name.replace('_', '-')}"
+    for name, option in (("kv_memory", "--kv-memory"), ("kv_dirs", "--kv-dir")):
+        if not rest[name] and rest["plan"] is None:
             raise click.UsageError(
                 f"Missing option '{option}', or a --plan that says it.",
                 click.get_current_context(),

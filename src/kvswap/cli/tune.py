@@ -11,6 +11,7 @@ import click
 
 from kvswap.cli.devices import find_device
 from kvswap.cli.options import (
+    DIRECTORY,
     PLOT_FILE,
     TEXT_FILE,
     device_options,
@@ -80,6 +81,7 @@ class TuneRequest:
 @click.command(short_help="Choose a cache's settings for a model, a device and a memory.")
 @click.option("--model", required=True, metavar="DIR_OR_HUB_ID", help="A causal language model.")
 @size_options
+@click.option("--kv-dir", required=True, type=DIRECTORY, help="Directory for the cache.")
 @click.option(
     "--file",
     "files",

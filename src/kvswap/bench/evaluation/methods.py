@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +111,7 @@ class KVSwap(Method):
     ----------
     name : str
     budget : Budget
-    directory : Path
+    directories : sequence of Path
         Where its store lies for a while.
     settings : mapping of str to any
         Other fields of `CacheConfig`.
@@ -124,7 +124,7 @@ class KVSwap(Method):
 
     name: str
     budget: Budget
-    directory: Path
+    directories: Sequence[Path]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -169,5 +169,5 @@ class KVSwap(Method):
             {"recall_floor": 0.0}  # the report says it
             | dict(self.settings)
             | planned
-            | {"storage": {"directories": [self.directory]}}
+            | {"storage": {"directories": self.directories}}
         )
