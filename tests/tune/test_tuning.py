@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 import kvswap
+from kvswap.core.config import StorageConfig
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.tuned_plan import TunedPlan
 from kvswap.hf.geometry import read_shape
@@ -21,6 +22,7 @@ from tests.caches import config_for, greedy
 from tests.families import make_model, prompt
 
 CONTEXT, LAYERS, MEMORY = 1200, 2, 800 << 10
+ON_TWO_DRIVES = StorageConfig(directories=["a", "b"])
 OPTIONS = TuningOptions(indexes=["lowrank:8+rot4", "lowrank:2+bf16"], record_codecs=["raw"])
 
 
@@ -160,6 +162,7 @@ def test_memory_that_holds_everything_covers_everything(model, tmp_path, rehears
         ({"head_groups": 2}, ConfigError, "head_groups must be 1"),
         ({"budget_tokens": (64, 64)}, ConfigError, "budget_tokens must be one number"),
         ({"max_context": 9999}, ConfigError, "max_context must be at most"),
+        ({"storage": ON_TWO_DRIVES}, ConfigError, "directories must name one directory"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(model, tmp_path, changes, error, words):
