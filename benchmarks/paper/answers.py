@@ -65,7 +65,7 @@ class Answers:
             return FullAttention()
         settings = contender.selects(geometry, group_size, tokens)
         named = ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))
-        return KVSwap(name=named, budget=_ROOM, directory=self.directory, settings=settings)
+        return KVSwap(name=named, budget=_ROOM, directories=[self.directory], settings=settings)
 
     def _scores(self, method: Method) -> dict[str, float]:
         settings: Mapping[str, Any] = {
