@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -94,7 +93,10 @@ def padded_prompt(length: int, batch_size: int = 3) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-Way = Callable[[PreTrainedModel, Any], torch.Tensor]
+class Way(Protocol):
+    """A way to generate: from a model and an empty cache, with further options of `generate`."""
+
+    def __call__(self, model: PreTrainedModel, cache: Any, **options: Any) -> torch.Tensor: ...
 
 
 def _generate(model: PreTrainedModel, cache: Any, ids: torch.Tensor, **options: Any) -> Any:
@@ -105,32 +107,50 @@ def _generate(model: PreTrainedModel, cache: Any, ids: torch.Tensor, **options: 
     return model.generate(**inputs, past_key_values=cache, **{**defaults, **options})
 
 
-def _second_turn(model: PreTrainedModel, cache: Any) -> torch.Tensor:
-    first = _generate(model, cache, prompt(41))
-    longer = torch.cat((first, prompt(9, seed=5)), 1)
-    return _generate(model, cache, longer)
+def _greedy(model: PreTrainedModel, cache: Any, **options: Any) -> torch.Tensor:
+    return _generate(model, cache, prompt(45), **options)
 
 
-def _sampling(model: PreTrainedModel, cache: Any) -> torch.Tensor:
-    torch.manual_seed(11)
-    return _generate(model, cache, prompt(37), do_sample=True, temperature=0.9, top_k=20)
+def _left_padded(model: PreTrainedModel, cache: Any, **options: Any) -> torch.Tensor:
+    return _generate(model, cache, padded_prompt(40), **options)
 
 
-def _several_sequences(model: PreTrainedModel, cache: Any) -> torch.Tensor:
-    torch.manual_seed(11)
-    return _generate(model, cache, prompt(37), do_sample=True, num_return_sequences=3)
+def _beam(model: PreTrainedModel, cache: Any, **options: Any) -> torch.Tensor:
+    return _generate(model, cache, prompt(30, 2), num_beams=3, **options)
 
 
-def _prompt_lookup(model: PreTrainedModel, cache: Any) -> torch.Tensor:
+def _chunked(model: PreTrainedModel, cache: Any, **options: Any) -> torch.Tensor:
+    return _generate(model, cache, prompt(45), prefill_chunk_size=16, **options)
+
+
+def _prompt_lookup(model: PreTrainedModel, cache: Any, **options: Any) -> torch.Tensor:
     ids = prompt(12).repeat(1, 3)
-    return _generate(model, cache, ids, prompt_lookup_num_tokens=3, eos_token_id=2)
+    return _generate(model, cache, ids, prompt_lookup_num_tokens=3, eos_token_id=2, **options)
+
+
+def _second_turn(model: PreTrainedModel, cache: Any, **options: Any) -> torch.Tensor:
+    first = _generate(model, cache, prompt(41), **options)
+    longer = torch.cat((first, prompt(9, seed=5)), 1)
+    return _generate(model, cache, longer, **options)
+
+
+def _sampling(model: PreTrainedModel, cache: Any, **options: Any) -> torch.Tensor:
+    torch.manual_seed(11)
+    sampled = {"do_sample": True, "temperature": 0.9, "top_k": 20}
+    return _generate(model, cache, prompt(37), **sampled, **options)
+
+
+def _several_sequences(model: PreTrainedModel, cache: Any, **options: Any) -> torch.Tensor:
+    torch.manual_seed(11)
+    sampled = {"do_sample": True, "num_return_sequences": 3}
+    return _generate(model, cache, prompt(37), **sampled, **options)
 
 
 WAYS: dict[str, Way] = {
-    "greedy": lambda model, cache: _generate(model, cache, prompt(45)),
-    "left_padded": lambda model, cache: _generate(model, cache, padded_prompt(40)),
-    "beam": lambda model, cache: _generate(model, cache, prompt(30, 2), num_beams=3),
-    "chunked": lambda model, cache: _generate(model, cache, prompt(45), prefill_chunk_size=16),
+    "greedy": _greedy,
+    "left_padded": _left_padded,
+    "beam": _beam,
+    "chunked": _chunked,
     "prompt_lookup": _prompt_lookup,
     "second_turn": _second_turn,
     "sampling": _sampling,
@@ -138,6 +158,6 @@ WAYS: dict[str, Way] = {
 }
 
 
-def stock_tokens(model: PreTrainedModel, way: str) -> torch.Tensor:
+def stock_tokens(model: PreTrainedModel, way: str, **options: Any) -> torch.Tensor:
     """Return what transformers' own cache gives."""
-    return WAYS[way](model, DynamicCache(config=model.config))
+    return WAYS[way](model, DynamicCache(config=model.config), **options)
