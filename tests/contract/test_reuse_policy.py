@@ -27,6 +27,8 @@ layers = st.integers(0, LAYERS - 1)
 some_groups = st.sets(st.integers(0, GROUPS - 1), min_size=1)
 scored = st.lists(st.sampled_from([-20.0, -6.0, -3.0, -1.0, 0.0]), min_size=GROUPS, max_size=GROUPS)
 takes = st.lists(st.tuples(layers, some_groups, scored), max_size=40)
+# For every policy, and every run has others.
+some_examples = settings(max_examples=30)
 
 
 def make(name: str, num_slots: int, kernel: str = KERNELS[-1]) -> ReuseBuffer:
@@ -142,11 +144,12 @@ class Tables(RuleBasedStateMachine):
 def test_the_tables_are_right_after_any_use(name):
     machine: Any = type("Tables", (Tables,), {"name": name})
     case = machine.TestCase
-    case.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+    case.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
     case().runTest()
 
 
 @every_policy
+@some_examples
 @given(sequence=takes, num_slots=st.integers(1, 6))
 def test_native_and_plain_tables_put_every_group_in_the_same_slot(name, sequence, num_slots):
     buffers = [make(name, num_slots, kernel) for kernel in KERNELS]
@@ -157,6 +160,7 @@ def test_native_and_plain_tables_put_every_group_in_the_same_slot(name, sequence
 
 
 @every_policy
+@some_examples
 @given(before=takes, sequence=takes, num_slots=st.integers(1, 6))
 @pytest.mark.parametrize("how", ["clear", "forget_everywhere", "forget"])
 def test_what_was_forgotten_leaves_no_trace(name, how, before, sequence, num_slots):
@@ -175,6 +179,7 @@ def test_what_was_forgotten_leaves_no_trace(name, how, before, sequence, num_slo
 
 
 @every_policy
+@some_examples
 @given(sequence=takes, num_slots=st.integers(1, 6))
 def test_the_same_uses_leave_the_same_groups(name, sequence, num_slots):
     one, other = make(name, num_slots), make(name, num_slots)
@@ -197,6 +202,7 @@ class _Nothing:
 
 
 @every_policy
+@some_examples
 @given(sequence=takes, num_slots=st.integers(1, 6))
 def test_hits_are_the_groups_found_in_memory(name, sequence, num_slots):
     buffer, stats = make(name, num_slots), CacheStats()
