@@ -90,12 +90,14 @@ $(COMPAT)/.installed: $(VENV)/.installed
 	$(PIP) --target "$(COMPAT)" --upgrade $(OLDEST_TRANSFORMERS)
 	touch "$@"
 
-# Faults of a disk and interrupts are the same with every transformers.
+# Faults of a disk and interrupts are the same with every transformers, and so is what a device
+# computes: of its tests only those of families run.
 OF_THE_DISK := $(addprefix --ignore=tests/e2e/test_,faults.py interrupts.py)
+OF_A_DEVICE := -k "not test_device or test_families_of_all_kinds"
 
 compat-test: $(COMPAT)/.installed
 	PYTHONPATH="$(COMPAT)" $(BIN)/python -m pytest -n auto tests/hf tests/e2e $(OF_THE_DISK) \
-		-m "not newest"
+		$(OF_A_DEVICE) -m "not newest"
 
 # The tests of csrc that need no Python, built once a sanitizer, unoptimised for the time it
 # takes. $(call native_tests,<folder>,<settings>,<what runs it>)
@@ -104,9 +106,10 @@ $(CMAKE) -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 	-DKVSWAP_NATIVE_TESTS=ON $(if $(filter 1,$(CI)),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) \
 	$(2) --log-level=WARNING
 $(CMAKE) --build build/$(1)
-$(3) $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=error
+$(3) $(BIN)/ctest --test-dir build/$(1) --parallel $(CORES) --output-on-failure --no-tests=error
 endef
 
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 # Some thread sanitizers cannot place their memory where addresses are randomised widely.
 PLAIN_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
