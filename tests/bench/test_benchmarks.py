@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import torch
 from kvswap.kernels.native import has_triton
 from kvswap.storage.uring import uring_error
 from tests.labs import need_lab
+from tests.scripts import ROOT, run_script
 
 pytestmark = pytest.mark.smoke
-ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {
     "metric", "value", "unit", "samples", "question", "config", "seed", "commit", "dirty",
     "date", "machine", "device", "cache_state", "command",
@@ -28,20 +27,8 @@ WITHOUT_DISK = ("quality/recall.py",)
 
 def call(script: str, tmp_path: Path, *options: str) -> str:
     """Run a benchmark in a process of its own and return what it printed."""
-    command = [sys.executable, str(ROOT / "benchmarks" / script)]
-    command += [] if script in WITHOUT_DISK else ["--kv-dir", str(tmp_path)]
-    done = subprocess.run(
-        [*command, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path]),
-        },
-    )
+    where = () if script in WITHOUT_DISK else ("--kv-dir", str(tmp_path))
+    done = run_script(f"benchmarks/{script}", *where, *options)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -85,19 +72,7 @@ def test_decode_throughput(tmp_path):
 def test_cuda_decode_refuses_where_there_is_no_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    script = ROOT / "benchmarks" / "system" / "cuda_decode.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--kv-dir", str(tmp_path), "--quick"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path]),
-        },
-    )
+    done = run_script("benchmarks/system/cuda_decode.py", "--kv-dir", str(tmp_path), "--quick")
     assert done.returncode == 1
     assert done.stderr == "cuda_decode: there is no CUDA device here, and nothing was measured\n"
 

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.scripts import ROOT, run_script
+
 pytestmark = pytest.mark.smoke
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script: str, results: Path, *options: str) -> dict:
     """Run a script in a process of its own and return its one record."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *options, "--results", str(results)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path[:1]])},
-    )
+    done = run_script(f"benchmarks/{script}", *options, "--results", str(results))
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(results.read_text(encoding="utf-8").splitlines()[-1])
 

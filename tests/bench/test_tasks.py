@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused(task, language):
         task.make(language, 64)
     # More variables or lists than there are words for would be found out before the first token.
     with pytest.raises(ConfigError, match=r"num_tokens must|a document must need at most"):
-        task.make(language, 4096, num_questions=5000)
+        task.make(language, 4096, num_questions=1500)
 
 
 def test_words_are_one_token_each_and_all_in_the_vocabulary(task):
