@@ -170,6 +170,7 @@ def _config(cell: Cell, finding: Mapping[str, Any]) -> dict[str, Any]:
         "baseline_tokens": finding["tokens"],
         "baseline_recall": finding["recall"],
         "baseline_reaches_recall": finding["is_reached"],
+        "baseline_answers": finding.get("answers"),
         "kvswap": finding["ours"],
     }
 
@@ -187,5 +188,6 @@ def _short(finding: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": finding["tokens"],
         "recall": finding["recall"],
         "reaches_recall": finding["is_reached"],
+        "answers": finding.get("answers"),
         "memory_bytes": finding["reports"]["it"]["memory"]["total"],
     }

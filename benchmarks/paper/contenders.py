@@ -283,7 +283,7 @@ def ours(unit: int, codec: str, *, rank_share: float = 1 / 8, tokens: int = 256)
     rank_share : float
         Rank over the key's length.
     tokens : int
-        The fewest that are tried.
+        The fewest that are tried: answers ask for several facts at once, which recall does not see.
     """
     return Contender(
         name=f"kvswap, groups of {unit}, {codec}, rank {Fraction(rank_share)}",

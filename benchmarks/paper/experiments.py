@@ -9,7 +9,7 @@ from .steps import Cell
 
 NAMES = ("claims", "table4", "figure10", "figure11", "ablation")
 
-WITH_ANSWERS = ("figure11",)
+WITH_ANSWERS = ("claims", "figure11")
 """Parts in which the reader's questions are answered as each contender would."""
 
 CLAIMED_DEVICES = ("sdcard", "emmc", "nvme", "ufs31")
