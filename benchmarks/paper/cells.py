@@ -19,6 +19,9 @@ from .contenders import KVSWAP_PUBLISHED, KVSWAP_TIGHT, OURS, Contender
 from .reader import Reader, Seen, recall_reached
 from .steps import Bench, Cell, Entry, alternated, in_memory_report, report
 
+_TUNING_SAMPLES = 20
+"""Of each of kvswap's settings: steps of several questions, whose misses differ."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranked:
@@ -192,7 +195,7 @@ class Cells:
             if not each.is_reached:
                 continue
             with bench.cache(each.entry, cell.device) as cache:
-                seconds = alternated({"it": bench.step(cache)}, 3)["it"]
+                seconds = alternated({"it": bench.step(cache)}, _TUNING_SAMPLES)["it"]
             progress(f"  {contender.name}: {median(seconds) * 1e3:.1f} ms a step")
             tried.append((median(seconds), each))
         return min(tried, key=lambda pair: pair[0])[1]
