@@ -84,7 +84,8 @@ class Stage:
         parts = [asked[:WARM_STEPS], *asked[WARM_STEPS:].split(steps)[:samples]]
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for turn, tokens in enumerate(parts):
-            for name, cache in sides.items():
+            # Who comes second finds the model in the processor's caches: each does in turn.
+            for name, cache in list(sides.items())[:: -1 if turn % 2 else 1]:
                 spent = self._steps(cache, tokens)
                 if turn:
                     seconds[name].append(spent)
