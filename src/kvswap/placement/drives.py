@@ -10,6 +10,7 @@ import numpy as np
 from kvswap.core.config import MOST_GAP_BYTES
 from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import ConfigError
+from kvswap.placement.cycle import drive_cycle
 from kvswap.storage.requests import MAX_TRANSFER_BYTES
 
 
@@ -94,15 +95,6 @@ class Drives:
         Returns
         -------
         ndarray [length], int16
-            Any stretch of it has drives in about the proportion of their speeds; equal ones
-            follow each other.
+            Cycles of `drive_cycle`: any stretch has drives in about the proportion of their speeds.
         """
-        shares, at = self.shares, np.arange(length)
-        if np.allclose(shares, shares[0]):
-            return (at % len(shares)).astype(np.int16)
-        # The n-th place of a drive is due at (n + 1/2) / share; places go by when they are due.
-        counts = np.ceil(shares * length).astype(np.int64) + 1
-        drives = np.repeat(np.arange(len(shares)), counts)
-        nth = np.arange(len(drives)) - np.repeat(np.cumsum(counts) - counts, counts)
-        due = (nth + 0.5) / shares[drives]
-        return drives[np.lexsort((drives, due))][:length].astype(np.int16)
+        return np.resize(drive_cycle(self.shares.tolist()), length)
