@@ -127,6 +127,9 @@ class Cells:
         reader = self._reader(cell.context)
         ours = self._tuned(bench, reader, cell)
         wanted = ours.seen.recall if ours.seen is not None else 1.0
+        own_answers = (
+            self._answers(reader, ours.entry.contender, _what(ours), cell) if with_answers else {}
+        )
         with self._against(bench, ours, cell) as beside:
             for contender in left:
                 named = {"cell": cell.to_dict(), "contender": contender.name}
@@ -134,8 +137,8 @@ class Cells:
                 timed = self._on_disk if contender.on_disk else self._in_memory
                 found = timed(contender, beside, reader, wanted)
                 if with_answers and "seconds" in found:
-                    for each, facts in ((contender, found), (ours.entry.contender, found["ours"])):
-                        facts["answers"] = self._answers(reader, each, facts, cell)
+                    found["answers"] = self._answers(reader, contender, found, cell)
+                    found["ours"]["answers"] = own_answers
                 self._keep(named | found)
                 beside.cut_back()
 

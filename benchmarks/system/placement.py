@@ -115,8 +115,9 @@ def tasks(known: Recording, args: argparse.Namespace) -> Iterator[tuple[str, str
     Clusters are those that four drives read soonest.
     """
     tau = fit_tau(known, drives_of("4")).value
-    clusters = clusters_of(known, tau if isinstance(tau, float) else None)
-    order = pack(known.count())
+    counts = known.count()
+    clusters = clusters_of(counts, known.normalisation, tau if isinstance(tau, float) else None)
+    order = pack(counts)
     for fleet in args.fleets:
         drives = drives_of(fleet)
         for copies in ("1", "2")[: len(drives)]:

@@ -32,7 +32,7 @@ def test_correlated_steps_are_read_sooner_than_by_striping():
     training, test = recording.part(0, 120), recording.part(120, 160)
     tau = fit_tau(training, DRIVES)
     assert tau.value is not None
-    clusters = clusters_of(training, tau.value)
+    clusters = clusters_of(training.count(), training.normalisation, tau.value)
     assert len(clusters.members) - GROUPS <= 0.5 * GROUPS
     layout, fit = fit_layout(training, DRIVES, tau=tau.value, replicas=2, most_copies=256)
     assert fit.value == "balanced"

@@ -123,12 +123,11 @@ def fit_tau(recording: Recording, drives: Drives, *, most_shared: float = 0.5) -
     return Fit(value=min(seconds, key=seconds.__getitem__), seconds=seconds)
 
 
-def clusters_of(recording: Recording, tau: float | None) -> Clusters:
-    """Return the clusters of all steps, or every group alone where there is no radius."""
+def clusters_of(counts: CoActivation, normalisation: Normalisation, tau: float | None) -> Clusters:
+    """Return the clusters of what was counted, or every group alone where there is no radius."""
     if tau is None:
-        return Clusters.alone(recording.num_groups)
-    neighbours = recording.count().neighbours(recording.normalisation, most=MOST_NEIGHBOURS)
-    return find_clusters(neighbours, tau)
+        return Clusters.alone(counts.num_groups)
+    return find_clusters(counts.neighbours(normalisation, most=MOST_NEIGHBOURS), tau)
 
 
 def fit_layout(
@@ -152,9 +151,10 @@ def fit_layout(
     """
 
     def task(known: Recording) -> LayoutTask:
+        counts = known.count()
         return LayoutTask(
-            clusters=clusters_of(known, tau),
-            order=pack(known.count(), known.normalisation),
+            clusters=clusters_of(counts, known.normalisation, tau),
+            order=pack(counts, known.normalisation),
             drives=drives,
             selections=known.reads,
             replicas=replicas,
