@@ -74,11 +74,6 @@ def trials(args: argparse.Namespace) -> dict[str, Trial]:
     }
 
 
-def limit(model: DeviceModel, trial: Trial) -> float:
-    """Return the bytes a second that a model allows."""
-    return min(model.bytes_per_s, model.iops * trial.request_bytes)
-
-
 class Bench:
     """Throttled drives with a stream on each, and a paced one beside it on the first."""
 
@@ -160,9 +155,9 @@ def by_itself(args: argparse.Namespace, stream: Stream) -> dict[str, float]:
 
 def is_held(model: DeviceModel, alone: dict[str, float], asked: dict[str, Trial]) -> bool:
     """Whether a device by itself is faster than a model in everything; say where it is not."""
-    lacking = [name for name in asked if alone[name] < HELD * limit(model, asked[name])]
+    lacking = [name for name in asked if alone[name] < HELD * model.rate(asked[name].request_bytes)]
     for name in lacking:
-        need = HELD * limit(model, asked[name]) / 1e6
+        need = HELD * model.rate(asked[name].request_bytes) / 1e6
         progress(f"{model.name}, {name}: {alone[name] / 1e6:.0f} MB/s of {need:.0f} that it takes")
     return not lacking
 
@@ -189,7 +184,7 @@ def at_once(args: argparse.Namespace) -> Record:
         unit="share",
         samples=[
             max(
-                abs(given / limit(model, trial) - 1)
+                abs(given / model.rate(trial.request_bytes) - 1)
                 for given, model in zip(turn, models, strict=True)
             )
             for turn in rates

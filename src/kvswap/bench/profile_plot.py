@@ -32,7 +32,7 @@ def save_profile_plot(path: Path, profile: DeviceProfile) -> None:
                 axes.plot(*zip(*rates, strict=True), style, c=f"C{colour}", marker="o", label=label)
     with suppress(ConfigError):  # of a single size no model can be made
         model = profile.device_model()
-        fitted = [min(model.iops * size, model.bytes_per_s) / 1e6 for size in sizes]
+        fitted = [model.rate(size) / 1e6 for size in sizes]
         axes.plot(sizes, fitted, "--", color="black", label="model of the reads")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -43,6 +43,10 @@ class DeviceModel:
         for field in ("name", "source"):
             check_text(field, getattr(self, field))
 
+    def rate(self, request_bytes: int) -> float:
+        """Return the bytes a second that requests of one size get."""
+        return min(self.bytes_per_s, self.iops * request_bytes)
+
     def gap_bytes(self, record_bytes: int) -> int:
         """Return the largest gap between records that costs less to read than a request."""
         return max(0, int(self.bytes_per_s / self.iops) - record_bytes)

@@ -42,7 +42,7 @@ def drive_weights(storage: StorageConfig, record_bytes: int) -> tuple[float, ...
 
 def _rate(directory: Path, model: DeviceModel | None, record_bytes: int) -> float | None:
     if model is not None:
-        return min(model.bytes_per_s, model.iops * record_bytes)
+        return model.rate(record_bytes)
     if not (directory / PROFILE_NAME).exists():
         return None
     profile = DeviceProfile.load(directory)
