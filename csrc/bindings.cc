@@ -5,6 +5,7 @@
 
 #include "io/bindings.h"
 #include "kernels/bindings.h"
+#include "placement/bindings.h"
 
 NB_MODULE(_native, module) {
   module.doc() =
@@ -12,4 +13,5 @@ NB_MODULE(_native, module) {
   kvswap::bind_cache(module);
   kvswap::bind_kernels(module);
   kvswap::bind_io(module);
+  kvswap::bind_placement(module);
 }

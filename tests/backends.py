@@ -110,6 +110,26 @@ class FailingOnce:
         raise _as_posix_would(transfer, self.code)
 
 
+class Gone:
+    """A fault of every transfer, from the n-th on after it is armed: the drive is gone."""
+
+    def __init__(self, code: int = errno.EIO) -> None:
+        self.code, self.num_failed = code, 0
+        self.countdown: int | None = None
+
+    def arm(self, countdown: int = 0) -> None:
+        self.countdown = countdown
+
+    def __call__(self, transfer: Transfer) -> None:
+        if self.countdown is None:
+            return
+        if self.countdown:
+            self.countdown -= 1
+            return
+        self.num_failed += 1
+        raise _as_posix_would(transfer, self.code)
+
+
 def _as_posix_would(transfer: Transfer, code: int) -> StoreError:
     """Return the error that the real backend makes of a failed call."""
 

@@ -178,6 +178,19 @@ class Attender:
 
 # -- csrc/cache ---------------------------------------------------------------------------
 
+class CopyChooser:
+    def __init__(
+        self,
+        bytes_per_s: NDArray[np.float64],
+        iops: NDArray[np.float64],
+        gap_bytes: NDArray[np.int64],
+        record_bytes: int,
+        most_bytes: int,
+    ) -> None: ...
+    def choose(
+        self, drives: NDArray[np.int16], places: NDArray[np.int64], picked: NDArray[np.int64]
+    ) -> None: ...
+
 class SlotTable:
     def __init__(
         self,

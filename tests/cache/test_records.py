@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from kvswap.cache.groups_io import GroupIO
 from kvswap.cache.records import RecordIO
 from kvswap.core.config import StorageConfig
+from kvswap.core.device_model import PRESETS
 from kvswap.core.errors import CorruptStoreError, DeviceIOError, StoreError, StoreFullError
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.kernels.records import record_view
-from kvswap.placement import SequentialPlacement
+from kvswap.placement import Drives, Router, SequentialPlacement
 from kvswap.storage import BlockStore
 from kvswap.storage.buffers import aligned_empty
 from tests.backends import FailingOnce, SteppedBackend
@@ -36,7 +38,8 @@ def make_io(directory: Path, backend: SteppedBackend | None = None) -> RecordIO:
         num_layers=NUM_LAYERS, num_groups=64, record_bytes=LAYOUT.record_bytes
     )
     placement.allocate(64, after=-1)
-    return RecordIO(store, placement, LAYOUT, ROWS)
+    router = Router(Drives.of([PRESETS["nvme"]], LAYOUT.record_bytes))
+    return RecordIO(GroupIO(store, placement, router), LAYOUT, ROWS)
 
 
 @pytest.fixture(params=["default", "late", "at once"])
@@ -46,7 +49,7 @@ def io(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RecordIO]:
     )
     made = make_io(tmp_path, backend)
     yield made
-    made.store.close()
+    made.groups_io.store.close()
 
 
 def tokens(groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,14 +91,14 @@ def test_one_write_does_not_wait_for_the_one_before(tmp_path: Path) -> None:
     for group in range(ROWS):
         io.write(group % NUM_LAYERS, np.array([group]), *tokens(1))
     assert len(io._writing) == ROWS
-    assert io.store.stats.writes == 0
+    assert io.groups_io.store.stats.writes == 0
     io.write(0, np.array([20]), *tokens(1))  # the buffer is full: the oldest is waited for
-    assert io.store.stats.writes == 1
+    assert io.groups_io.store.stats.writes == 1
     read(io, 1, [4])  # waits for that group's, and those before it
-    assert io.store.stats.writes == 5
+    assert io.groups_io.store.stats.writes == 5
     io.drain()
-    assert io.store.stats.writes == ROWS + 1
-    io.store.close()
+    assert io.groups_io.store.stats.writes == ROWS + 1
+    io.groups_io.store.close()
 
 
 def test_a_long_write_goes_on_while_its_next_part_is_packed(tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_a_long_write_goes_on_while_its_next_part_is_packed(tmp_path: Path) -> N
     io.write(0, np.arange(9), *tokens(9))
     assert [written.last - written.first for written in io._writing] == [3, 3]
     io.drain()
-    io.store.close()
+    io.groups_io.store.close()
 
 
 @pytest.mark.parametrize("is_late", [False, True])
@@ -136,7 +139,7 @@ def test_a_failed_write_surfaces_once_with_layer_and_groups(
     for layer_idx, group in groups:
         if group != at:
             read(io, layer_idx, [group])
-    io.store.close()
+    io.groups_io.store.close()
 
 
 def test_a_failed_read_names_layer_and_group(tmp_path: Path) -> None:
@@ -149,4 +152,4 @@ def test_a_failed_read_names_layer_and_group(tmp_path: Path) -> None:
     assert caught.value.layer_idx == 1
     assert caught.value.groups in ((11,), (2, 3), (3, 2))
     read(io, 1, [11, 2, 3])
-    io.store.close()
+    io.groups_io.store.close()

@@ -35,6 +35,16 @@ def test_the_answer_is_that_of_one_drive(kvswap, run_options, kv_dir, second, mo
     assert not any([*kv_dir.iterdir(), *second.iterdir()])
 
 
+def test_copies_change_no_answer_and_need_a_drive_each(kvswap, run_options, kv_dir, second):
+    one = kvswap("run", *words(run_options))
+    two = kvswap("run", *words(run_options), "--kv-dir", second, "--replicas", 2)
+    assert (two.code, two.out) == (0, one.out)
+    many = kvswap("run", *words(run_options), "--kv-dir", second, "--replicas", 3)
+    assert (many.code, many.out) == (2, "")
+    assert "replicas must be at most 2, the number of directories, got 3" in many.err
+    assert not any([*kv_dir.iterdir(), *second.iterdir()])
+
+
 @pytest.mark.parametrize("command", ["run", "demo", "eval", "plan"])
 def test_the_same_directory_twice_is_refused_before_any_model(
     kvswap, run_options, kv_dir, command, tmp_path

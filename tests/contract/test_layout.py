@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from kvswap.core.device_model import DeviceModel
 from kvswap.core.errors import ConfigError
-from kvswap.placement import CoActivation, Drives, LayoutTask, Selections, layout_names, route
+from kvswap.placement import (
+    CoActivation,
+    Drives,
+    LayoutTask,
+    Router,
+    Selections,
+    layout_names,
+    route,
+)
 from kvswap.placement.clusters import Clusters, find_clusters
 from kvswap.placement.layouts import Layout, lay_out
 from kvswap.placement.packing import pack
@@ -73,7 +81,7 @@ def test_a_layout_is_sound_and_read_from_once(name, task):
     assert np.array_equal(layout.drives, again.drives)
     assert np.array_equal(layout.places, again.places)
     for wanted in task.selections:
-        on, places = route(wanted, layout, task.drives)
+        on, places = route(wanted, layout, Router(task.drives))
         assert len(on) == len(places) == len(wanted)
         copies = (layout.drives[wanted] == on[:, None]) & (layout.places[wanted] == places[:, None])
         assert (copies.sum(1) == 1).all(), "every group is read once, from one of its copies"
@@ -87,7 +95,7 @@ def test_with_two_copies_of_all_any_drive_may_go(name, gone):
         clusters=clusters, order=np.arange(6), drives=drives(100, 100, 50), replicas=2
     )
     left = lay_out(name, task).without(gone)
-    on, _ = route(np.arange(6), left, task.drives)
+    on, _ = route(np.arange(6), left, Router(task.drives))
     assert gone not in on
     assert (on >= 0).all()
     alone = lay_out(name, replace(task, replicas=1))

@@ -15,9 +15,15 @@ from kvswap.core.errors import StoreFullError
 from kvswap.placement import Placement, SequentialPlacement
 
 
-def sequential(*weights: float) -> Callable[[int, int, int], SequentialPlacement]:
+def sequential(
+    *weights: float, replicas: int = 1
+) -> Callable[[int, int, int], SequentialPlacement]:
     return lambda layers, groups, nbytes: SequentialPlacement(
-        num_layers=layers, num_groups=groups, record_bytes=nbytes, weights=weights
+        num_layers=layers,
+        num_groups=groups,
+        record_bytes=nbytes,
+        weights=weights,
+        replicas=replicas,
     )
 
 
@@ -25,6 +31,9 @@ PLACEMENTS = {
     "sequential": sequential(1),
     "sequential on 2 drives": sequential(1, 1),
     "sequential on 3 unequal drives": sequential(5, 1, 2),
+    "2 copies on 2 drives": sequential(1, 1, replicas=2),
+    "2 copies on 3 unequal drives": sequential(5, 1, 2, replicas=2),
+    "3 copies on 4 drives": sequential(1, 1, 1, 1, replicas=3),
 }
 NONE = np.empty(0, np.int64)
 pytestmark = pytest.mark.parametrize("name", sorted(PLACEMENTS))
@@ -42,7 +51,7 @@ class Holders(RuleBasedStateMachine):
         self.layers, self.groups, self.record_bytes = layers, groups, blocks * 4096
         self.placement: Placement = self.make(layers, groups, self.record_bytes)
         self.holders: Counter[int] = Counter()
-        self.places: dict[tuple[int, int], tuple[int, int]] = {}
+        self.places: dict[tuple[int, int, int], tuple[int, int]] = {}
 
     @property
     def held(self) -> list[int]:
@@ -80,12 +89,14 @@ class Holders(RuleBasedStateMachine):
         held = np.array(self.held, np.int64)
         reach = self.placement.end_bytes(held)
         for layer in range(self.layers):
-            extents = self.placement.locate(layer, held)
-            assert (extents.devices.dtype, extents.offsets.dtype) == (np.int16, np.int64)
-            devices, offsets = extents.devices.tolist(), extents.offsets.tolist()
-            for group, device, offset in zip(self.held, devices, offsets, strict=True):
-                assert 0 <= offset <= reach[device] - self.record_bytes
-                assert self.places.setdefault((layer, group), (device, offset)) == (device, offset)
+            devices, offsets = self.placement.locate(layer, held)
+            assert (devices.dtype, offsets.dtype) == (np.int16, np.int64)
+            assert devices.shape == offsets.shape == (len(held), self.placement.num_copies)
+            for group, on, at in zip(self.held, devices.tolist(), offsets.tolist(), strict=True):
+                assert len(set(on)) == len(on), "copies lie on different drives"
+                for copy, place in enumerate(zip(on, at, strict=True)):
+                    assert 0 <= place[1] <= reach[place[0]] - self.record_bytes
+                    assert self.places.setdefault((layer, group, copy), place) == place
         for device in range(len(reach)):
             offsets = sorted(offset for on, offset in self.places.values() if on == device)
             assert (np.diff(offsets) >= self.record_bytes).all()
@@ -115,9 +126,9 @@ def test_what_follows_a_group_lies_next_to_it(name):
     assert first.tolist() + more.tolist() == list(range(8))
     assert other.tolist() == [32, 33, 34, 35]
     for layer in range(3):
-        extents = placement.locate(layer, np.concatenate((first, more)))
-        assert len(set(extents.devices.tolist())) == 1
-        assert np.diff(extents.offsets).tolist() == [4096] * 7
+        devices, offsets = placement.locate(layer, np.concatenate((first, more)))
+        assert (devices == devices[0]).all()
+        assert (np.diff(offsets, axis=0) == 4096).all()
 
 
 def test_ids_are_found_wherever_they_are_free(name):
@@ -140,10 +151,9 @@ def test_a_saved_state_finds_the_records_again(name):
     assert new[0].tolist() == new[1].tolist()
     assert set(new[1].tolist()).isdisjoint(ids.tolist())
     assert again.end_bytes(np.concatenate((ids, new[1]))) == placement.end_bytes_with(new[0])
-    both = np.concatenate((ids, new[1]))
-    places = again.locate(0, both)
-    found = set(zip(places.devices.tolist(), places.offsets.tolist(), strict=True))
-    assert len(found) == len(both)
+    devices, offsets = again.locate(0, np.concatenate((ids, new[1])))
+    found = set(zip(devices.ravel().tolist(), offsets.ravel().tolist(), strict=True))
+    assert len(found) == devices.size
 
 
 def test_bytes_are_those_of_the_tables_and_within_the_plan(name):
@@ -151,7 +161,10 @@ def test_bytes_are_those_of_the_tables_and_within_the_plan(name):
         for record_bytes in (512, 4096, 2**17):
             placement = PLACEMENTS[name](4, groups, record_bytes)
             assert placement.nbytes <= type(placement).plan_bytes(
-                groups, record_bytes=record_bytes, num_drives=len(placement.end_bytes(NONE))
+                groups,
+                record_bytes=record_bytes,
+                num_drives=len(placement.end_bytes(NONE)),
+                replicas=placement.num_copies,
             )
 
 

@@ -219,7 +219,7 @@ def test_a_record_that_comes_back_changed_is_an_error(tmp_path, monkeypatch):
         step(model, cache, ids)
         cache.session.records.drain()
         store, groups = cache.session.store, cache.forwards.batch.groups[0]
-        offset = int(cache.session.placement.locate(1, groups[3:4]).offsets[0])
+        offset = int(cache.session.placement.locate(1, groups[3:4]).extents().offsets[0])
         file = store._files[0]
         descriptor = os.open(f"/proc/self/fd/{file.fd}", os.O_RDWR)
         try:

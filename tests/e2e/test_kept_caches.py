@@ -283,7 +283,9 @@ def test_a_corrupt_record_is_an_error_where_it_is_used(tmp_path):
     model, ids = make_model("llama"), prompt(121)
     kept_prompt(tmp_path, model, ids, **FEWEST_SLOTS)
     with opened(tmp_path, model) as cache:
-        offsets = cache.session.placement.locate(2, cache.forwards.batch.groups[0]).offsets
+        offsets = (
+            cache.session.placement.locate(2, cache.forwards.batch.groups[0]).extents().offsets
+        )
         record_bytes = cache.session.layout.record_bytes
         start = cache.session.store._files[0].record_start
     path = next(tmp_path.rglob("device-*.kv"))

@@ -39,7 +39,7 @@ def read_by_drive(cache: kvswap.KVSwapCache) -> list[int]:
     """Return how many of the groups that the cache holds lie on each drive."""
     session = cache.session
     (groups,) = cache.forwards.batch.groups
-    devices = session.placement.locate(0, groups).devices
+    devices = session.placement.locate(0, groups).extents().devices
     return [int((devices == drive).sum()) for drive in range(session.store.num_devices)]
 
 

@@ -139,7 +139,7 @@ def test_a_damaged_record_is_told_by_the_step_that_needs_it(tmp_path):
         cache.prefill(prompt(60))
         cache.session.records.drain()
         file, groups = cache.session.store._files[0], cache.forwards.batch.groups[0]
-        offset = int(cache.session.placement.locate(1, groups[3:4]).offsets[0])
+        offset = int(cache.session.placement.locate(1, groups[3:4]).extents().offsets[0])
         descriptor = os.open(f"/proc/self/fd/{file.fd}", os.O_RDWR)
         try:
             os.pwrite(descriptor, b"\xff\xee", file.record_start + offset + 5)

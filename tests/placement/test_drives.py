@@ -62,7 +62,7 @@ def test_a_context_is_on_each_drive_in_one_piece_a_stripe_and_layer(weights):
     """So that a prefill reads long runs, however short those are that drives take in turn."""
     placement = make(*weights)
     ids = placement.allocate(1024, after=-1)
-    extents = placement.locate(1, ids)
+    extents = placement.locate(1, ids).extents()
     for device in range(len(weights)):
         offsets = extents.offsets[extents.devices == device]
         steps = np.diff(offsets)
@@ -73,13 +73,15 @@ def test_a_context_is_on_each_drive_in_one_piece_a_stripe_and_layer(weights):
 def test_groups_of_a_run_stay_together_and_the_next_run_is_elsewhere():
     placement = make(1, 1, 1)
     ids = placement.allocate(48, after=-1)
-    assert placement.locate(0, ids).devices.tolist() == [d for d in (0, 1, 2) * 2 for _ in range(8)]
+    assert placement.locate(0, ids).extents().devices.tolist() == [
+        d for d in (0, 1, 2) * 2 for _ in range(8)
+    ]
 
 
 def test_drives_get_what_their_weights_say():
     placement = make(3, 1, groups=4096)
     ids = placement.allocate(4096, after=-1)
-    assert np.bincount(placement.locate(0, ids).devices).tolist() == [3072, 1024]
+    assert np.bincount(placement.locate(0, ids).extents().devices).tolist() == [3072, 1024]
     assert placement.end_bytes(ids) == placement.planned_ends
     assert placement.planned_ends == [2 * 3072 * RECORD, 2 * 1024 * RECORD]
 
@@ -93,6 +95,12 @@ def test_a_saved_state_keeps_its_turns_whatever_the_weights_are_now():
     saved, opened = make(3, 1), make(1, 1)
     ids = saved.allocate(500, after=-1)
     opened.load_state(saved.state())
-    assert opened.locate(1, ids).devices.tolist() == saved.locate(1, ids).devices.tolist()
-    assert opened.locate(1, ids).offsets.tolist() == saved.locate(1, ids).offsets.tolist()
+    assert (
+        opened.locate(1, ids).extents().devices.tolist()
+        == saved.locate(1, ids).extents().devices.tolist()
+    )
+    assert (
+        opened.locate(1, ids).extents().offsets.tolist()
+        == saved.locate(1, ids).extents().offsets.tolist()
+    )
     assert opened.planned_ends == saved.planned_ends

@@ -20,13 +20,13 @@ def test_a_stripe_holds_its_layers_one_after_the_other(placement):
     for layer in range(LAYERS):
         stripe, place = np.divmod(ids, 8)
         expected = ((stripe * LAYERS + layer) * 8 + place) * RECORD
-        assert placement.locate(layer, ids).offsets.tolist() == expected.tolist()
+        assert placement.locate(layer, ids).extents().offsets.tolist() == expected.tolist()
 
 
 def test_stripes_come_in_the_order_of_their_first_use(placement):
     far, near = placement.allocate(1, after=39), placement.allocate(1, after=-1)
-    assert placement.locate(0, far).offsets.tolist() == [0]
-    assert placement.locate(0, near).offsets.tolist() == [placement.stripe_bytes]
+    assert placement.locate(0, far).extents().offsets.tolist() == [0]
+    assert placement.locate(0, near).extents().offsets.tolist() == [placement.stripe_bytes]
     assert placement.stripe_bytes == LAYERS * 8 * RECORD
 
 
@@ -49,11 +49,11 @@ def test_room_is_counted_in_whole_stripes(placement):
 
 def test_a_freed_id_comes_back_to_its_old_place(placement):
     ids = placement.allocate(4, after=-1)
-    before = placement.locate(1, ids).offsets.tolist()
+    before = placement.locate(1, ids).extents().offsets.tolist()
     assert placement.release(ids).tolist() == ids.tolist()
     again = placement.allocate(4, after=-1)
     assert again.tolist() == ids.tolist()
-    assert placement.locate(1, again).offsets.tolist() == before
+    assert placement.locate(1, again).extents().offsets.tolist() == before
 
 
 def test_releasing_what_nobody_holds_is_noticed(placement):

@@ -14,7 +14,7 @@ from kvswap.core.errors import ConfigError
 from kvswap.core.extension import warn_once
 from kvswap.core.profile_points import ProfilePoint
 from kvswap.storage.facts import device_facts
-from kvswap.storage.speeds import drive_weights
+from kvswap.storage.speeds import drive_models, drive_weights
 
 
 @pytest.fixture
@@ -94,3 +94,12 @@ def test_a_damaged_profile_is_an_error(drives):
     (drives[1] / PROFILE_NAME).write_text("{")
     with pytest.raises(ConfigError, match=str(drives[1])):
         weights(drives)
+
+
+def test_copies_are_chosen_by_what_drives_are_like(drives):
+    def models(**settings: object) -> list[str]:
+        return [each.name for each in drive_models(StorageConfig(directories=drives, **settings))]
+
+    assert models(replicas=2, device_model=["emmc", "nvme"]) == ["emmc", "nvme"]
+    assert len(set(models(replicas=2))) == 1
+    assert len(set(models(device_model=["emmc", "nvme"]))) == 1

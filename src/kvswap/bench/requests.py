@@ -73,7 +73,7 @@ def least_seconds(session: CacheSession, batches: Batches, model: DeviceModel) -
     gap = session.store.gap_bytes
     total = 0.0
     for layer_idx, groups in batches:
-        offsets = np.sort(session.placement.locate(layer_idx, groups).offsets)
+        offsets = np.sort(session.placement.locate(layer_idx, groups).extents().offsets)
         start = end = int(offsets[0])
         for offset in offsets.tolist():
             if offset - end > gap or offset + size - start > MAX_TRANSFER_BYTES:

@@ -372,6 +372,7 @@ class _Shape:
             self.num_groups,
             record_bytes=layout.record_bytes,
             num_drives=len(self.config.storage.directories),
+            replicas=self.config.storage.replicas,
         )
         tables += make_reuse(self.config.reuse).plan_bytes(layers, self.num_groups)
         tables += SequenceBatch.plan_table_bytes(

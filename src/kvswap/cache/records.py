@@ -10,51 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvswap.cache.groups_io import GroupIO, GroupTicket
 from kvswap.core.errors import StoreError
 from kvswap.core.geometry import RecordLayout
 from kvswap.kernels.centres import Centres
 from kvswap.kernels.records import pack_groups, unpack_groups
-from kvswap.placement import Placement
 from kvswap.storage.base import Ticket
 from kvswap.storage.buffers import aligned_empty
-from kvswap.storage.store import BlockStore
 
 _FIRST_PART = 128  # records
-
-
-class RecordTicket:
-    """A ticket whose errors name the layer and the groups; see `Ticket`.
-
-    Parameters
-    ----------
-    ticket : Ticket
-    placement : Placement
-        Numbers the records.
-    layer_idx : int
-    groups : ndarray [n], int64
-        What it moves.
-    """
-
-    def __init__(
-        self, ticket: Ticket, placement: Placement, layer_idx: int, groups: np.ndarray
-    ) -> None:
-        self._ticket, self._placement = ticket, placement
-        self.layer_idx, self.groups = layer_idx, groups
-
-    def done(self) -> bool:
-        """Return whether nothing is in flight any more."""
-        return self._ticket.done()
-
-    def wait(self) -> None:
-        """Wait until nothing is in flight; raise the first error."""
-        try:
-            self._ticket.wait()
-        except StoreError as error:
-            ids = self._placement.record_ids(self.layer_idx, self.groups)
-            failed = np.isin(ids, error.record_ids)
-            error.layer_idx = self.layer_idx
-            error.groups = tuple((self.groups[failed] if failed.any() else self.groups).tolist())
-            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +27,7 @@ class _Written:
 
     first: int
     last: int
-    ticket: RecordTicket
+    ticket: GroupTicket
 
 
 class RecordIO:
@@ -71,10 +35,8 @@ class RecordIO:
 
     Parameters
     ----------
-    store : BlockStore
-        Bytes on devices.
-    placement : Placement
-        Where they lie.
+    groups_io : GroupIO
+        Bytes on drives.
     layout : RecordLayout
         What a record holds.
     staging_rows : int
@@ -96,14 +58,13 @@ class RecordIO:
 
     def __init__(
         self,
-        store: BlockStore,
-        placement: Placement,
+        groups_io: GroupIO,
         layout: RecordLayout,
         staging_rows: int,
         device: torch.device | None = None,
     ) -> None:
         self._device = device or torch.device("cpu")
-        self.store, self.placement, self.layout = store, placement, layout
+        self.groups_io, self.layout = groups_io, layout
         self.centres = Centres(layout)
         self._rows = staging_rows
         self._read_half, self._write_half = np.split(
@@ -119,19 +80,14 @@ class RecordIO:
     def read(self, layer_idx: int, groups: np.ndarray, out: np.ndarray, rows: np.ndarray) -> Ticket:
         """Submit a read of one layer's records into rows of ``out``."""
         self._settle(layer_idx, groups)
-        ids = self.placement.record_ids(layer_idx, groups)
-        ticket = self.store.read(ids, self.placement.locate(layer_idx, groups), out, rows)
-        return RecordTicket(ticket, self.placement, layer_idx, groups)
+        return self.groups_io.read(layer_idx, groups, out, rows)
 
     def read_values(
         self, layer_idx: int, groups: np.ndarray, out: np.ndarray, rows: np.ndarray
     ) -> Ticket:
         """Submit a read of values alone, see `BlockStore.read_halves`; keys in ``out`` stay."""
         self._settle(layer_idx, groups)
-        ids = self.placement.record_ids(layer_idx, groups)
-        extents = self.placement.locate(layer_idx, groups)
-        ticket = self.store.read_halves(ids, extents, out, rows)
-        return RecordTicket(ticket, self.placement, layer_idx, groups)
+        return self.groups_io.read(layer_idx, groups, out, rows, values_alone=True)
 
     def write(self, layer_idx: int, groups: np.ndarray, keys: Tensor, values: Tensor) -> None:
         """Pack whole groups and submit their write, in parts of half the staging buffer.
@@ -142,7 +98,7 @@ class RecordIO:
         groups : ndarray [n], int64
         keys, values : Tensor [num_kv_heads, n * group_size, head_dim]
         """
-        self.store.reserve(*self.placement.end_bytes(groups))
+        self.groups_io.reserve(groups)
         self._settle(layer_idx, groups)
         self.centres.settle(layer_idx, keys, values)
         size, most = self.layout.group_size, (self._rows + 1) // 2
@@ -165,17 +121,9 @@ class RecordIO:
         last = first + len(groups)
         records = self._write_half[first:last]
         self.pack(layer_idx, keys, values, records)
-        ids = self.placement.record_ids(layer_idx, groups)
-        extents = self.placement.locate(layer_idx, groups)
         # In one statement: no interruption may come between the submission and the queue.
         self._writing.append(
-            _Written(
-                first,
-                last,
-                RecordTicket(
-                    self.store.write(ids, extents, records), self.placement, layer_idx, groups
-                ),
-            )
+            _Written(first, last, self.groups_io.write(layer_idx, groups, records))
         )
 
     def _room_for(self, count: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvswap.cache.deadline import Deadline
 from kvswap.cache.fit import IndexFitter
 from kvswap.cache.foresight import Foresight
+from kvswap.cache.groups_io import GroupIO
 from kvswap.cache.heads import HeadGroups
 from kvswap.cache.layer import LayerCache
 from kvswap.cache.pending import Pending
@@ -34,10 +35,10 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.core.stats import CacheStats
 from kvswap.core.units import format_bytes
 from kvswap.kernels.accelerator import Accelerator
-from kvswap.placement import SequentialPlacement
+from kvswap.placement import Drives, Router, SequentialPlacement
 from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.selectors import check_selection
-from kvswap.storage.speeds import drive_weights
+from kvswap.storage.speeds import drive_models, drive_weights
 from kvswap.storage.store import BlockStore
 
 # What holds memory, given back when a session closes.
@@ -168,6 +169,7 @@ class CacheSession:
             num_groups=plan.num_groups,
             record_bytes=self.layout.record_bytes,
             weights=self._drive_weights(),
+            replicas=self.config.storage.replicas,
         )
         if self.config.max_context is not None:
             self.store.check_room(*placement.planned_ends)
@@ -176,7 +178,12 @@ class CacheSession:
             self.turn.reserve(plan.num_groups)
             self.store.keep_halves()
         self.store.reserve_records(plan.num_groups * self.geometry.num_layers)
-        self.records = RecordIO(self.store, placement, self.layout, plan.staging_rows, self.device)
+        self.records = RecordIO(
+            GroupIO(self.store, placement, self._router()),
+            self.layout,
+            plan.staging_rows,
+            self.device,
+        )
         self.residence = (
             Residence.on_host(plan, self.records)
             if self.accelerator is None
@@ -210,9 +217,16 @@ class CacheSession:
         """Return those that an opened store was made with, whatever profiles say now."""
         saved = self.store.tables.get("placement.drives")
         if saved is not None:
-            turns: list[float] = np.bincount(saved).tolist()
+            homes = saved if saved.ndim == 1 else saved[:, 0]
+            turns: list[float] = np.bincount(homes).tolist()
             return turns
         return drive_weights(self.config.storage, self.layout.record_bytes)
+
+    def _router(self) -> Router:
+        """Return what chooses among copies, by how fast drives are now."""
+        storage, record_bytes = self.config.storage, self.layout.record_bytes
+        gap_bytes = storage.gap_bytes(record_bytes)
+        return Router(Drives.of(drive_models(storage), record_bytes, gap_bytes=gap_bytes))
 
     def _reads(self, plan: CachePlan) -> Reads:
         """Return what brings groups into slots; the indexes are there already."""

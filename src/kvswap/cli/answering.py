@@ -173,7 +173,9 @@ def _config(
     if request.plan is not None:
         plan = TunedPlan.load(request.plan)
         directories = directories or (Path(plan.directory),)
-    fixed["storage"] = StorageConfig(directories=directories, disk_limit=request.disk_limit)
+    fixed["storage"] = StorageConfig(
+        directories=directories, disk_limit=request.disk_limit, replicas=request.replicas
+    )
     return CacheConfig(**fixed) if request.plan is None else planned_config(model, plan, **fixed)
 
 

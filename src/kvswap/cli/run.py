@@ -28,6 +28,8 @@ class Request:
     model : str
         A directory or a name on the Hub.
     document, prompt : str
+    replicas : int
+        Drives that hold each group.
     kv_memory, disk_limit : int or None
         Bytes; no limit on the disk where that is None.
     kv_dirs : tuple of Path
@@ -51,6 +53,7 @@ class Request:
     kv_memory: int | None
     kv_dirs: tuple[Path, ...]
     plan: Path | None
+    replicas: int
     disk_limit: int | None
     max_new_tokens: int
     temperature: float
@@ -70,6 +73,13 @@ class Request:
     help="Memory for the cache, as 256MiB.  [required without --plan]",
 )
 @drives_option(default="required without --plan")
+@click.option(
+    "--replicas",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Drives that hold each part of the cache: one fewer may fail.",
+)
 @click.option(
     "--plan",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

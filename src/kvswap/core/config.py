@@ -85,6 +85,9 @@ class StorageConfig:
     read_gap_bytes : int, optional
         Records with at most so many bytes between them are read in one request, gap
         included. Default: what breaks even on the device model, or as measured.
+    replicas : int
+        Drives that hold each group. Reads go to those that have the least to do, and are answered
+        by the others where a drive fails; room and writes are as many times as much.
     """
 
     directories: Sequence[str | os.PathLike[str]]
@@ -95,6 +98,7 @@ class StorageConfig:
     block_size_bytes: int = 4096
     device_model: DeviceModel | str | Sequence[DeviceModel | str | None] | None = None
     read_gap_bytes: int | None = None
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.directories, (str, os.PathLike)):
@@ -122,6 +126,12 @@ class StorageConfig:
         object.__setattr__(self, "device_model", _models(self.device_model, len(paths)))
         if self.read_gap_bytes is not None:
             _at_least("read_gap_bytes", self.read_gap_bytes, 0)
+        _at_least("replicas", self.replicas, 1)
+        if self.replicas > len(paths):
+            raise ConfigError(
+                f"replicas must be at most {len(paths)}, the number of directories,"
+                f" got {self.replicas}"
+            )
 
     @property
     def device_models(self) -> tuple[DeviceModel | None, ...]:

@@ -102,11 +102,14 @@ class StoreError(KVSwapError):
         Among the layers on disk; each head group of a layer counts as one.
     groups : tuple of int
         Whose records they are, where a cache asked for them.
+    others : tuple of StoreError
+        Those of other drives that the same request was for.
     """
 
     record_ids: tuple[int, ...] = ()
     layer_idx: int | None = None
     groups: tuple[int, ...] = ()
+    others: tuple[StoreError, ...] = ()
 
     def __str__(self) -> str:
         if self.layer_idx is None:

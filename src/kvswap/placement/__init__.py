@@ -1,23 +1,25 @@
 """Where groups lie."""
 
 from kvswap.placement import balanced
-from kvswap.placement.base import Placement
+from kvswap.placement.base import Copies, Placement
 from kvswap.placement.clusters import Clusters, find_clusters
 from kvswap.placement.coactivation import CoActivation
 from kvswap.placement.drives import Drives
 from kvswap.placement.layouts import Layout, LayoutTask, lay_out, layout_names
 from kvswap.placement.packing import pack
-from kvswap.placement.retrieval import route
+from kvswap.placement.retrieval import Router, route
 from kvswap.placement.selections import Selections
 from kvswap.placement.sequential import SequentialPlacement
 
 __all__ = [
     "Clusters",
     "CoActivation",
+    "Copies",
     "Drives",
     "Layout",
     "LayoutTask",
     "Placement",
+    "Router",
     "Selections",
     "SequentialPlacement",
     "balanced",

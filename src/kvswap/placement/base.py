@@ -3,10 +3,48 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
+from typing import NamedTuple
 
 import numpy as np
 
 from kvswap.storage.base import Extents
+
+
+class Copies(NamedTuple):
+    """Where the records of some groups lie, each on as many drives.
+
+    Attributes
+    ----------
+    devices : ndarray [n, num_copies], int16
+        No drive twice in a row; -1 where a group has no such copy, which the first always is.
+    offsets : ndarray [n, num_copies], int64
+        Bytes within the device's record area.
+    """
+
+    devices: np.ndarray
+    offsets: np.ndarray
+
+    def extents(self, copy: int = 0) -> Extents:
+        """Return the places of one copy."""
+        devices, offsets = self.devices[:, copy], self.offsets[:, copy]
+        return Extents(np.ascontiguousarray(devices), np.ascontiguousarray(offsets))
+
+
+def left_without(
+    drives: np.ndarray, places: np.ndarray, gone: Collection[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the copies that are left when some drives are gone, -1 behind them.
+
+    Parameters
+    ----------
+    drives, places : ndarray [n, num_copies], integer
+    gone : collection of int
+    """
+    drives = np.where(np.isin(drives, list(gone)), drives.dtype.type(-1), drives)
+    order = np.argsort(drives < 0, axis=1, kind="stable")
+    places = np.where(drives < 0, places.dtype.type(-1), places)
+    return np.take_along_axis(drives, order, axis=1), np.take_along_axis(places, order, axis=1)
 
 
 class Placement(ABC):
@@ -46,12 +84,16 @@ class Placement(ABC):
     def release(self, groups: np.ndarray) -> np.ndarray:
         """Let go of groups; return those that nobody holds any more."""
 
+    @property
     @abstractmethod
-    def locate(self, layer_idx: int, groups: np.ndarray) -> Extents:
-        """Return where the records of some groups of one layer lie.
+    def num_copies(self) -> int:
+        """Drives that hold a record, at most."""
 
-        One extent a record, on the device that it is to be read from or written to: were there
-        copies, this would choose among them.
+    @abstractmethod
+    def locate(self, layer_idx: int, groups: np.ndarray) -> Copies:
+        """Return where the records of some groups of one layer lie: all their copies.
+
+        A record is written to all of them, and read from any.
         """
 
     @abstractmethod

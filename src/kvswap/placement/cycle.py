@@ -42,6 +42,47 @@ def drive_cycle(weights: Sequence[float]) -> np.ndarray:
     return _mixed(counts)
 
 
+def drive_turns(weights: Sequence[float], replicas: int = 1) -> np.ndarray:
+    """Return the drives of each turn of `drive_cycle`, that of the first copy and of each other.
+
+    Parameters
+    ----------
+    weights : sequence of float
+        Speed of each drive, in any unit.
+    replicas : int
+        Drives that hold each run.
+
+    Returns
+    -------
+    ndarray [num_turns, replicas], int16
+        No drive twice in a turn. The other copies go by the weights too, as far as that allows,
+        and of those that share a first drive to all others in turn: where a drive is lost, all
+        others take its reads over.
+
+    Raises
+    ------
+    ConfigError
+        As in `drive_cycle`, or if there are fewer drives than copies.
+    """
+    first = drive_cycle(weights)
+    counts = np.bincount(first)
+    num_drives, shares = len(counts), counts / len(first)
+    if not 1 <= replicas <= num_drives:
+        raise ConfigError(f"replicas must be in [1, {num_drives}], got {replicas}")
+    turns = np.tile(first[:, None], (num_drives - 1 if replicas > 1 else 1, replicas))
+    taken = np.zeros((num_drives, num_drives))
+    for copy in range(1, replicas):
+        given = np.zeros(num_drives)
+        for turn, drives in enumerate(turns):
+            owed = np.round(shares * (turn + 1) - given, 9)
+            order = np.lexsort((-owed, taken[drives[0]] / shares))
+            free = order[~np.isin(order, drives[:copy])]
+            drives[copy] = free[0]
+            given[free[0]] += 1
+            taken[drives[0], free[0]] += 1
+    return turns
+
+
 def _counts(shares: np.ndarray, length: int) -> np.ndarray:
     """Return the turns of each drive in a cycle of about that length: in proportion, never none."""
     counts = np.maximum(1, np.floor(shares * length + 1e-9)).astype(np.int64)

@@ -19,6 +19,7 @@ import numpy as np
 
 from kvswap.core.errors import ConfigError
 from kvswap.core.registry import Registry
+from kvswap.placement.base import left_without
 from kvswap.placement.clusters import Clusters
 from kvswap.placement.drives import Drives
 from kvswap.placement.selections import Selections
@@ -93,12 +94,7 @@ class Layout:
 
     def without(self, drive: int) -> Layout:
         """Return what is left when a drive is gone: groups that lay there alone have no place."""
-        drives = np.where(self.drives == drive, np.int16(-1), self.drives)
-        order = np.argsort(drives < 0, axis=1, kind="stable")
-        places = np.where(drives < 0, np.int32(-1), self.places)
-        return Layout(
-            np.take_along_axis(drives, order, axis=1), np.take_along_axis(places, order, axis=1)
-        )
+        return Layout(*left_without(self.drives, self.places, [drive]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvswap.placement.drives import Drives
 from kvswap.placement.layouts import Layout
-from kvswap.placement.retrieval import route
+from kvswap.placement.retrieval import Router, route
 from kvswap.placement.selections import Selections
 from kvswap.placement.simulate import IoTimes, read_times
 
@@ -25,7 +25,8 @@ def replay(selections: Selections, layout: Layout, drives: Drives) -> IoTimes:
         on = layout.drives[selections.groups, 0]
         places = layout.places[selections.groups, 0].astype(np.int64)
     else:
-        routed = [route(wanted, layout, drives) for wanted in selections]
+        router = Router(drives)
+        routed = [route(wanted, layout, router) for wanted in selections]
         on = np.concatenate([drive for drive, _ in routed] or [np.zeros(0, np.int16)])
         places = np.concatenate([place for _, place in routed] or [np.zeros(0, np.int64)])
     return read_times(selections.steps, on, places, len(selections), drives)

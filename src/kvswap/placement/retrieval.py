@@ -12,47 +12,121 @@ groups at their homes take less, they are read there.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import inf
 from typing import NamedTuple
 
 import numpy as np
 
+from kvswap.core.extension import native
+from kvswap.placement.base import Copies, left_without
 from kvswap.placement.drives import Drives
 from kvswap.placement.layouts import Layout
 from kvswap.placement.simulate import read_seconds
+from kvswap.storage.base import Extents
+from kvswap.storage.requests import MAX_TRANSFER_BYTES
 
 
-def route(wanted: np.ndarray, layout: Layout, drives: Drives) -> tuple[np.ndarray, np.ndarray]:
-    """Choose a copy of each group.
+class Router:
+    """Chooses copies on some drives.
+
+    Parameters
+    ----------
+    drives : Drives
+
+    Notes
+    -----
+    Which copies there are decides, and nothing else. What is attended to does not depend on it:
+    copies are equal.
+    """
+
+    def __init__(self, drives: Drives) -> None:
+        self._drives = drives
+        limits = drives.bytes_per_s, drives.iops, drives.gap_bytes
+        sizes = drives.record_bytes, MAX_TRANSFER_BYTES
+        self._native = None if native is None else native.CopyChooser(*limits, *sizes)
+
+    def choose(self, on: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the number of each record's chosen copy.
+
+        Parameters
+        ----------
+        on : ndarray [n, copies], int16
+            Drives; -1 where there is no such copy, which the first always is.
+        places : ndarray [n, copies], int64
+            Records before it on that drive.
+
+        Returns
+        -------
+        ndarray [n], int64
+        """
+        picked = np.zeros(len(on), np.int64)
+        if on.shape[1] == 1 or not (on[:, 1:] >= 0).any():
+            return picked
+        if self._native is None:
+            return choose_copies(on, places, self._drives)
+        self._native.choose(np.ascontiguousarray(on), np.ascontiguousarray(places), picked)
+        return picked
+
+    def route(self, copies: Copies, *, without: Collection[int] = ()) -> tuple[Extents, np.ndarray]:
+        """Choose among copies as a placement gives them.
+
+        Parameters
+        ----------
+        copies : Copies
+        without : collection of int
+            Drives that are not to be read from.
+
+        Returns
+        -------
+        extents : Extents
+            Of one copy of each group; on device -1 where a group has none left.
+        is_there : ndarray [n], bool
+            Whether a group has a copy.
+        """
+        devices, offsets = copies
+        if without:
+            devices, offsets = left_without(devices, offsets, without)
+        is_there = devices[:, 0] >= 0
+        picked = np.zeros(len(devices), np.int64)
+        if devices.shape[1] > 1:
+            places = offsets // self._drives.record_bytes
+            picked[is_there] = self.choose(devices[is_there], places[is_there])
+        each = np.arange(len(devices))
+        return Extents(devices[each, picked], offsets[each, picked]), is_there
+
+
+def route(wanted: np.ndarray, layout: Layout, router: Router) -> tuple[np.ndarray, np.ndarray]:
+    """Choose a copy of each group of a layout.
 
     Parameters
     ----------
     wanted : ndarray [n], int64
         Groups to be read, each once, each with a place.
     layout : Layout
-    drives : Drives
+    router : Router
 
     Returns
     -------
     drives : ndarray [n], int16
     places : ndarray [n], int64
-
-    Notes
-    -----
-    The arguments alone decide. What is attended to does not depend on it: copies are equal.
     """
     on, places = layout.drives[wanted], layout.places[wanted].astype(np.int64)
-    if on.shape[1] == 1 or not (on[:, 1:] >= 0).any():
-        return on[:, 0], places[:, 0]
+    each, picked = np.arange(len(wanted)), router.choose(on, places)
+    return on[each, picked], places[each, picked]
+
+
+def choose_copies(on: np.ndarray, places: np.ndarray, drives: Drives) -> np.ndarray:
+    """Return the number of each record's chosen copy; see `Router.choose`, which is faster."""
     order = np.lexsort((places[:, 0], on[:, 0]))
     pieces = _pieces(on[order], places[order], drives)
-    picked = np.zeros(len(wanted), np.int64)
+    picked = np.zeros(len(on), np.int64)
     picked[order] = np.repeat(_deal(pieces, len(drives)), pieces.records)
-    each = np.arange(len(wanted))
+    each = np.arange(len(on))
     chosen = on[each, picked], places[each, picked]
     home = on[:, 0], places[:, 0]
     ends = [read_seconds(*route, drives).max() for route in (chosen, home)]
-    return chosen if ends[0] < ends[1] else home
+    return picked if ends[0] < ends[1] else np.zeros_like(picked)
 
 
 class _Pieces(NamedTuple):

@@ -8,9 +8,8 @@ import numpy as np
 
 from kvswap.core.errors import StoreFullError
 from kvswap.core.units import ceil_div
-from kvswap.placement.base import Placement
-from kvswap.placement.cycle import MOST_TURNS, drive_cycle
-from kvswap.storage.base import Extents
+from kvswap.placement.base import Copies, Placement
+from kvswap.placement.cycle import MOST_TURNS, drive_turns
 
 _STRIPE_BYTES = 2**20  # one layer's part of a stripe: large enough for sequential speed
 _RUN_BYTES = 2**16
@@ -32,14 +31,17 @@ class SequentialPlacement(Placement):
         Bytes of a record.
     weights : sequence of float
         Speed of each drive, in any unit: as often as that says, a drive takes the next run of ids
-        (`drive_cycle`). With one drive a run is a stripe; with several it is shorter, and what is
+        (`drive_turns`). With one drive a run is a stripe; with several it is shorter, and what is
         in one drive's runs follows each other on it.
+    replicas : int
+        Drives that hold each run.
 
     Notes
     -----
     Stripes are mapped when first used, so ids may be far apart without holes on the device.
     The offset of a record is ``((stripe * num_layers + layer) * stripe_groups + place) *
-    record_bytes`` with ``stripe`` the mapped one and ``place`` that among the drive's own ids.
+    record_bytes`` with ``stripe`` the mapped one and ``place`` that among the ids that the drive
+    has as their first copy, or as their second, and so on: each copy has stripes of its own.
     """
 
     def __init__(
@@ -49,32 +51,45 @@ class SequentialPlacement(Placement):
         num_groups: int,
         record_bytes: int,
         weights: Sequence[float] = (1.0,),
+        replicas: int = 1,
     ) -> None:
         self._num_layers = num_layers
         self._record_bytes = record_bytes
         self._run_groups, self._stripe_runs = _sizes(record_bytes, len(weights))
         self._stripe_groups = self._run_groups * self._stripe_runs
         self._holders = np.zeros(num_groups, np.int32)
-        self._take_turns(drive_cycle(weights))
+        self._take_turns(drive_turns(weights, replicas))
 
     def _take_turns(self, cycle: np.ndarray) -> None:
-        """Lay runs out in these turns, none of them mapped yet."""
+        """Lay runs out in these turns, none of them mapped yet.
+
+        Parameters
+        ----------
+        cycle : ndarray [num_turns, replicas], int16
+            Drives of each turn. What a drive holds of one copy is a lane; all that is counted by
+            lane goes by copy, then drive.
+        """
         runs = np.arange(ceil_div(self.num_groups, self._run_groups))
-        self._cycle = cycle
-        # Turns of each drive in a cycle, and how many of its own came before each turn.
-        self._turns = np.bincount(cycle)
-        self._before = np.array([np.count_nonzero(cycle[:k] == d) for k, d in enumerate(cycle)])
-        self._devices = cycle[runs % len(cycle)]
-        num_stripes = -(
-            -np.bincount(self._devices, minlength=len(self._turns)) // self._stripe_runs
+        self._cycle, self._num_drives = cycle, int(cycle.max()) + 1
+        self._lanes = cycle + self._num_drives * np.arange(cycle.shape[1], dtype=np.int16)
+        num_lanes = self._num_drives * cycle.shape[1]
+        # Turns of each lane in a cycle, and how many of its own came before each turn.
+        self._turns = np.bincount(self._lanes.ravel(), minlength=num_lanes)
+        self._before = np.array(
+            [(self._lanes[:turn] == lanes).sum(0) for turn, lanes in enumerate(self._lanes)]
         )
-        self._first = np.concatenate(([0], np.cumsum(num_stripes)))  # stripe of each drive
+        self._devices = cycle[runs % len(cycle)]
+        of_lanes = np.bincount(self._lanes[runs % len(cycle)].ravel(), minlength=num_lanes)
+        num_stripes = -(-of_lanes // self._stripe_runs)
+        self._first = np.concatenate(([0], np.cumsum(num_stripes)))  # stripe of each lane
         self._stripe_of = np.full(self._first[-1], -1, np.int32)
         # From an id to the number of its record in layer 0, by run.
-        self._shift = np.zeros(len(runs), np.int64)
+        self._shift = np.zeros(self._devices.shape, np.int64)
 
     @classmethod
-    def plan_bytes(cls, num_groups: int, *, record_bytes: int = 0, num_drives: int = 1) -> int:
+    def plan_bytes(
+        cls, num_groups: int, *, record_bytes: int = 0, num_drives: int = 1, replicas: int = 1
+    ) -> int:
         """Return the bytes that the tables take, at most.
 
         Parameters
@@ -82,20 +97,21 @@ class SequentialPlacement(Placement):
         num_groups : int
         record_bytes : int
             Needed for several drives.
-        num_drives : int
+        num_drives, replicas : int
         """
-        cycles = 18 * MOST_TURNS + 16 * num_drives + 8
         if num_drives == 1:
-            return num_groups * 4 + ceil_div(num_groups, 8) * 14 + 42
+            return num_groups * 4 + ceil_div(num_groups, 8) * 14 + 44
         run_groups, stripe_runs = _sizes(record_bytes, num_drives)
         runs = ceil_div(num_groups, run_groups)
-        return num_groups * 4 + runs * 10 + (runs // stripe_runs + num_drives) * 4 + cycles
+        turns = MOST_TURNS * (num_drives - 1 if replicas > 1 else 1)
+        a_copy = runs * 10 + (runs // stripe_runs + num_drives) * 4 + turns * 12 + num_drives * 16
+        return num_groups * 4 + replicas * a_copy + 8
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables."""
         by_run = self._stripe_of.nbytes + self._shift.nbytes + self._devices.nbytes
-        cycles = self._cycle, self._turns, self._before, self._first
+        cycles = self._cycle, self._lanes, self._turns, self._before, self._first
         return self._holders.nbytes + by_run + sum(each.nbytes for each in cycles)
 
     @property
@@ -106,7 +122,12 @@ class SequentialPlacement(Placement):
     @property
     def num_devices(self) -> int:
         """Drives."""
-        return len(self._turns)
+        return self._num_drives
+
+    @property
+    def num_copies(self) -> int:
+        """Drives that hold each group."""
+        return self._cycle.shape[1]
 
     @property
     def stripe_bytes(self) -> int:
@@ -116,8 +137,7 @@ class SequentialPlacement(Placement):
     @property
     def planned_ends(self) -> list[int]:
         """Bytes that all groups take on each device."""
-        stripes: list[int] = np.diff(self._first).tolist()
-        return [count * self.stripe_bytes for count in stripes]
+        return self._reach(np.diff(self._first))
 
     def allocate(self, count: int, *, after: int) -> np.ndarray:
         """Take the ids after ``after`` where free, else the first free ones beyond it."""
@@ -147,14 +167,14 @@ class SequentialPlacement(Placement):
         freed: np.ndarray = np.unique(groups[self._holders[groups] == 0])
         return freed
 
-    def locate(self, layer_idx: int, groups: np.ndarray) -> Extents:
+    def locate(self, layer_idx: int, groups: np.ndarray) -> Copies:
         """Look runs up and compute offsets."""
         runs = groups // self._run_groups
         offsets = self._shift[runs]
-        offsets += groups
+        offsets += groups[:, None]
         offsets += layer_idx * self._stripe_groups
         offsets *= self._record_bytes
-        return Extents(self._devices[runs], offsets)
+        return Copies(self._devices[runs], offsets)
 
     def record_ids(self, layer_idx: int, groups: np.ndarray) -> np.ndarray:
         """Return numbers that go by group, then layer."""
@@ -162,56 +182,62 @@ class SequentialPlacement(Placement):
 
     def end_bytes(self, groups: np.ndarray) -> list[int]:
         """Return, for each device, the end of the last stripe that these groups are in."""
-        runs = groups // self._run_groups
+        runs = np.unique(groups // self._run_groups)
         ends = np.zeros(self.num_devices, np.int64)
         np.maximum.at(ends, self._devices[runs], self._stripe_of[self._places(runs)[0]] + 1)
         return [int(end) * self.stripe_bytes for end in ends]
 
     def end_bytes_with(self, groups: np.ndarray) -> list[int]:
         """Return how far each device would reach if these groups were allocated too."""
-        stripes, devices = self._stripes_with(groups)
-        new = np.bincount(devices[self._stripe_of[stripes] < 0], minlength=self.num_devices)
-        return [int(count) * self.stripe_bytes for count in self._num_mapped() + new]
+        stripes, lanes = self._stripes_with(groups)
+        new = np.bincount(lanes[self._stripe_of[stripes] < 0], minlength=len(self._turns))
+        return self._reach(self._num_mapped() + new)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what is needed to locate again; who holds a group is not saved."""
-        turns = {"drives": self._cycle} if self.num_devices > 1 else {}
+        turns = {"drives": self._cycle.squeeze(1) if self.num_copies == 1 else self._cycle}
+        turns = turns if self.num_devices > 1 else {}
         return {"stripe_of": self._stripe_of} | turns
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Take back what `state` gave, into a table of the same size, whatever its weights."""
         if "drives" in state:
-            self._take_turns(state["drives"])
+            self._take_turns(state["drives"].reshape(len(state["drives"]), -1))
         self._stripe_of[...] = state["stripe_of"]
         self._shift_ids()
 
     def _stripes_with(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the stripes that some groups are in, each once, and their devices."""
+        """Return the stripes that some groups are in, each once, and their lanes."""
         runs = np.unique(groups // self._run_groups)
         stripes = np.unique(self._places(runs)[0])
         return stripes, np.searchsorted(self._first, stripes, side="right") - 1
 
     def _places(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the stripe of each run, counted over all drives, and which of its runs it is."""
-        cycles, turns = np.divmod(runs, len(self._cycle))
-        devices = self._cycle[turns]
-        own = cycles * self._turns[devices] + self._before[turns]
-        stripes, places = np.divmod(own, self._stripe_runs)
-        return stripes + self._first[devices], places
+        """Return each run's stripes, counted over all lanes, and which of their runs it is."""
+        cycles, turns = np.divmod(runs[:, None], len(self._cycle))
+        lanes, before = self._lanes[turns[:, 0]], self._before[turns[:, 0]]
+        stripes, places = np.divmod(cycles * self._turns[lanes] + before, self._stripe_runs)
+        return stripes + self._first[lanes], places
 
     def _num_mapped(self) -> np.ndarray:
-        """Return how many stripes each device has in use."""
+        """Return how many stripes each lane has in use."""
         used = np.concatenate(([0], np.cumsum(self._stripe_of >= 0)))[self._first]
         counts: np.ndarray = np.diff(used)
         return counts
 
+    def _reach(self, stripes_of_lanes: np.ndarray) -> list[int]:
+        """Return the bytes that so many stripes of each lane take on each device."""
+        stripes: list[int] = stripes_of_lanes.reshape(-1, self.num_devices).sum(0).tolist()
+        return [count * self.stripe_bytes for count in stripes]
+
     def _map(self, groups: np.ndarray) -> None:
-        stripes, devices = self._stripes_with(groups)
+        stripes, lanes = self._stripes_with(groups)
         is_new = self._stripe_of[stripes] < 0
         if not is_new.any():
             return
-        for device, count in enumerate(self._num_mapped().tolist()):
-            new = stripes[is_new & (devices == device)]
+        mapped = self._num_mapped().reshape(-1, self.num_devices).sum(0)
+        for device, count in enumerate(mapped.tolist()):
+            new = stripes[is_new & (lanes % self.num_devices == device)]
             self._stripe_of[new] = np.arange(count, count + len(new))
         self._shift_ids()
 
@@ -219,7 +245,7 @@ class SequentialPlacement(Placement):
         runs = np.arange(len(self._shift))
         stripes, places = self._places(runs)
         records = self._stripe_of[stripes].astype(np.int64) * self._num_layers * self._stripe_runs
-        self._shift[...] = (records + places - runs) * self._run_groups
+        self._shift[...] = (records + places - runs[:, None]) * self._run_groups
 
 
 def _sizes(record_bytes: int, num_drives: int) -> tuple[int, int]:

@@ -121,11 +121,12 @@ class BatchDone:
                 except StoreError as error:
                     errors[index] = error
         if self._written is not None:
-            checksums = np.frombuffer(ticket.checksums(), np.uint32).copy()
+            is_written = np.ones(len(batch.ids), bool)
             for index in errors:
                 first, last = batch.transfers[index][3:]
-                checksums[first:last] = 0
-            self._written.put(np.array(batch.ids), checksums)
+                is_written[first:last] = False
+            checksums = np.frombuffer(ticket.checksums(), np.uint32)
+            self._written.put(np.array(batch.ids)[is_written], checksums[is_written])
         self._meter.count(nbytes, is_write=batch.is_write, requests=num_moved)
         return errors[min(errors)] if errors else None
 

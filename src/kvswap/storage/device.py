@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvswap.core.errors import ConfigError, CorruptStoreError, StoreFullError
+from kvswap.core.errors import ConfigError, CorruptStoreError, StoreError, StoreFullError
 from kvswap.core.units import align_up
 from kvswap.storage import pagecache
 from kvswap.storage.faults import FREE_SPACE, FULL, free_bytes, store_error, typed_errors
@@ -49,6 +49,8 @@ class DeviceFile:
         Where the record area begins in the file.
     size_bytes : int
         Length of the file, header included.
+    lost : str
+        Why nothing is written to it any more; empty while all is well.
 
     Notes
     -----
@@ -73,6 +75,7 @@ class DeviceFile:
         self.is_direct = direct_io != "off" and pagecache.enable_direct_io(
             fd, header.block_size_bytes
         )
+        self.lost = ""
         self._lock = threading.Lock()
         self._is_closed = False
         if not self.is_direct:
@@ -153,6 +156,10 @@ class DeviceFile:
         """Bytes of the record area that have room already."""
         return self.size_bytes - self.header.header_bytes
 
+    def lose(self, error: StoreError) -> None:
+        """Ask nothing of the file any more; what is reserved is then counted, no more."""
+        self.lost = self.lost or str(error)  # the error itself would keep all that its frames know
+
     def room_bytes(self) -> int:
         """Return how many bytes could be reserved beyond what is reserved already."""
         return max(0, self._room()[0])
@@ -190,6 +197,9 @@ class DeviceFile:
         with self._lock:
             growth = end - self.size_bytes
             if growth <= 0:  # another thread came first
+                return
+            if self.lost:
+                self.size_bytes = end
                 return
             self._check(growth)
             try:

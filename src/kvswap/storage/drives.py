@@ -156,6 +156,8 @@ class DriveSet:
         on_disk: dict[int, int] = {}
         in_all = 0
         for file, end in zip(self.files, ends, strict=True):
+            if file.lost:
+                continue
             taken = on_disk.get(file.disk, 0)
             growth = file.check_room(end, on_disk=taken, in_all=in_all)
             on_disk[file.disk] = taken + growth
@@ -168,8 +170,8 @@ class DriveSet:
 
     # -- records --------------------------------------------------------------------------
 
-    def submit(self, batch: Batch, completing: Completing) -> Ticket:
-        """Begin a batch on all drives that it is about.
+    def submit(self, batches: Sequence[Batch], completing: Completing) -> Ticket:
+        """Begin batches on all drives that they are about; writes not on those that are lost.
 
         Returns
         -------
@@ -177,13 +179,17 @@ class DriveSet:
             Done when the slowest drive is; its first error is that of the first drive with one.
         """
         if len(self.files) == 1:
+            (batch,) = batches
             return self._submit(0, batch, completing)
         begun: list[Ticket] = []
         try:
-            for device in range(len(self.files)):
-                part = batch.part(device)
-                if len(part):
-                    begun.append(self._submit(device, part, completing))
+            for device, file in enumerate(self.files):
+                for batch in batches:
+                    if batch.is_write and file.lost:
+                        continue
+                    part = batch.part(device)
+                    if len(part):
+                        begun.append(self._submit(device, part, completing))
         except BaseException:
             with suppress(StoreError):  # what has begun still owns its buffers
                 JoinedTicket(begun).wait()
@@ -216,7 +222,10 @@ class JoinedTicket:
             except BaseException as error:  # noqa: BLE001 - raised below: all I/O must end first
                 errors.append(error)
         if errors:
-            raise min(errors, key=lambda error: isinstance(error, StoreError))
+            first = min(errors, key=lambda error: isinstance(error, StoreError))
+            if isinstance(first, StoreError):
+                first.others = tuple(e for e in errors if isinstance(e, StoreError))[1:]
+            raise first
 
 
 def _limit(storage: StorageConfig) -> int | None:

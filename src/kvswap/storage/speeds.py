@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvswap.core.config import StorageConfig
-from kvswap.core.device_model import DeviceModel
+from kvswap.core.device_model import PRESETS, DeviceModel
 from kvswap.core.device_profile import PROFILE_NAME, DeviceProfile
 from kvswap.core.extension import warn_once
 from kvswap.storage.facts import device_facts
@@ -30,23 +30,48 @@ def drive_weights(storage: StorageConfig, record_bytes: int) -> tuple[float, ...
     ConfigError
         If a profile there cannot be read.
     """
-    count = len(storage.directories)
-    rates: list[float] = []
+    known = _known(storage)
+    if known is None:
+        return (1.0,) * len(storage.directories)
+    return tuple(
+        each.rate(record_bytes) if isinstance(each, DeviceModel) else each.bytes_per_s(record_bytes)
+        for each in known
+    )
+
+
+def drive_models(storage: StorageConfig) -> tuple[DeviceModel, ...]:
+    """Return what each drive is like, as `drive_weights` knows it.
+
+    All alike where it does not, or where there are no copies to choose among.
+
+    Raises
+    ------
+    ConfigError
+        If a profile there cannot be read.
+    """
+    known = _known(storage) if storage.replicas > 1 else None
+    if known is None:
+        return (PRESETS["nvme"],) * len(storage.directories)
+    return tuple(each if isinstance(each, DeviceModel) else each.device_model() for each in known)
+
+
+def _known(storage: StorageConfig) -> list[DeviceModel | DeviceProfile] | None:
+    """Return the model or the profile of each drive, where each of several has one."""
+    known: list[DeviceModel | DeviceProfile] = []
     for directory, model in zip(storage.directories, storage.device_models, strict=True):
-        rate = None if count == 1 else _rate(Path(directory), model, record_bytes)
-        if rate is None:
-            return (1.0,) * count
-        rates.append(rate)
-    return tuple(rates)
+        is_alone = len(storage.directories) == 1
+        found = model or (None if is_alone else _profile(Path(directory)))
+        if found is None or is_alone:
+            return None
+        known.append(found)
+    return known
 
 
-def _rate(directory: Path, model: DeviceModel | None, record_bytes: int) -> float | None:
-    if model is not None:
-        return model.rate(record_bytes)
+def _profile(directory: Path) -> DeviceProfile | None:
     if not (directory / PROFILE_NAME).exists():
         return None
     profile = DeviceProfile.load(directory)
     if not profile.device.is_same(device_facts(directory)):
         warn_once(f"the profile in {directory} is of {profile.device.name}, and is not taken")
         return None
-    return profile.bytes_per_s(record_bytes)
+    return profile

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvswap.core.config import StorageConfig
 from kvswap.core.device_model import DeviceModel
-from kvswap.core.errors import ConfigError, CorruptStoreError, SessionClosedError
+from kvswap.core.errors import ConfigError, CorruptStoreError, SessionClosedError, StoreError
 from kvswap.core.geometry import RecordLayout
 from kvswap.core.stats import IOStats
 from kvswap.storage.base import Batch, Extents, FinishedTicket, Ticket
@@ -279,6 +279,27 @@ class BlockStore:
         self._check_open()
         self._drives.reserve(ends)
 
+    # -- drives that fail -----------------------------------------------------------------
+
+    @property
+    def lost(self) -> dict[int, str]:
+        """Devices that nothing is written to any more, and why."""
+        return {device: file.lost for device, file in enumerate(self._files) if file.lost}
+
+    def lose(self, device: int, error: StoreError) -> None:
+        """Write nothing more to a device, and reserve no room there.
+
+        What it should hold is wherever else the caller has written it. A store that lost a device
+        is not saved.
+        """
+        self._files[device].lose(error)
+
+    def device_of(self, error: StoreError) -> int | None:
+        """Return the device that an error is about, by its file; None where it names none."""
+        path = getattr(error, "path", None)
+        paths = [str(file.path) for file in self._files]
+        return paths.index(path) if path in paths else None
+
     # -- records --------------------------------------------------------------------------
 
     def read(
@@ -315,7 +336,7 @@ class BlockStore:
         batch = self._planner.at_once(demand)
         if not batch:  # nothing to move, or something is amiss
             batch = self._checked_read(demand, self._planner, self._checksums)
-        return FinishedTicket() if batch is None else self._submit(batch)
+        return FinishedTicket() if batch is None else self._submit([batch])
 
     def keep_halves(self) -> None:
         """Remember checksums of second halves too, from now on, for `read_halves`.
@@ -354,7 +375,7 @@ class BlockStore:
         batch = halves.planner.at_once(demand) if is_written else None
         if not batch:
             batch = self._checked_read(demand, halves.planner, halves.checksums)
-        return FinishedTicket() if batch is None else self._submit(batch)
+        return FinishedTicket() if batch is None else self._submit([batch])
 
     def _checked_read(
         self, demand: Demand, planner: Planner, checksums: ChecksumTable
@@ -381,7 +402,14 @@ class BlockStore:
         table = checksums.values
         return planner.batch(Demand(record_ids, extents, demand.memory, rows, table))
 
-    def write(self, record_ids: np.ndarray, extents: Extents, records: np.ndarray) -> Ticket:
+    def write(
+        self,
+        record_ids: np.ndarray,
+        extents: Extents,
+        records: np.ndarray,
+        *,
+        copies: Sequence[Extents] = (),
+    ) -> Ticket:
         """Begin to write records; a read submitted once the ticket is done finds them.
 
         Parameters
@@ -392,12 +420,14 @@ class BlockStore:
             Where they go; room is reserved where it is not yet.
         records : ndarray [n, record_bytes], uint8
             From `aligned_empty`. Not to be changed until the ticket is done.
+        copies : sequence of Extents
+            Where else each record goes.
 
         Returns
         -------
         Ticket
             Its ``wait`` raises `StoreFullError` or `DeviceIOError`. Records that were written
-            before the failure can be read.
+            before the failure can be read, where they were written.
 
         Raises
         ------
@@ -407,17 +437,18 @@ class BlockStore:
             If the arguments do not fit together.
         """
         self._check_open()
-        demand = Demand(record_ids, extents, records)
-        batch = self._planner.at_once(demand)
-        if not batch:
-            batch = self._checked_write(demand)
-        if batch is None:
-            return FinishedTicket()
+        batches: list[Batch] = []
+        for place in (extents, *copies):
+            demand = Demand(record_ids, place, records)
+            batch = self._planner.at_once(demand) or self._checked_write(demand)
+            if batch is None:
+                return FinishedTicket()
+            batches.append(batch)
         # Until it is written again a record is none: a failed write must not be read as the old.
         self._checksums.put(record_ids, 0)
         if self._halves is not None:
             self._halves.note(record_ids, records)
-        return self._submit(batch)
+        return self._submit(batches)
 
     def _checked_write(self, demand: Demand) -> Batch | None:
         """Look at every argument of a write that was not in order at once, and reserve its room."""
@@ -465,6 +496,8 @@ class BlockStore:
         self._check_open()
         if not self._kept:
             raise ConfigError("keep must be True for a store to be saved, got False")
+        for reason in self.lost.values():
+            raise StoreError(f"a store that lost a drive cannot be saved: {reason}")
         state = SavedState(config=config, fingerprint=fingerprint, meta=meta)
         with self._save_lock:
             self._in_flight.wait()
@@ -498,8 +531,8 @@ class BlockStore:
             raise SessionClosedError("the store is closed")
         check_not_forked(self._owner)
 
-    def _submit(self, batch: Batch) -> Ticket:
-        ticket = self._drives.submit(batch, self._completing)
+    def _submit(self, batches: Sequence[Batch]) -> Ticket:
+        ticket = self._drives.submit(batches, self._completing)
         self._in_flight.add(ticket)
         return ticket
 

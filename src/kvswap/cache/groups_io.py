@@ -1,0 +1,188 @@
+"""Groups of a layer, read from the copy that is at hand soonest and written to all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from kvswap.core.errors import CorruptStoreError, DeviceIOError, StoreError
+from kvswap.core.extension import warn_once
+from kvswap.placement import Placement, Router
+from kvswap.storage.base import Extents, FinishedTicket, Ticket
+from kvswap.storage.store import BlockStore
+
+Remedy = Callable[[StoreError], Ticket]
+"""Returns what is to be waited for in place of what failed, or raises what nothing helps."""
+
+
+class GroupTicket:
+    """A ticket whose errors name the layer and the groups, once nothing helps; see `Ticket`.
+
+    Parameters
+    ----------
+    ticket : Ticket
+    placement : Placement
+        Numbers the records.
+    layer_idx : int
+    groups : ndarray [n], int64
+        What it moves.
+    remedy : callable, optional
+        Where there are copies.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        placement: Placement,
+        layer_idx: int,
+        groups: np.ndarray,
+        remedy: Remedy | None = None,
+    ) -> None:
+        self._ticket, self._placement, self._remedy = ticket, placement, remedy
+        self.layer_idx, self.groups = layer_idx, groups
+
+    def done(self) -> bool:
+        """Return whether nothing is in flight any more, and nothing will be."""
+        while self._ticket.done():
+            if self._remedy is None:
+                return True
+            try:
+                self._ticket.wait()
+                return True
+            except StoreError as error:
+                try:
+                    self._ticket = self._remedy(error)
+                except StoreError:  # `wait` will say so
+                    return True
+        return False
+
+    def wait(self) -> None:
+        """Wait until nothing is in flight; raise the first error."""
+        try:
+            while True:
+                try:
+                    return self._ticket.wait()
+                except StoreError as error:
+                    if self._remedy is None:
+                        raise
+                    self._ticket = self._remedy(error)
+        except StoreError as error:
+            ids = self._placement.record_ids(self.layer_idx, self.groups)
+            failed = np.isin(ids, error.record_ids)
+            error.layer_idx = self.layer_idx
+            error.groups = tuple((self.groups[failed] if failed.any() else self.groups).tolist())
+            raise
+
+
+class GroupIO:
+    """Moves records of groups between memory and the drives that hold them.
+
+    Parameters
+    ----------
+    store : BlockStore
+    placement : Placement
+        Says where copies lie.
+    router : Router
+        Says which are read.
+
+    Notes
+    -----
+    A drive that fails is not asked again, as long as what it holds is elsewhere too. A record that
+    is not as it was written is read from another copy. Not thread-safe.
+    """
+
+    def __init__(self, store: BlockStore, placement: Placement, router: Router) -> None:
+        self.store, self._placement, self._router = store, placement, router
+
+    def reserve(self, groups: np.ndarray) -> None:
+        """Make room for groups in all layers, wherever they have copies.
+
+        Raises
+        ------
+        StoreFullError, DeviceIOError
+            If there is none.
+        """
+        while True:
+            try:
+                return self.store.reserve(*self._placement.end_bytes(groups))
+            except DeviceIOError as error:
+                if self._placement.num_copies == 1:
+                    raise
+                self._lose(error)  # which then asks for no room
+
+    def read(
+        self,
+        layer_idx: int,
+        groups: np.ndarray,
+        out: np.ndarray,
+        rows: np.ndarray,
+        *,
+        values_alone: bool = False,
+    ) -> GroupTicket:
+        """Submit a read of one layer's records, see `BlockStore.read` and `read_halves`."""
+        read = self.store.read_halves if values_alone else self.store.read
+        ids = self._placement.record_ids(layer_idx, groups)
+        avoided: set[int] = set()
+
+        def begin(error: StoreError | None) -> Ticket:
+            return read(ids, self._places(layer_idx, groups, avoided, error), out, rows)
+
+        def elsewhere(error: StoreError) -> Ticket:
+            avoided.update(self._lose(error))
+            return begin(error)
+
+        remedy = elsewhere if self._placement.num_copies > 1 else None
+        return GroupTicket(begin(None), self._placement, layer_idx, groups, remedy)
+
+    def write(self, layer_idx: int, groups: np.ndarray, records: np.ndarray) -> GroupTicket:
+        """Submit a write of one layer's records to all copies, see `BlockStore.write`."""
+        ids, copies = self._placement.record_ids(layer_idx, groups), self._placement.num_copies
+        places = self._placement.locate(layer_idx, groups)
+        if copies == 1:
+            ticket = self.store.write(ids, places.extents(), records)
+            return GroupTicket(ticket, self._placement, layer_idx, groups)
+
+        def enough(error: StoreError) -> Ticket:
+            self._lose(error)
+            self._places(layer_idx, groups, set(), error)
+            return FinishedTicket()
+
+        self._places(layer_idx, groups, set(), None)  # some drive takes each
+        home, *others = (places.extents(copy) for copy in range(copies))
+        ticket = self.store.write(ids, home, records, copies=others)
+        return GroupTicket(ticket, self._placement, layer_idx, groups, enough)
+
+    def _places(
+        self, layer_idx: int, groups: np.ndarray, avoided: set[int], error: StoreError | None
+    ) -> Extents:
+        """Choose copies, none on a drive that is lost or avoided; raise where none is left."""
+        copies, lost = self._placement.locate(layer_idx, groups), self.store.lost
+        if self._placement.num_copies == 1:
+            return copies.extents()
+        extents, is_there = self._router.route(copies, without={*lost, *avoided})
+        if not is_there.all():
+            raise error or StoreError(lost[int(copies.devices[~is_there][0, 0])])
+        return extents
+
+    def _lose(self, error: StoreError) -> set[int]:
+        """Return the drives that an error is about; those that failed are lost from here on.
+
+        Raises
+        ------
+        StoreError
+            The error itself, where it is none of a drive's.
+        """
+        drives: set[int] = set()
+        for each in (error, *error.others):
+            device = self.store.device_of(each)
+            if device is None or not isinstance(each, (DeviceIOError, CorruptStoreError)):
+                raise each
+            drives.add(device)
+            if isinstance(each, DeviceIOError):
+                if device not in self.store.lost:
+                    warn_once(f"a drive failed, and what it held is read from elsewhere: {each}")
+                self.store.lose(device, each)
+            else:
+                warn_once(f"a record is read from another copy: {each}")
+        return drives
