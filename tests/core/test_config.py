@@ -29,6 +29,7 @@ BAD_STORAGE = [
     ("directories", [3], "must be a list of directories, got [3]"),
     ("directories", [], "must name 1 to 16 directories, got 0"),
     ("directories", ["/a"] * 17, "must name 1 to 16 directories, got 17"),
+    ("layout", "striped", "must be one of"),
     ("replicas", 0, "must be an integer of at least 1"),
     ("replicas", 2, "must be at most 1, the number of directories, got 2"),
     ("device_model", ["emmc", "nvme"], "must be one, or one for each of 1 directories, got 2"),

@@ -23,6 +23,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from kvswap.cache.arranger import WORK_BYTES, Arranger
 from kvswap.cache.reuse import SlotExchange, make_reuse
 from kvswap.cache.rolling import RollingBuffer
 from kvswap.cache.sequence import SequenceBatch
@@ -33,7 +34,7 @@ from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.core.units import ceil_div, format_bytes
 from kvswap.kernels.centres import Centres
 from kvswap.kernels.slots import split_bytes
-from kvswap.placement import SequentialPlacement
+from kvswap.placement import PLACEMENTS, Drives
 from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.selectors import make_selector
 from kvswap.predict.turning import GroupTurn
@@ -365,15 +366,11 @@ class _Shape:
             }
             index = layers * self.index.plan_bytes(self.geometry, **form)
             workspace = self.index.workspace_bytes(self.geometry, **form)
+            workspace += WORK_BYTES if self._is_arranged(budget_groups) else 0
         # Where each group's record is in memory (4 bytes a layer), its checksum (4), its
         # holders and stripe; what says whether it stays in memory; its place in a sequence and in
         # the saved one; what is taken off coded tokens; what lies in gaps that are read through.
-        tables = self.num_groups * 8 * layers + SequentialPlacement.plan_bytes(
-            self.num_groups,
-            record_bytes=layout.record_bytes,
-            num_drives=len(self.config.storage.directories),
-            replicas=self.config.storage.replicas,
-        )
+        tables = self.num_groups * 8 * layers + self._placement_bytes(budget_groups if rank else 0)
         tables += make_reuse(self.config.reuse).plan_bytes(layers, self.num_groups)
         tables += SequenceBatch.plan_table_bytes(
             layout, self.batch_size, self.max_context, budget_groups if rank else 0
@@ -395,6 +392,25 @@ class _Shape:
             "staging": staging,
             "workspace": workspace + 2 * staging_rows * self._unpacked_bytes,
         } | self._parts_beside(rank)
+
+    def _is_arranged(self, budget_groups: int) -> bool:
+        return bool(self.config.storage.layout == "fitted" and budget_groups)
+
+    def _placement_bytes(self, budget_groups: int) -> int:
+        """Bytes of what says where groups lie, and lays them out anew."""
+        storage, layers = self.config.storage, self.geometry.num_layers
+        tables = PLACEMENTS[storage.layout].plan_bytes(
+            self.num_groups,
+            num_layers=layers,
+            record_bytes=self.layout.record_bytes,
+            num_drives=len(storage.directories),
+            replicas=storage.replicas,
+        )
+        tables += Drives.plan_bytes(len(storage.directories))
+        if not self._is_arranged(budget_groups):
+            return tables
+        groups = budget_groups * self.batch_size
+        return tables + Arranger.plan_bytes(layers, groups, self.layout.record_bytes)
 
     def _parts_beside(self, rank: int) -> dict[str, int]:
         """Return the parts that only some configs have; 0 where every group is in memory."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvswap.cache.arranger import Arranger
 from kvswap.cache.deadline import Deadline
 from kvswap.cache.fit import IndexFitter
 from kvswap.cache.foresight import Foresight
@@ -35,7 +36,7 @@ from kvswap.core.geometry import KVGeometry
 from kvswap.core.stats import CacheStats
 from kvswap.core.units import format_bytes
 from kvswap.kernels.accelerator import Accelerator
-from kvswap.placement import Drives, Router, SequentialPlacement
+from kvswap.placement import PLACEMENTS, Drives, FittedPlacement, Router
 from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.selectors import check_selection
 from kvswap.storage.speeds import drive_models, drive_weights
@@ -46,7 +47,9 @@ _HEAVY = (
     "indexes",
     "warmer",
     "selection",
+    "arranger",
     "attention",
+    "drives",
     "residence",
     "reuse",
     "records",
@@ -164,7 +167,7 @@ class CacheSession:
             If the disk cannot hold ``max_context`` tokens that the config asks for.
         """
         plan = self._plan_for(batch_size)
-        placement = SequentialPlacement(
+        placement = PLACEMENTS[self.config.storage.layout](
             num_layers=self.geometry.num_layers,
             num_groups=plan.num_groups,
             record_bytes=self.layout.record_bytes,
@@ -173,13 +176,13 @@ class CacheSession:
         )
         if self.config.max_context is not None:
             self.store.check_room(*placement.planned_ends)
-        self.plan, self.placement = plan, placement
+        self.plan, self.placement, self.drives = plan, placement, self._drives()
         if self.turn is not None:
             self.turn.reserve(plan.num_groups)
             self.store.keep_halves()
         self.store.reserve_records(plan.num_groups * self.geometry.num_layers)
         self.records = RecordIO(
-            GroupIO(self.store, placement, self._router()),
+            GroupIO(self.store, placement, Router(self.drives)),
             self.layout,
             plan.staging_rows,
             self.device,
@@ -211,6 +214,7 @@ class CacheSession:
             turn=self.turn,
         )
         self._make_selection(plan)
+        self.arranger = self._arranger(plan)
         self.is_allocated = True
 
     def _drive_weights(self) -> Sequence[float]:
@@ -222,11 +226,25 @@ class CacheSession:
             return turns
         return drive_weights(self.config.storage, self.layout.record_bytes)
 
-    def _router(self) -> Router:
-        """Return what chooses among copies, by how fast drives are now."""
+    def _drives(self) -> Drives:
+        """Return the drives as they are now, which copies and layouts are chosen by."""
         storage, record_bytes = self.config.storage, self.layout.record_bytes
         gap_bytes = storage.gap_bytes(record_bytes)
-        return Router(Drives.of(drive_models(storage), record_bytes, gap_bytes=gap_bytes))
+        return Drives.of(drive_models(storage), record_bytes, gap_bytes=gap_bytes)
+
+    def _arranger(self, plan: CachePlan) -> Arranger | None:
+        """Return what lays groups out anew, where that is wanted and something is selected."""
+        if not isinstance(self.placement, FittedPlacement) or not plan.rank:
+            return None
+        return Arranger(
+            self.store,
+            self.placement,
+            self.drives,
+            self.sequences.stored_groups,
+            num_layers=self.geometry.num_layers,
+            num_groups=plan.budget_groups * plan.batch_size,
+            is_promised=self.config.max_context is not None,
+        )
 
     def _reads(self, plan: CachePlan) -> Reads:
         """Return what brings groups into slots; the indexes are there already."""
@@ -298,6 +316,8 @@ class CacheSession:
             tables += self.records.centres.nbytes + self.sequences.saved_nbytes
             tables += sum(b.table_nbytes for b in batches)
             tables += 0 if self.turn is None else self.turn.nbytes
+            tables += self.drives.nbytes
+            tables += 0 if self.arranger is None else self.arranger.nbytes
             parts |= {
                 "index": sum(index.nbytes for index in self.indexes),
                 "slots": self.reuse.slots_nbytes,
@@ -417,6 +437,8 @@ class CacheSession:
             self.reuse.clear()  # its slots are lent to the prefill
         if self.is_selecting:
             self._prepare_to_select(batch)
+            if self.arranger is not None:
+                self.arranger.tick()
             self.reuse.begin_step(step=self.prefetcher.tick())
             self.counters.decode_steps += 1
             self.counters.decode_tokens += q_len * batch.batch_size
@@ -596,6 +618,8 @@ class CacheSession:
     def attended(self, pending: Pending) -> None:
         """Learn from a layer that has waited for its groups; its selection is done with."""
         self._pending.pop(pending.layer_idx, None)
+        if self.arranger is not None:
+            self.arranger.note(pending.layer_idx, pending.needed)
         layer_idx, part = divmod(pending.layer_idx, self.heads.count)
         self.foresight.learn(layer_idx, pending.stall_s, is_last=part == self.heads.count - 1)
         if self.deadline is not None:
@@ -625,6 +649,8 @@ class CacheSession:
         self._is_closed = True
         try:
             if self.is_allocated:
+                if self.arranger is not None:
+                    self.arranger.close()
                 self.settle()
                 self.records.drain()
         finally:
@@ -638,6 +664,8 @@ class CacheSession:
         state |= {f"centres.{k}": v for k, v in self.records.centres.state().items()}
         if self.turn is not None:
             state |= {f"turn.{k}": v for k, v in self.turn.state().items()}
+        if self.arranger is not None:
+            state |= {f"steps.{k}": v for k, v in self.arranger.memory.state().items()}
         for layer_idx, index in enumerate(self.indexes):
             state |= {f"index.{layer_idx}.{k}": v for k, v in index.state().items()}
         return state
@@ -647,9 +675,12 @@ class CacheSession:
     ) -> None:
         """Go on from the tables of a kept store."""
         self.placement.load_state(_part(tables, "placement."))
+        self.placement.keep()
         self.records.centres.load_state(_part(tables, "centres."))
         if self.turn is not None:
             self.turn.load_state(_part(tables, "turn."))
+        if self.arranger is not None and "steps.seen" in tables:
+            self.arranger.memory.load_state(_part(tables, "steps."))
         for layer_idx, index in enumerate(self.indexes):
             index.load_state(_part(tables, f"index.{layer_idx}."))
         self.fitter.fitted_tokens = fitted_tokens

@@ -26,6 +26,7 @@ _ESTIMATING = (
 )  # fmt: skip
 
 DIRECT_IO = ("auto", "on", "off")
+LAYOUTS = ("sequential", "fitted")
 REDUCTIONS = ("max", "mean", "mass")
 
 GAP_BYTES = 8192
@@ -88,6 +89,10 @@ class StorageConfig:
     replicas : int
         Drives that hold each group. Reads go to those that have the least to do, and are answered
         by the others where a drive fails; room and writes are as many times as much.
+    layout : {"sequential", "fitted"}
+        How groups lie: in the order of their tokens, or each layer's anew by what its steps have
+        selected together, once there have been enough and where it is then read sooner. Until old
+        places are free again a layer takes twice the room.
     """
 
     directories: Sequence[str | os.PathLike[str]]
@@ -99,6 +104,7 @@ class StorageConfig:
     device_model: DeviceModel | str | Sequence[DeviceModel | str | None] | None = None
     read_gap_bytes: int | None = None
     replicas: int = 1
+    layout: str = "sequential"
 
     def __post_init__(self) -> None:
         if isinstance(self.directories, (str, os.PathLike)):
@@ -126,6 +132,7 @@ class StorageConfig:
         object.__setattr__(self, "device_model", _models(self.device_model, len(paths)))
         if self.read_gap_bytes is not None:
             _at_least("read_gap_bytes", self.read_gap_bytes, 0)
+        _one_of("layout", self.layout, LAYOUTS)
         _at_least("replicas", self.replicas, 1)
         if self.replicas > len(paths):
             raise ConfigError(

@@ -51,6 +51,7 @@ def save(
         meta=meta,
     )
     session.sequences.protect(batch)
+    session.placement.keep()
 
 
 def open_cache(

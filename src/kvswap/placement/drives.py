@@ -66,6 +66,16 @@ class Drives:
             record_bytes,
         )
 
+    @classmethod
+    def plan_bytes(cls, num_drives: int) -> int:
+        """Return what the tables take."""
+        return 24 * num_drives
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        return self.bytes_per_s.nbytes + self.iops.nbytes + self.gap_bytes.nbytes
+
     def __len__(self) -> int:
         """Return how many drives there are."""
         return len(self.iops)

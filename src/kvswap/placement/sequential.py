@@ -10,6 +10,7 @@ from kvswap.core.errors import StoreFullError
 from kvswap.core.units import ceil_div
 from kvswap.placement.base import Copies, Placement
 from kvswap.placement.cycle import MOST_TURNS, drive_turns
+from kvswap.placement.stripes import Stripes
 
 _STRIPE_BYTES = 2**20  # one layer's part of a stripe: large enough for sequential speed
 _RUN_BYTES = 2**16
@@ -83,28 +84,33 @@ class SequentialPlacement(Placement):
         num_stripes = -(-of_lanes // self._stripe_runs)
         self._first = np.concatenate(([0], np.cumsum(num_stripes)))  # stripe of each lane
         self._stripe_of = np.full(self._first[-1], -1, np.int32)
+        self._stripes = [Stripes() for _ in range(self._num_drives)]
         # From an id to the number of its record in layer 0, by run.
         self._shift = np.zeros(self._devices.shape, np.int64)
 
     @classmethod
     def plan_bytes(
-        cls, num_groups: int, *, record_bytes: int = 0, num_drives: int = 1, replicas: int = 1
+        cls,
+        num_groups: int,
+        *,
+        num_layers: int,
+        record_bytes: int,
+        num_drives: int = 1,
+        replicas: int = 1,
     ) -> int:
         """Return the bytes that the tables take, at most.
 
         Parameters
         ----------
         num_groups : int
-        record_bytes : int
-            Needed for several drives.
-        num_drives, replicas : int
+        num_layers, record_bytes, num_drives, replicas : int
         """
         if num_drives == 1:
-            return num_groups * 4 + ceil_div(num_groups, 8) * 14 + 44
+            return num_groups * 4 + ceil_div(num_groups, 8) * 16 + 44
         run_groups, stripe_runs = _sizes(record_bytes, num_drives)
         runs = ceil_div(num_groups, run_groups)
         turns = MOST_TURNS * (num_drives - 1 if replicas > 1 else 1)
-        a_copy = runs * 10 + (runs // stripe_runs + num_drives) * 4 + turns * 12 + num_drives * 16
+        a_copy = runs * 10 + (runs // stripe_runs + num_drives) * 6 + turns * 12 + num_drives * 16
         return num_groups * 4 + replicas * a_copy + 8
 
     @property
@@ -112,7 +118,12 @@ class SequentialPlacement(Placement):
         """Bytes of the tables."""
         by_run = self._stripe_of.nbytes + self._shift.nbytes + self._devices.nbytes
         cycles = self._cycle, self._lanes, self._turns, self._before, self._first
-        return self._holders.nbytes + by_run + sum(each.nbytes for each in cycles)
+        return (
+            self._holders.nbytes
+            + by_run
+            + sum(table.nbytes for table in cycles)
+            + sum(stripes.nbytes for stripes in self._stripes)
+        )
 
     @property
     def num_groups(self) -> int:
@@ -137,7 +148,8 @@ class SequentialPlacement(Placement):
     @property
     def planned_ends(self) -> list[int]:
         """Bytes that all groups take on each device."""
-        return self._reach(np.diff(self._first))
+        counts = np.diff(self._first).reshape(-1, self.num_devices).sum(0).tolist()
+        return [count * self.stripe_bytes for count in counts]
 
     def allocate(self, count: int, *, after: int) -> np.ndarray:
         """Take the ids after ``after`` where free, else the first free ones beyond it."""
@@ -190,8 +202,16 @@ class SequentialPlacement(Placement):
     def end_bytes_with(self, groups: np.ndarray) -> list[int]:
         """Return how far each device would reach if these groups were allocated too."""
         stripes, lanes = self._stripes_with(groups)
-        new = np.bincount(lanes[self._stripe_of[stripes] < 0], minlength=len(self._turns))
-        return self._reach(self._num_mapped() + new)
+        devices = lanes[self._stripe_of[stripes] < 0] % self.num_devices
+        new = np.bincount(devices, minlength=self.num_devices).tolist()
+        ends = [held.end_with(count) for held, count in zip(self._stripes, new, strict=True)]
+        return [end * self.stripe_bytes for end in ends]
+
+    def keep(self) -> None:
+        """Let nothing that is in use now be overwritten before the next call: it was saved.
+
+        Whoever saved holds the groups, and what a held group has stays where it is.
+        """
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what is needed to locate again; who holds a group is not saved."""
@@ -204,6 +224,10 @@ class SequentialPlacement(Placement):
         if "drives" in state:
             self._take_turns(state["drives"].reshape(len(state["drives"]), -1))
         self._stripe_of[...] = state["stripe_of"]
+        devices = np.repeat(np.arange(len(self._turns)), np.diff(self._first)) % self.num_devices
+        for device, stripes in enumerate(self._stripes):
+            mapped = self._stripe_of[devices == device]
+            stripes.use(mapped[mapped >= 0])
         self._shift_ids()
 
     def _stripes_with(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -219,26 +243,14 @@ class SequentialPlacement(Placement):
         stripes, places = np.divmod(cycles * self._turns[lanes] + before, self._stripe_runs)
         return stripes + self._first[lanes], places
 
-    def _num_mapped(self) -> np.ndarray:
-        """Return how many stripes each lane has in use."""
-        used = np.concatenate(([0], np.cumsum(self._stripe_of >= 0)))[self._first]
-        counts: np.ndarray = np.diff(used)
-        return counts
-
-    def _reach(self, stripes_of_lanes: np.ndarray) -> list[int]:
-        """Return the bytes that so many stripes of each lane take on each device."""
-        stripes: list[int] = stripes_of_lanes.reshape(-1, self.num_devices).sum(0).tolist()
-        return [count * self.stripe_bytes for count in stripes]
-
     def _map(self, groups: np.ndarray) -> None:
         stripes, lanes = self._stripes_with(groups)
         is_new = self._stripe_of[stripes] < 0
         if not is_new.any():
             return
-        mapped = self._num_mapped().reshape(-1, self.num_devices).sum(0)
-        for device, count in enumerate(mapped.tolist()):
+        for device, held in enumerate(self._stripes):
             new = stripes[is_new & (lanes % self.num_devices == device)]
-            self._stripe_of[new] = np.arange(count, count + len(new))
+            self._stripe_of[new] = held.take(len(new))
         self._shift_ids()
 
     def _shift_ids(self) -> None:

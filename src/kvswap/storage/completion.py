@@ -73,7 +73,7 @@ class BatchDone:
     is_direct : bool
         Whether all files bypass the page cache.
     written : ChecksumTable, optional
-        Covers the ids of records written. Default: records are read.
+        Where those of records written go. Default: they are not remembered.
     owner : object
         Kept alive while anything is in flight, so that its end never runs on a worker that
         it would have to wait for.
@@ -100,11 +100,11 @@ class BatchDone:
         self._meter.count(nbytes, is_write=batch.is_write)
         if not self._is_direct:
             self._settle(index)
-        if self._written is None:
+        if not batch.is_write:
             bad = batch.plan.check(index)
             if bad is not None:
                 raise self._corrupt(*bad)
-        else:
+        elif self._written is not None:
             mine = [record_checksum(batch.memory[row]) for row in batch.rows[first:last]]
             self._written.put(np.array(batch.ids[first:last]), mine)
 

@@ -30,7 +30,7 @@ def drive_weights(storage: StorageConfig, record_bytes: int) -> tuple[float, ...
     ConfigError
         If a profile there cannot be read.
     """
-    known = _known(storage)
+    known = None if len(storage.directories) == 1 else _known(storage)
     if known is None:
         return (1.0,) * len(storage.directories)
     return tuple(
@@ -42,26 +42,26 @@ def drive_weights(storage: StorageConfig, record_bytes: int) -> tuple[float, ...
 def drive_models(storage: StorageConfig) -> tuple[DeviceModel, ...]:
     """Return what each drive is like, as `drive_weights` knows it.
 
-    All alike where it does not, or where there are no copies to choose among.
+    All alike where it does not, or where nothing depends on it.
 
     Raises
     ------
     ConfigError
         If a profile there cannot be read.
     """
-    known = _known(storage) if storage.replicas > 1 else None
+    is_asked = storage.replicas > 1 or storage.layout == "fitted"
+    known = _known(storage) if is_asked else None
     if known is None:
         return (PRESETS["nvme"],) * len(storage.directories)
     return tuple(each if isinstance(each, DeviceModel) else each.device_model() for each in known)
 
 
 def _known(storage: StorageConfig) -> list[DeviceModel | DeviceProfile] | None:
-    """Return the model or the profile of each drive, where each of several has one."""
+    """Return the model or the profile of each drive, where each has one."""
     known: list[DeviceModel | DeviceProfile] = []
     for directory, model in zip(storage.directories, storage.device_models, strict=True):
-        is_alone = len(storage.directories) == 1
-        found = model or (None if is_alone else _profile(Path(directory)))
-        if found is None or is_alone:
+        found = model or _profile(Path(directory))
+        if found is None:
             return None
         known.append(found)
     return known

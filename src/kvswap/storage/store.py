@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
@@ -450,6 +451,17 @@ class BlockStore:
             self._halves.note(record_ids, records)
         return self._submit(batches)
 
+    def write_again(self, record_ids: np.ndarray, extents: Extents, records: np.ndarray) -> Ticket:
+        """Begin to write records, as they were read, to where they are to be found from now on.
+
+        As `write`, but that what the store knows of them stays: they may be read meanwhile, and
+        asked for at either place afterwards.
+        """
+        self._check_open()
+        demand = Demand(record_ids, extents, records)
+        batch = self._planner.at_once(demand) or self._checked_write(demand)
+        return FinishedTicket() if batch is None else self._submit([batch], is_known=True)
+
     def _checked_write(self, demand: Demand) -> Batch | None:
         """Look at every argument of a write that was not in order at once, and reserve its room."""
         record_ids, extents = as_ids(demand.record_ids, "record_ids"), demand.extents
@@ -531,18 +543,19 @@ class BlockStore:
             raise SessionClosedError("the store is closed")
         check_not_forked(self._owner)
 
-    def _submit(self, batches: Sequence[Batch]) -> Ticket:
-        ticket = self._drives.submit(batches, self._completing)
+    def _submit(self, batches: Sequence[Batch], *, is_known: bool = False) -> Ticket:
+        ticket = self._drives.submit(batches, partial(self._completing, is_known=is_known))
         self._in_flight.add(ticket)
         return ticket
 
-    def _completing(self, batch: Batch, has_workers: bool) -> BatchDone:
+    def _completing(self, batch: Batch, has_workers: bool, *, is_known: bool) -> BatchDone:
+        written = self._checksums if batch.is_write and not is_known else None
         return BatchDone(
             batch,
             self._files,
             self._meter,
             is_direct=self._drives.is_direct,
-            written=self._checksums if batch.is_write else None,
+            written=written,
             # Work that ends by itself may outlive the last use of the store.
             owner=self if has_workers else None,
         )

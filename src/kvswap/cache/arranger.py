@@ -1,0 +1,270 @@
+"""Groups laid out anew while a model answers, by what its steps have selected together.
+
+Swarm, https://arxiv.org/abs/2603.17803, lays entries out once, offline, and adds new ones online.
+
+Deviates: layouts are fitted to the steps of the run itself, layer after layer, in a thread beside
+it, and kept only where steps held out are read sooner (`kvswap.placement.fit`). Records are copied
+a little at a time; until a layer's last one is there it is read from where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from kvswap.core.errors import StoreError
+from kvswap.core.extension import warn_once
+from kvswap.placement.base import Copies
+from kvswap.placement.drives import Drives
+from kvswap.placement.fit import NOW, Recording, fit_layout
+from kvswap.placement.fitted import FittedPlacement
+from kvswap.placement.layouts import Layout
+from kvswap.placement.selections import Selections
+from kvswap.storage.base import Extents
+from kvswap.storage.buffers import aligned_empty
+from kvswap.storage.store import BlockStore
+
+STEPS = 128
+"""Selections of a layer that are remembered; after so many new ones layouts are fitted again."""
+_CHUNK_BYTES = 2**20  # copied between two steps, at most
+_COUNT_BYTES = 4 * 2**20  # of pairs of one layer
+WORK_BYTES = 6 * _COUNT_BYTES
+"""What fitting one layer takes for a while."""
+
+Job = Callable[[], Any]
+
+
+class Memory:
+    """The last selections of each layer.
+
+    Parameters
+    ----------
+    num_layers, num_groups : int
+        Layers, and groups that a step selects in one, all rows together, at most.
+    """
+
+    def __init__(self, num_layers: int, num_groups: int) -> None:
+        self._groups = np.full((num_layers, STEPS, num_groups), -1, np.int32)
+        self._seen = np.zeros(num_layers, np.int64)
+
+    @classmethod
+    def plan_bytes(cls, num_layers: int, num_groups: int) -> int:
+        """Return what it takes."""
+        return num_layers * (STEPS * num_groups * 4 + 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        return self._groups.nbytes + self._seen.nbytes
+
+    @property
+    def seen(self) -> int:
+        """Steps so far."""
+        return int(self._seen.min())
+
+    def note(self, layer_idx: int, groups: np.ndarray) -> None:
+        """Remember one selection in place of the oldest."""
+        row = self._groups[layer_idx, self._seen[layer_idx] % STEPS]
+        row[: len(groups)] = groups[: len(row)]
+        row[len(groups) :] = -1
+        self._seen[layer_idx] += 1
+
+    def of(self, layer_idx: int, groups: np.ndarray) -> Selections:
+        """Return a layer's selections, the oldest first, as places among some groups, ascending."""
+        rows = np.roll(self._groups[layer_idx], -int(self._seen[layer_idx] % STEPS), axis=0)
+        rows = rows[-int(min(STEPS, self._seen[layer_idx])) :]
+        places = np.searchsorted(groups, rows)
+        places[places == len(groups)] = 0
+        is_there = groups[places] == rows if len(groups) else np.zeros(rows.shape, bool)
+        return Selections.of(
+            [mine[there] for mine, there in zip(places, is_there, strict=True)], len(groups)
+        )
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what is needed to go on."""
+        return {"groups": self._groups, "seen": self._seen}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take back what `state` gave, as far as it is of the same shape."""
+        if state["groups"].shape == self._groups.shape:
+            self._groups[...], self._seen[...] = state["groups"], state["seen"]
+
+
+class Arranger:
+    """Fits layouts to selections and copies records there, in a thread of its own.
+
+    Parameters
+    ----------
+    store : BlockStore
+    placement : FittedPlacement
+    drives : Drives
+    stored_groups : callable
+        Given a layer, the ids of all groups that it has on disk, ascending.
+    num_groups : int
+        Groups that a step selects in one layer, all rows together, at most.
+    num_layers : int
+    is_promised : bool
+        Whether all groups that there may be must find room, whatever else is laid out.
+
+    Notes
+    -----
+    `note` and `tick` are called by the thread that decodes; only there does anything move. An error
+    of the thread ends what it was at, and is told of once: nothing that is stored is touched. Where
+    a drive was lost all stays where it is.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        placement: FittedPlacement,
+        drives: Drives,
+        stored_groups: Callable[[int], np.ndarray],
+        *,
+        num_layers: int,
+        num_groups: int,
+        is_promised: bool,
+    ) -> None:
+        self._is_promised = is_promised
+        self._store, self._placement, self._drives = store, placement, drives
+        self._stored_groups, self._num_layers = stored_groups, num_layers
+        self.memory = Memory(num_layers, num_groups)
+        rows = max(1, _CHUNK_BYTES // drives.record_bytes)
+        self._buffer = aligned_empty((rows, drives.record_bytes))
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvswap-arranger")
+        self._looked_at = 0  # steps seen when layouts were last fitted
+        self._work = self._rounds()
+        self._job: Future[Any] | None = None
+
+    @classmethod
+    def plan_bytes(cls, num_layers: int, num_groups: int, record_bytes: int) -> int:
+        """Return what it keeps; fitting a layer takes `WORK_BYTES` more for a while."""
+        memory = Memory.plan_bytes(num_layers, num_groups)
+        return memory + max(_CHUNK_BYTES, record_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps."""
+        return self.memory.nbytes + self._buffer.nbytes
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a layout is being fitted, or records are being copied."""
+        return self._job is not None
+
+    def note(self, layer_idx: int, groups: np.ndarray) -> None:
+        """Remember what a step selected in a layer."""
+        self.memory.note(layer_idx, groups)
+
+    def tick(self) -> None:
+        """Take what the thread has done, if it has, and give it what comes next.
+
+        Called where nothing is being read or written.
+        """
+        if self._job is not None and not self._job.done():
+            return
+        try:
+            done = None if self._job is None else self._job.result()
+            self._job = None
+            job = self._work.send(done)
+        except StoreError as error:
+            warn_once(f"groups stay where they are: {error}")
+            self._job, job = None, None
+            self._work = self._rounds()
+        if job is not None:
+            self._job = self._worker.submit(job)
+
+    def finish(self) -> None:
+        """Go on until there is nothing to do; for tests and measurements."""
+        while True:
+            if self._job is not None:
+                self._job.exception()
+            self.tick()
+            if self._job is None:
+                return
+
+    def close(self) -> None:
+        """End the thread once what it is at has ended; safe to call again."""
+        self._worker.shutdown(cancel_futures=True)
+
+    def _rounds(self) -> Generator[Job | None, Any, None]:
+        """Yield what the thread is to do next; what it gave comes back."""
+        yield None
+        while True:
+            if self._store.lost or self.memory.seen < self._looked_at + STEPS:
+                yield None
+                continue
+            self._looked_at = self.memory.seen
+            number = self._placement.last_layout + 1
+            for layer_idx in range(self._num_layers):
+                yield from self._arrange(layer_idx, number)
+            self._placement.tidy()
+
+    def _arrange(self, layer_idx: int, number: int) -> Generator[Job | None, Any, None]:
+        """Lay one layer's groups out anew, if that is worth it."""
+        placement, groups = self._placement, self._stored_groups(layer_idx)
+        selections = self.memory.of(layer_idx, groups)
+        now = placement.locate(layer_idx, groups)
+        replicas = placement.num_copies
+        laid = as_layout(now, self._drives)
+        layout = yield partial(better_layout, selections, laid, self._drives, replicas)
+        if layout is None:
+            return
+        ends = placement.end_bytes_of(layout, number)
+        coming = placement.unmapped_bytes if self._is_promised else [0] * len(ends)
+        self._store.check_room(*(end + more for end, more in zip(ends, coming, strict=True)))
+        self._store.reserve(*ends)
+        copies = placement.begin(layer_idx, layout, number)
+        ids = placement.record_ids(layer_idx, groups)
+        for copy in range(replicas):
+            order = np.lexsort((copies.offsets[:, copy], copies.devices[:, copy]))
+            order = order[copies.devices[order, copy] >= 0]
+            for first in range(0, len(order), len(self._buffer)):
+                part = order[first : first + len(self._buffer)]
+                source = Copies(now.devices[part], now.offsets[part]).extents()
+                target = Copies(copies.devices[part], copies.offsets[part]).extents(copy)
+                yield partial(self._copy, ids[part], source, target)
+        placement.adopt(layer_idx, groups, copies, number)
+
+    def _copy(self, ids: np.ndarray, source: Extents, target: Extents) -> None:
+        rows = self._buffer[: len(ids)]
+        self._store.read(ids, source, rows, np.arange(len(ids))).wait()
+        self._store.write_again(ids, target, rows).wait()
+
+
+def as_layout(copies: Copies, drives: Drives) -> Layout:
+    """Return places of groups as a layout of them."""
+    return Layout(copies.devices, (copies.offsets // drives.record_bytes).astype(np.int32))
+
+
+def better_layout(
+    selections: Selections, now: Layout, drives: Drives, replicas: int
+) -> Layout | None:
+    """Return a layout that steps held out are read sooner from than from that of now.
+
+    Parameters
+    ----------
+    selections : Selections
+        Of one layer, as places among its groups.
+    now : Layout
+    drives : Drives
+    replicas : int
+
+    Returns
+    -------
+    Layout or None
+        None where there is none.
+    """
+    recording = Recording(
+        num_groups=len(now.drives),
+        selections=selections,
+        reads=selections.missing(),
+        most_bytes=_COUNT_BYTES,
+    )
+    if not len(recording.reads.groups):
+        return None
+    layout, fit = fit_layout(recording, drives, replicas=replicas, now=now)
+    return None if fit.value == NOW else layout

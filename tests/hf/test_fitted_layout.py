@@ -1,0 +1,169 @@
+"""Groups that are laid out anew while a model answers change no answer, and survive what comes."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import kvswap
+from kvswap.cache import arranger as arranger_module
+from kvswap.core.extension import warn_once
+from kvswap.placement import Clusters, Drives, Layout, LayoutTask, Selections, lay_out, sequential
+from kvswap.storage import drives as drives_module
+from kvswap.storage.base import Transfer
+from tests.backends import FailingOnce, Gone, SteppedBackend
+from tests.caches import FEWEST_SLOTS, SMALL, greedy
+from tests.e2e.test_memory_law import held_by
+from tests.families import make_model, prompt
+from tests.hf.test_drives import LENGTH, config_on, drives_in
+
+FEW_SLOTS = {**FEWEST_SLOTS, "num_slots": 20, "budget_tokens": 160}
+CODED = {**SMALL, "record_codec": "int8"}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:directories .* on one drive"),
+    pytest.mark.filterwarnings("ignore:a drive failed, and what it held"),
+    pytest.mark.filterwarnings("ignore:groups stay where they are"),
+]
+
+
+class InTheThread(FailingOnce):
+    """Fails what the thread beside the decoder does, and nothing else."""
+
+    def __call__(self, transfer: Transfer) -> None:
+        if threading.current_thread().name.startswith("kvswap-arranger"):
+            super().__call__(transfer)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lay every layer out anew after every fifth step, at random; return how often it was done."""
+    warn_once.cache_clear()
+    done: list[int] = []
+
+    def anew(selections: Selections, now: Layout, drives: Drives, replicas: int) -> Layout:
+        assert max((len(each) for each in selections), default=0) > 0
+        done.append(len(now.drives))
+        task = LayoutTask(
+            clusters=Clusters.alone(len(now.drives)),
+            order=np.random.default_rng(len(done)).permutation(len(now.drives)),
+            drives=drives,
+            replicas=replicas,
+        )
+        return lay_out("packed", task)
+
+    monkeypatch.setattr(arranger_module, "STEPS", 5)
+    monkeypatch.setattr(arranger_module, "better_layout", anew)
+    monkeypatch.setattr(arranger_module, "_CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(sequential, "_RUN_BYTES", 2**12)
+    return done
+
+
+def go_on(model: Any, cache: kvswap.KVSwapCache, ids: torch.Tensor, steps: int) -> torch.Tensor:
+    """Return the new tokens; before each is made the thread has done all that it could."""
+    new = []
+    for _ in range(steps):
+        if cache.session.is_allocated and cache.session.arranger is not None:
+            cache.session.arranger.finish()
+        new.append(greedy(model, cache, torch.cat((ids, *new), 1), 1))
+    return torch.cat(new, 1)
+
+
+def tokens(
+    directory: Path, limits: dict[str, Any], *, num_drives: int = 1, **storage: Any
+) -> list[int]:
+    model, drives = make_model("llama"), drives_in(directory, num_drives)
+    with kvswap.attach(model, config_on(drives, limits, **storage)) as cache:
+        found = go_on(model, cache, prompt(LENGTH), 18)
+        report = cache.memory_report()
+        assert report["total"] <= report["budget"]
+        assert held_by(cache) == report["total"] - report["workspace"]
+        session = cache.session
+        if storage.get("layout") == "fitted":
+            assert session.placement.last_layout >= 3
+            assert all(
+                part <= session.plan.parts[name]
+                for name, part in report.items()
+                if name in session.plan.parts
+            )
+    assert not any(any(drive.iterdir()) for drive in drives)
+    return found.tolist()[0]
+
+
+@pytest.mark.parametrize("limits", [FEW_SLOTS, SMALL, CODED])
+def test_the_same_tokens_however_groups_lie(limits, tmp_path, often):
+    expected = tokens(tmp_path / "before", limits)
+    assert not often
+    for number, storage in enumerate(
+        (
+            {},
+            {"num_drives": 2},
+            {"num_drives": 3, "replicas": 2},
+            {"num_drives": 2, "replicas": 2, "device_model": ["ufs31", "nvme"]},
+        )
+    ):
+        assert tokens(tmp_path / str(number), limits, layout="fitted", **storage) == expected
+    assert len(often) >= 4 * 3 * 2
+
+
+@pytest.mark.parametrize("is_write", [False, True])
+def test_an_error_while_groups_are_moved_leaves_them_where_they_are(
+    is_write, tmp_path, monkeypatch
+):
+    expected = tokens(tmp_path / "whole", FEW_SLOTS)
+    fault = InTheThread(is_write=is_write)
+    backend = SteppedBackend(fault=fault)
+    monkeypatch.setattr(drives_module, "make_backend", lambda *_, **__: backend)
+    model, ids = make_model("llama"), prompt(LENGTH)
+    config = config_on(drives_in(tmp_path, 1), FEW_SLOTS, layout="fitted")
+    with kvswap.attach(model, config) as cache:
+        fault.arm(2)
+        with pytest.warns(RuntimeWarning, match="groups stay where they are"):
+            first = go_on(model, cache, ids, 9)
+        assert fault.has_failed
+        assert not cache.session.placement._is_arranged.any()
+        rest = go_on(model, cache, torch.cat((ids, first), 1), 9)
+        assert cache.session.placement._is_arranged.all()
+    assert [*first.tolist()[0], *rest.tolist()[0]] == expected
+
+
+def test_a_drive_may_go_while_groups_are_moved(tmp_path, monkeypatch):
+    expected = tokens(tmp_path / "whole", FEW_SLOTS)
+    faults = [Gone() for _ in range(3)]
+    backends = [SteppedBackend(fault=fault) for fault in faults]
+    monkeypatch.setattr(drives_module, "make_backend", lambda *_, device, **__: backends[device])
+    model, ids = make_model("llama"), prompt(LENGTH)
+    config = config_on(drives_in(tmp_path, 3), FEW_SLOTS, layout="fitted", replicas=2)
+    with kvswap.attach(model, config) as cache:
+        first = go_on(model, cache, ids, 9)
+        faults[1].arm()
+        rest = go_on(model, cache, torch.cat((ids, first), 1), 9)
+    assert faults[1].num_failed
+    assert [*first.tolist()[0], *rest.tolist()[0]] == expected
+
+
+@pytest.mark.parametrize("storage", [{}, {"num_drives": 2}, {"num_drives": 3, "replicas": 2}])
+@pytest.mark.parametrize("is_lost", [False, True], ids=["saved", "ended without saving"])
+def test_a_kept_cache_finds_its_groups_where_they_were_saved(is_lost, storage, tmp_path):
+    expected = tokens(tmp_path / "whole", FEW_SLOTS)
+    model, ids = make_model("llama"), prompt(LENGTH)
+    settings = {"layout": "fitted", "keep": True, "replicas": storage.get("replicas", 1)}
+    drives = drives_in(tmp_path, storage.get("num_drives", 1))
+    cache = kvswap.attach(model, config_on(drives, FEW_SLOTS, **settings))
+    first = go_on(model, cache, ids, 9)
+    assert cache.session.placement.last_layout == 1
+    cache.save()
+    if is_lost:  # what has moved since is nothing to what was saved
+        go_on(model, cache, torch.cat((ids, first), 1), 9)
+        cache.session.close()
+    cache.close()
+    with kvswap.attach(model, kvswap.KVSwapCache.open(drives)) as cache:
+        assert cache.session.placement.last_layout == 1
+        assert cache.session.arranger.memory.seen == 9 - 1
+        rest = go_on(model, cache, torch.cat((ids, first), 1), 9)
+        assert cache.session.placement.last_layout > 1
+    assert [*first.tolist()[0], *rest.tolist()[0]] == expected
