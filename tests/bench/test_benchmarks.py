@@ -28,7 +28,8 @@ WITHOUT_DISK = ("quality/recall.py",)
 def call(script: str, tmp_path: Path, *options: str) -> str:
     """Run a benchmark in a process of its own and return what it printed."""
     where = () if script in WITHOUT_DISK else ("--kv-dir", str(tmp_path))
-    done = run_script(f"benchmarks/{script}", *where, *options)
+    name = f"benchmarks/{script}" if script.endswith(".py") else script
+    done = run_script(name, *where, *options)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -180,10 +181,23 @@ def test_overhead(tmp_path):
 
 
 def test_placement(tmp_path):
-    (record,) = run("system/placement.py", tmp_path, "--quick")
+    (record,) = run("benchmarks.swarm.model", tmp_path, "--quick")
     assert record["metric"] == "placement_model_gain_hidden_95_later"
     assert record["value"] > 1
     assert_whole(record)
+
+
+def test_swarm(tmp_path):
+    records = run("benchmarks.swarm", tmp_path, "--quick")
+    assert len(records) == 10
+    for record in records:
+        assert_whole(record)
+    gains = {record["metric"]: record["value"] for record in records}
+    assert gains["pack_request_size"] > 1.5
+    assert gains["swarm_imbalance_p50"] < 1.5
+    sides = records[0]["extra"]["sides"]["hidden 0.95 later"]
+    assert all(len(side["ms_a_step"]) == 3 for side in sides.values())
+    assert sides["packed 1"]["model_ms_a_step"] < sides["token order 1"]["model_ms_a_step"]
 
 
 def test_reuse(tmp_path):

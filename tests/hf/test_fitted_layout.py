@@ -45,7 +45,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     warn_once.cache_clear()
     done: list[int] = []
 
-    def anew(selections: Selections, now: Layout, drives: Drives, replicas: int) -> Layout:
+    def anew(selections: Selections, _: int, now: Layout, drives: Drives, replicas: int) -> Layout:
         assert max((len(each) for each in selections), default=0) > 0
         done.append(len(now.drives))
         task = LayoutTask(

@@ -62,7 +62,7 @@ def test_a_recording_of_no_steps_is_token_order():
 
 
 def test_reads_of_other_steps_are_refused():
-    with pytest.raises(ConfigError, match="reads must have 2 steps"):
+    with pytest.raises(ConfigError, match="selections must be 1 for each of 0 steps"):
         Recording(
             num_groups=1,
             selections=Selections.of([np.array([0])] * 2, 1),

@@ -9,7 +9,7 @@ a little at a time; until a layer's last one is there it is read from where it w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -43,18 +43,19 @@ class Memory:
 
     Parameters
     ----------
-    num_layers, num_groups : int
-        Layers, and groups that a step selects in one, all rows together, at most.
+    num_layers, num_rows, num_groups : int
+        Layers, rows of a batch, and groups that a row selects in a layer, at most: what comes
+        beyond that is not remembered.
     """
 
-    def __init__(self, num_layers: int, num_groups: int) -> None:
-        self._groups = np.full((num_layers, STEPS, num_groups), -1, np.int32)
+    def __init__(self, num_layers: int, num_rows: int, num_groups: int) -> None:
+        self._groups = np.full((num_layers, STEPS, num_rows, num_groups), -1, np.int32)
         self._seen = np.zeros(num_layers, np.int64)
 
     @classmethod
-    def plan_bytes(cls, num_layers: int, num_groups: int) -> int:
+    def plan_bytes(cls, num_layers: int, num_rows: int, num_groups: int) -> int:
         """Return what it takes."""
-        return num_layers * (STEPS * num_groups * 4 + 8)
+        return num_layers * (STEPS * num_rows * num_groups * 4 + 8)
 
     @property
     def nbytes(self) -> int:
@@ -62,21 +63,27 @@ class Memory:
         return self._groups.nbytes + self._seen.nbytes
 
     @property
+    def num_rows(self) -> int:
+        """Rows of a step."""
+        return self._groups.shape[2]
+
+    @property
     def seen(self) -> int:
         """Steps so far."""
         return int(self._seen.min())
 
-    def note(self, layer_idx: int, groups: np.ndarray) -> None:
-        """Remember one selection in place of the oldest."""
-        row = self._groups[layer_idx, self._seen[layer_idx] % STEPS]
-        row[: len(groups)] = groups[: len(row)]
-        row[len(groups) :] = -1
+    def note(self, layer_idx: int, groups: Sequence[np.ndarray]) -> None:
+        """Remember what the rows of one step selected in place of the oldest."""
+        step = self._groups[layer_idx, self._seen[layer_idx] % STEPS]
+        step[...] = -1
+        for row, mine in zip(step, groups, strict=False):
+            row[: len(mine)] = mine[: len(row)]
         self._seen[layer_idx] += 1
 
     def of(self, layer_idx: int, groups: np.ndarray) -> Selections:
         """Return a layer's selections, the oldest first, as places among some groups, ascending."""
-        rows = np.roll(self._groups[layer_idx], -int(self._seen[layer_idx] % STEPS), axis=0)
-        rows = rows[-int(min(STEPS, self._seen[layer_idx])) :]
+        steps = np.roll(self._groups[layer_idx], -int(self._seen[layer_idx] % STEPS), axis=0)
+        rows = steps[-int(min(STEPS, self._seen[layer_idx])) :].reshape(-1, steps.shape[2])
         places = np.searchsorted(groups, rows)
         places[places == len(groups)] = 0
         is_there = groups[places] == rows if len(groups) else np.zeros(rows.shape, bool)
@@ -104,9 +111,8 @@ class Arranger:
     drives : Drives
     stored_groups : callable
         Given a layer, the ids of all groups that it has on disk, ascending.
-    num_groups : int
-        Groups that a step selects in one layer, all rows together, at most.
-    num_layers : int
+    num_layers, num_rows, num_groups : int
+        Layers, rows of a batch, and groups that a row selects in a layer, at most.
     is_promised : bool
         Whether all groups that there may be must find room, whatever else is laid out.
 
@@ -125,13 +131,14 @@ class Arranger:
         stored_groups: Callable[[int], np.ndarray],
         *,
         num_layers: int,
+        num_rows: int,
         num_groups: int,
         is_promised: bool,
     ) -> None:
         self._is_promised = is_promised
         self._store, self._placement, self._drives = store, placement, drives
         self._stored_groups, self._num_layers = stored_groups, num_layers
-        self.memory = Memory(num_layers, num_groups)
+        self.memory = Memory(num_layers, num_rows, num_groups)
         rows = max(1, _CHUNK_BYTES // drives.record_bytes)
         self._buffer = aligned_empty((rows, drives.record_bytes))
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvswap-arranger")
@@ -140,9 +147,9 @@ class Arranger:
         self._job: Future[Any] | None = None
 
     @classmethod
-    def plan_bytes(cls, num_layers: int, num_groups: int, record_bytes: int) -> int:
+    def plan_bytes(cls, num_layers: int, num_rows: int, num_groups: int, record_bytes: int) -> int:
         """Return what it keeps; fitting a layer takes `WORK_BYTES` more for a while."""
-        memory = Memory.plan_bytes(num_layers, num_groups)
+        memory = Memory.plan_bytes(num_layers, num_rows, num_groups)
         return memory + max(_CHUNK_BYTES, record_bytes)
 
     @property
@@ -155,8 +162,8 @@ class Arranger:
         """Whether a layout is being fitted, or records are being copied."""
         return self._job is not None
 
-    def note(self, layer_idx: int, groups: np.ndarray) -> None:
-        """Remember what a step selected in a layer."""
+    def note(self, layer_idx: int, groups: Sequence[np.ndarray]) -> None:
+        """Remember what each row of a step selected in a layer."""
         self.memory.note(layer_idx, groups)
 
     def tick(self) -> None:
@@ -210,7 +217,8 @@ class Arranger:
         now = placement.locate(layer_idx, groups)
         replicas = placement.num_copies
         laid = as_layout(now, self._drives)
-        layout = yield partial(better_layout, selections, laid, self._drives, replicas)
+        rows = self.memory.num_rows
+        layout = yield partial(better_layout, selections, rows, laid, self._drives, replicas)
         if layout is None:
             return
         ends = placement.end_bytes_of(layout, number)
@@ -241,7 +249,7 @@ def as_layout(copies: Copies, drives: Drives) -> Layout:
 
 
 def better_layout(
-    selections: Selections, now: Layout, drives: Drives, replicas: int
+    selections: Selections, rows: int, now: Layout, drives: Drives, replicas: int
 ) -> Layout | None:
     """Return a layout that steps held out are read sooner from than from that of now.
 
@@ -249,6 +257,8 @@ def better_layout(
     ----------
     selections : Selections
         Of one layer, as places among its groups.
+    rows : int
+        Of each step.
     now : Layout
     drives : Drives
     replicas : int
@@ -261,7 +271,8 @@ def better_layout(
     recording = Recording(
         num_groups=len(now.drives),
         selections=selections,
-        reads=selections.missing(),
+        reads=selections.joined(rows).missing(),
+        rows=rows,
         most_bytes=_COUNT_BYTES,
     )
     if not len(recording.reads.groups):

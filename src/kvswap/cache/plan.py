@@ -409,8 +409,9 @@ class _Shape:
         tables += Drives.plan_bytes(len(storage.directories))
         if not self._is_arranged(budget_groups):
             return tables
-        groups = budget_groups * self.batch_size
-        return tables + Arranger.plan_bytes(layers, groups, self.layout.record_bytes)
+        return tables + Arranger.plan_bytes(
+            layers, self.batch_size, budget_groups, self.layout.record_bytes
+        )
 
     def _parts_beside(self, rank: int) -> dict[str, int]:
         """Return the parts that only some configs have; 0 where every group is in memory."""

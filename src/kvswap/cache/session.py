@@ -242,7 +242,8 @@ class CacheSession:
             self.drives,
             self.sequences.stored_groups,
             num_layers=self.geometry.num_layers,
-            num_groups=plan.budget_groups * plan.batch_size,
+            num_rows=plan.batch_size,
+            num_groups=plan.budget_groups,
             is_promised=self.config.max_context is not None,
         )
 
@@ -619,7 +620,7 @@ class CacheSession:
         """Learn from a layer that has waited for its groups; its selection is done with."""
         self._pending.pop(pending.layer_idx, None)
         if self.arranger is not None:
-            self.arranger.note(pending.layer_idx, pending.needed)
+            self.arranger.note(pending.layer_idx, pending.groups)
         layer_idx, part = divmod(pending.layer_idx, self.heads.count)
         self.foresight.learn(layer_idx, pending.stall_s, is_last=part == self.heads.count - 1)
         if self.deadline is not None:

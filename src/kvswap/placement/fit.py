@@ -43,9 +43,11 @@ class Recording:
     ----------
     num_groups : int
     selections : Selections
-        What was activated.
+        What was activated, by each row of a batch in turn.
     reads : Selections
         What of it is read from drives, step by step.
+    rows : int
+        Rows of the batch: selections of each step.
     most_bytes : int
         Of counts (`CoActivation`).
     normalisation : str
@@ -54,30 +56,32 @@ class Recording:
     num_groups: int
     selections: Selections
     reads: Selections
+    rows: int = 1
     most_bytes: int = MOST_BYTES
     normalisation: Normalisation = "jaccard"
 
     def __post_init__(self) -> None:
-        if len(self.reads) != len(self.selections):
+        if len(self.reads) * self.rows != len(self.selections):
             raise ConfigError(
-                f"reads must have {len(self.selections)} steps, as selections, got"
-                f" {len(self.reads)}"
+                f"selections must be {self.rows} for each of {len(self.reads)} steps of reads, got"
+                f" {len(self.selections)}"
             )
 
     def part(self, first: int, last: int) -> Recording:
         """Return the steps from ``first`` up to, not with, ``last``."""
         return Recording(
             num_groups=self.num_groups,
-            selections=self.selections.part(first, last),
+            selections=self.selections.part(first * self.rows, last * self.rows),
             reads=self.reads.part(first, last),
+            rows=self.rows,
             most_bytes=self.most_bytes,
             normalisation=self.normalisation,
         )
 
     def held_out(self) -> tuple[Recording, Recording]:
         """Return the first three quarters and the last quarter of the steps."""
-        cut = len(self.selections) * 3 // 4
-        return self.part(0, cut), self.part(cut, len(self.selections))
+        cut = len(self.reads) * 3 // 4
+        return self.part(0, cut), self.part(cut, len(self.reads))
 
     def count(self) -> CoActivation:
         """Count co-activation."""

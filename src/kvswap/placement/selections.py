@@ -58,6 +58,14 @@ class Selections:
         starts = self.starts[first : last + 1]
         return Selections(self.groups[starts[0] : starts[-1]], starts - starts[0])
 
+    def joined(self, rows: int) -> Selections:
+        """Return what each step wants where it has so many rows: what any of them selects."""
+        steps = self.steps // rows
+        span = int(self.groups.max(initial=0)) + 1
+        keys = np.unique(steps * span + self.groups)
+        starts = np.searchsorted(keys, np.arange(len(self) // rows + 1) * span)
+        return Selections(keys % span, starts)
+
     def missing(self) -> Selections:
         """Return what each step wants that the step before did not: what is read.
 

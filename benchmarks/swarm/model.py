@@ -6,6 +6,8 @@ steps are read: its later half ("later"), which asks for other text, or the same
 ("again"), as where a saved context is put to the use it had before. Steps of hidden clusters of
 stated correlation are read beside them, later ones only. A step reads what the one before it did
 not select.
+
+    python -m benchmarks.swarm.model
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,42 +22,33 @@ from kvswap.bench.coactivated import HiddenClusters
 from kvswap.bench.record import Record
 from kvswap.bench.script import add_options, note, publish
 from kvswap.bench.traces import Trace
-from kvswap.core.device_model import PRESETS, DeviceModel
 from kvswap.placement.drives import Drives
 from kvswap.placement.fit import Recording, clusters_of, fit_tau
 from kvswap.placement.layouts import LayoutTask, lay_out, layout_names
 from kvswap.placement.packing import pack
 from kvswap.placement.replay import replay
-from kvswap.placement.selections import Selections
 from kvswap.placement.simulate import IoTimes
 
+from .contenders import RECORD_BYTES, SWARM, UNEVEN
+from .steps import TRACES, Steps, documents, hidden, of_batch
+
 HERE = Path(__file__).resolve().parents[1]
-TRACES = HERE / "traces"
-RECORD_BYTES = 16384
-SWARM = PRESETS["swarm"]
-UNEVEN = tuple(
-    DeviceModel(name=f"{rate} MB/s", bytes_per_s=rate * 1e6, iops=rate * 25) for rate in (50, 360)
-)
 FLEETS = {str(num): (SWARM,) * num for num in (1, 2, 4, 8)} | {"uneven": UNEVEN}
 HIDDEN = {
-    "hidden 0.95": HiddenClusters(correlation=0.95, persistence=0.5),
-    "hidden 0.8": HiddenClusters(correlation=0.8, persistence=0.5),
-    "hidden 0.95, half renewed": HiddenClusters(correlation=0.95, persistence=0.5, drift=0.5),
+    "0.95": HiddenClusters(correlation=0.95, persistence=0.5),
+    "0.8": HiddenClusters(correlation=0.8, persistence=0.5),
+    "0.95, half renewed": HiddenClusters(correlation=0.95, persistence=0.5, drift=0.5),
 }
-QUICK = {"hidden 0.95": HiddenClusters(num_groups=512, active_clusters=4, correlation=0.95)}
-
-
-class Case(NamedTuple):
-    """Steps to learn from, and steps to read."""
-
-    kind: str
-    known: Recording
-    test: Selections
+QUICK = {"0.95": HiddenClusters(num_groups=512, active_clusters=4, correlation=0.95)}
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.swarm.model",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--steps", type=int, default=400, help="of hidden clusters")
     parser.add_argument("--fleets", nargs="+", default=["1", "4"], choices=sorted(FLEETS))
     add_options(parser, HERE / "results" / "placement.jsonl")
@@ -68,40 +60,16 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def documents(trace: Trace, layer: int) -> Iterator[tuple[Selections, int]]:
-    """Return the selections of each document of a trace, and how many groups there were.
-
-    A document's parts end with its longest, the text that is read on.
-    """
-    sizes = np.bincount(trace.part)
-    last = np.flatnonzero(sizes == sizes.max())
-    ends = [int(np.flatnonzero(trace.part == part)[-1]) + 1 for part in last]
-    for first, end in zip([0, *ends[:-1]], ends, strict=True):
-        rows = [row[row >= 0] for row in trace.groups[first:end, layer]]
-        num_groups = int(trace.num_groups.max())
-        yield Selections.of(rows, num_groups), num_groups
-
-
-def halves(kind: str, selections: Selections, num_groups: int, *, again: bool) -> Iterator[Case]:
-    """Return what is read of one layer's steps."""
-    reads = selections.missing()
-    whole = Recording(num_groups=num_groups, selections=selections, reads=reads)
-    cut, steps = len(selections) // 2, len(selections)
-    yield Case(f"{kind} later", whole.part(0, cut), reads.part(cut, steps))
-    if again:
-        yield Case(f"{kind} again", whole, reads.part(cut, steps))
-
-
-def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """Return all that is read."""
+def cases(args: argparse.Namespace) -> Iterator[Steps]:
+    """Return all that is read, of one row."""
     for path in () if args.quick else sorted(TRACES.glob("*_32k.npz")):
         trace = Trace.load(path)
         for layer in range(trace.groups.shape[1]):
-            for selections, num_groups in documents(trace, layer):
-                yield from halves("recorded", selections, num_groups, again=True)
-    for name, hidden in QUICK.items() if args.quick else HIDDEN.items():
-        selections = hidden.generate(args.steps, seed=args.seed)
-        yield from halves(name, selections, hidden.num_groups, again=False)
+            for selections in documents(trace, layer):
+                most = int(trace.num_groups.max())
+                yield from of_batch("recorded", [selections], most, again=True)
+    for name, clusters in QUICK.items() if args.quick else HIDDEN.items():
+        yield hidden(name, clusters, 1, args.steps, args.seed)
 
 
 def drives_of(fleet: str) -> Drives:
@@ -141,7 +109,7 @@ def measure(args: argparse.Namespace) -> Times:
     for case in cases(args):
         for fleet, copies, task in tasks(case.known, args):
             for name in layout_names():
-                times = replay(case.test, lay_out(name, task), task.drives)
+                times = replay(case.reads, lay_out(name, task), task.drives)
                 found.setdefault((case.kind, fleet, name, copies), []).append(times)
     return found
 

@@ -1,0 +1,99 @@
+"""What co-activated groups gain on several drives, and on one, read by the engine on paced drives.
+
+Layouts are made from some steps and others are read: those that readers of 32K tokens recorded, in
+later text and again, and those of hidden clusters. Eight contexts are side by side, records are
+16 KiB, and a step reads what the one before did not select. Sides take turns, step by step:
+
+    python -m benchmarks.swarm --kv-dir .
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvswap.bench.coactivated import HiddenClusters
+from kvswap.bench.leftovers import ended_by_signals
+from kvswap.bench.record import describe_device
+from kvswap.bench.script import add_options, note, progress, publish, store_directory
+
+from .contenders import contenders
+from .figures import records_of
+from .race import Found, race
+from .steps import ROWS, Steps, hidden, recorded
+
+HERE = Path(__file__).resolve().parents[1]
+NAMES = [
+    "token order 1",
+    "packed 1",
+    "token order 4",
+    "kvswap 4",
+    "kvswap 8",
+    "kvswap uneven",
+    "swarm 4",
+]
+HIDDEN = {
+    "0.95": HiddenClusters(correlation=0.95, persistence=0.5),
+    "0.8": HiddenClusters(correlation=0.8, persistence=0.5),
+}
+QUICK = HiddenClusters(num_groups=256, active_clusters=4, correlation=0.95)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the settings of a run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.swarm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=200, help="of hidden clusters, half read")
+    parser.add_argument("--reads", type=int, default=50, help="steps read of each, at most")
+    parser.add_argument("--contenders", nargs="+", default=NAMES, choices=NAMES)
+    add_options(parser, HERE / "results" / "swarm.jsonl")
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.reads = 24, 3
+    return args
+
+
+def all_steps(args: argparse.Namespace) -> Iterator[Steps]:
+    """Return all that is read."""
+    if args.quick:
+        yield hidden("0.95", QUICK, 2, args.steps, args.seed)
+        return
+    yield from recorded(ROWS)
+    for name, clusters in HIDDEN.items():
+        yield hidden(name, clusters, ROWS, args.steps, args.seed)
+
+
+def main() -> None:
+    """Race all sides over all steps, and keep what came of it."""
+    args, found = parse_arguments(), dict[str, dict[str, Found]]()
+    with ended_by_signals():
+        for steps in all_steps(args):
+            progress(f"{steps.kind}: {len(steps.reads)} steps, {steps.known.num_groups} groups")
+            with store_directory(args.kv_dir) as folder:
+                sides = contenders(steps, args.contenders)
+                found[steps.kind] = race(sides, folder, args.reads)
+                device = describe_device(folder)
+            say_sides(args, steps.kind, found[steps.kind])
+    publish(records_of(found, args, device), args)
+
+
+def say_sides(args: argparse.Namespace, kind: str, found: dict[str, Found]) -> None:
+    """Say a line for every side."""
+    for name, side in found.items():
+        times = side.times
+        note(
+            args,
+            f"{kind} | {name} | {side.seconds.mean() * 1e3:.1f} ms a step |"
+            f" {times.mean_request_bytes / 1e3:.0f} KB a request |"
+            f" {times.requests.sum(1).mean():.0f} requests | bandwidth {side.bandwidth_used:.2f} |"
+            f" by the model {times.step_seconds.mean() * 1e3:.1f} ms,"
+            f" imbalance {sum(times.imbalance) / max(1, len(times.imbalance)):.2f}",
+        )
+
+
+if __name__ == "__main__":
+    main()
