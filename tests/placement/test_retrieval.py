@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import product
 
-import networkx as nx
 import numpy as np
 import pytest
 
+from benchmarks.swarm.routing import best_end
 from kvswap.core.device_model import PRESETS, DeviceModel
 from kvswap.core.extension import native
 from kvswap.placement.base import Copies
@@ -19,26 +19,6 @@ from kvswap.placement.simulate import read_seconds, read_times
 
 RECORD = 16384
 SWARM = PRESETS["swarm"]
-
-
-def best_end(on: np.ndarray, record_s: np.ndarray) -> float:
-    """Return when the last drive ends at the earliest, by flows: records lie far apart."""
-    ends = np.unique(np.outer(np.arange(len(on) + 1), record_s))
-
-    def is_enough(end: float) -> bool:
-        graph = nx.DiGraph()
-        for record, row in enumerate(on.tolist()):
-            graph.add_edge("source", ("record", record), capacity=1)
-            graph.add_edges_from((("record", record), d, {"capacity": 1}) for d in row if d >= 0)
-        for drive, seconds in enumerate(record_s.tolist()):
-            graph.add_edge(drive, "sink", capacity=int(end / seconds + 1e-9))
-        return nx.maximum_flow_value(graph, "source", "sink") == len(on)
-
-    low, high = 0, len(ends) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(ends[middle]) else (middle + 1, high)
-    return float(ends[low])
 
 
 def random_case(rng: np.random.Generator, *, even: bool) -> tuple[np.ndarray, Drives]:
