@@ -36,13 +36,13 @@ def test_nothing_heavy_is_imported(arguments):
 def test_help_names_every_command(kvswap):
     result = kvswap("--help")
     assert (result.code, result.err) == (0, "")
-    for command in ("demo", "run", "eval", "calibrate", "budgets", "profile", "tune"):
+    for command in ("demo", "run", "eval", "calibrate", "budgets", "profile", "tune", "placement"):
         assert f"  {command} " in result.out
     assert kvswap() == result
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "run", "eval", "calibrate", "budgets", "profile", "tune"]
+    "command", ["demo", "run", "eval", "calibrate", "budgets", "profile", "tune", "placement"]
 )
 def test_help_of_a_command_fits_a_terminal(kvswap, command):
     result = kvswap(command, "--help")

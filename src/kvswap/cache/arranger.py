@@ -68,6 +68,11 @@ class Memory:
         return self._groups.shape[2]
 
     @property
+    def most_steps(self) -> int:
+        """Steps that are remembered, at most."""
+        return self._groups.shape[1]
+
+    @property
     def seen(self) -> int:
         """Steps so far."""
         return int(self._seen.min())

@@ -1,4 +1,4 @@
-"""The command ``kvswap``: demo, run, eval, calibrate, budgets, profile, plan, tune.
+"""The command ``kvswap``: demo, run, eval, calibrate, budgets, profile, plan, tune, placement.
 
 Nothing here imports torch, and only what was called imports anything else.
 """

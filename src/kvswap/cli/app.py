@@ -13,7 +13,7 @@ import kvswap
 from kvswap.cli.failures import exit_code, one_line, tell
 from kvswap.cli.quiet import quieten
 
-COMMANDS = ("demo", "run", "eval", "calibrate", "budgets", "profile", "plan", "tune")
+COMMANDS = ("demo", "run", "eval", "calibrate", "budgets", "profile", "plan", "tune", "placement")
 
 
 class LazyGroup(click.Group):

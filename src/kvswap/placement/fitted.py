@@ -89,6 +89,10 @@ class FittedPlacement(SequentialPlacement):
         """The highest number of a layout that holds stripes; 0 where none does."""
         return max(self._held, default=0)
 
+    def is_fitted(self, layer_idx: int) -> bool:
+        """Whether a layer has a layout of its own."""
+        return bool(self._is_arranged[layer_idx])
+
     @property
     def unmapped_bytes(self) -> list[int]:
         """What groups in token order may still take on each device beyond what they have."""
