@@ -133,3 +133,21 @@ def test_sieve_of_one_group_a_step_is_that_of_the_paper(uses, num_slots):
         take(buffer, {group}, step)
         paper.ask(group)
         assert held(buffer) == set(paper.queue)
+
+
+def test_swarm_keeps_what_is_activated_most_for_its_size():
+    policy = make_reuse("swarm")
+    policy.begin(1, 8)
+    every = np.arange(8)
+    policy.know_clusters(0, every, np.array([0, 0, 0, 0, 1, 1, 2, 3]))
+    nothing = np.zeros(1, bool)
+    for _ in range(4):
+        policy.asked(0, np.array([1]), nothing)  # the large cluster, by one of its groups
+        policy.asked(0, np.array([4]), nothing)
+        policy.asked(0, np.array([6]), nothing)
+    # In memory, not asked for in a turn: one less, so all but the last one asked stand still.
+    here, used = np.array([1, 4, 6]), np.array([1, 2, 3])
+    assert here[policy.choose(0, here, used, 2)].tolist() == [1, 4]
+    policy.forget(0, np.array([6]))
+    policy.asked(0, np.array([6, 7]), np.zeros(2, bool))
+    assert policy.choose(0, np.array([6, 7]), np.array([5, 4]), 1).tolist() == [1]

@@ -238,5 +238,5 @@ def test_a_parameter_that_cannot_be_used_is_refused(name, parameter):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="one of lfu, lru, none, score, sieve, got 'no'"):
+    with pytest.raises(ConfigError, match="one of lfu, lru, none, score, sieve, swarm, got 'no'"):
         make_reuse("no")

@@ -23,6 +23,7 @@ from tests.families import make_model, prompt
 from tests.hf.test_drives import LENGTH, config_on, drives_in
 
 FEW_SLOTS = {**FEWEST_SLOTS, "num_slots": 20, "budget_tokens": 160}
+HOT = {**SMALL, "num_slots": 9, "reuse": "swarm"}
 CODED = {**SMALL, "record_codec": "int8"}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:directories .* on one drive"),
@@ -94,7 +95,7 @@ def tokens(
     return found.tolist()[0]
 
 
-@pytest.mark.parametrize("limits", [FEW_SLOTS, SMALL, CODED])
+@pytest.mark.parametrize("limits", [FEW_SLOTS, SMALL, CODED, HOT])
 def test_the_same_tokens_however_groups_lie(limits, tmp_path, often):
     expected = tokens(tmp_path / "before", limits)
     assert not often

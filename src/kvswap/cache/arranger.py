@@ -20,7 +20,7 @@ from kvswap.core.errors import StoreError
 from kvswap.core.extension import warn_once
 from kvswap.placement.base import Copies
 from kvswap.placement.drives import Drives
-from kvswap.placement.fit import NOW, Recording, fit_layout
+from kvswap.placement.fit import NOW, Recording, clusters_of, fit_layout, fit_tau
 from kvswap.placement.fitted import FittedPlacement
 from kvswap.placement.layouts import Layout
 from kvswap.placement.selections import Selections
@@ -36,6 +36,7 @@ WORK_BYTES = 6 * _COUNT_BYTES
 """What fitting one layer takes for a while."""
 
 Job = Callable[[], Any]
+OnClusters = Callable[[int, np.ndarray, np.ndarray], None]
 
 
 class Memory:
@@ -61,6 +62,11 @@ class Memory:
     def nbytes(self) -> int:
         """Bytes of the tables."""
         return self._groups.nbytes + self._seen.nbytes
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return len(self._groups)
 
     @property
     def num_rows(self) -> int:
@@ -116,10 +122,12 @@ class Arranger:
     drives : Drives
     stored_groups : callable
         Given a layer, the ids of all groups that it has on disk, ascending.
-    num_layers, num_rows, num_groups : int
-        Layers, rows of a batch, and groups that a row selects in a layer, at most.
+    memory : Memory
+        Gone on with.
     is_promised : bool
         Whether all groups that there may be must find room, whatever else is laid out.
+    on_clusters : callable, optional
+        Told the clusters of each layer, see `ReusePolicy.know_clusters`.
 
     Notes
     -----
@@ -134,16 +142,15 @@ class Arranger:
         placement: FittedPlacement,
         drives: Drives,
         stored_groups: Callable[[int], np.ndarray],
+        memory: Memory,
         *,
-        num_layers: int,
-        num_rows: int,
-        num_groups: int,
         is_promised: bool,
+        on_clusters: OnClusters | None = None,
     ) -> None:
+        self._on_clusters = on_clusters
         self._is_promised = is_promised
         self._store, self._placement, self._drives = store, placement, drives
-        self._stored_groups, self._num_layers = stored_groups, num_layers
-        self.memory = Memory(num_layers, num_rows, num_groups)
+        self._stored_groups, self.memory = stored_groups, memory
         rows = max(1, _CHUNK_BYTES // drives.record_bytes)
         self._buffer = aligned_empty((rows, drives.record_bytes))
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvswap-arranger")
@@ -211,7 +218,7 @@ class Arranger:
                 continue
             self._looked_at = self.memory.seen
             number = self._placement.last_layout + 1
-            for layer_idx in range(self._num_layers):
+            for layer_idx in range(self.memory.num_layers):
                 yield from self._arrange(layer_idx, number)
             self._placement.tidy()
 
@@ -221,8 +228,10 @@ class Arranger:
         selections = self.memory.of(layer_idx, groups)
         now = placement.locate(layer_idx, groups)
         replicas = placement.num_copies
-        laid = as_layout(now, self._drives)
-        rows = self.memory.num_rows
+        laid, rows = as_layout(now, self._drives), self.memory.num_rows
+        if self._on_clusters is not None:
+            cluster_of = yield partial(clusters_by_group, selections, rows, laid, self._drives)
+            self._on_clusters(layer_idx, groups, cluster_of)
         layout = yield partial(better_layout, selections, rows, laid, self._drives, replicas)
         if layout is None:
             return
@@ -273,14 +282,28 @@ def better_layout(
     Layout or None
         None where there is none.
     """
-    recording = Recording(
+    recording = _recording(selections, rows, now)
+    if not len(recording.reads.groups):
+        return None
+    layout, fit = fit_layout(recording, drives, replicas=replicas, now=now)
+    return None if fit.value == NOW else layout
+
+
+def clusters_by_group(selections: Selections, rows: int, now: Layout, drives: Drives) -> np.ndarray:
+    """Return the number of the first cluster of each group, int64; as `better_layout` is asked."""
+    recording = _recording(selections, rows, now)
+    tau = fit_tau(recording, drives).value
+    assert not isinstance(tau, str)
+    clusters = clusters_of(recording.count(), recording.normalisation, tau)
+    _, first = np.unique(clusters.members, return_index=True)
+    return clusters.of_members[first]
+
+
+def _recording(selections: Selections, rows: int, now: Layout) -> Recording:
+    return Recording(
         num_groups=len(now.drives),
         selections=selections,
         reads=selections.joined(rows).missing(),
         rows=rows,
         most_bytes=_COUNT_BYTES,
     )
-    if not len(recording.reads.groups):
-        return None
-    layout, fit = fit_layout(recording, drives, replicas=replicas, now=now)
-    return None if fit.value == NOW else layout

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvswap.cache.arranger import Arranger
+from kvswap.cache.arranger import Arranger, Memory
 from kvswap.cache.deadline import Deadline
 from kvswap.cache.fit import IndexFitter
 from kvswap.cache.foresight import Foresight
@@ -234,6 +234,7 @@ class CacheSession:
 
     def _arranger(self, plan: CachePlan) -> Arranger | None:
         """Return what lays groups out anew, where that is wanted and something is selected."""
+        policy = self.reuse.policy
         if not isinstance(self.placement, FittedPlacement) or not plan.rank:
             return None
         return Arranger(
@@ -241,10 +242,9 @@ class CacheSession:
             self.placement,
             self.drives,
             self.sequences.stored_groups,
-            num_layers=self.geometry.num_layers,
-            num_rows=plan.batch_size,
-            num_groups=plan.budget_groups,
+            Memory(self.geometry.num_layers, plan.batch_size, plan.budget_groups),
             is_promised=self.config.max_context is not None,
+            on_clusters=policy.know_clusters if policy.wants_clusters else None,
         )
 
     def _reads(self, plan: CachePlan) -> Reads:

@@ -231,13 +231,15 @@ class CacheConfig:
         Which groups leave memory first, a name in the registry of reuse policies: "lru",
         those unused for longest; "lfu", those used least often, or "lfu:64" with the number of
         selections in which a use comes to count half; "score", those that the index expected
-        least of, with a half-life too; "sieve"; "none", where every step reads all that it selects,
-        as methods without reuse do. "lru" and "none" have no tables, the others take a few bytes
-        for each group and layer. It decides what is read, never what is attended to.
+        least of, with a half-life too; "sieve"; "swarm", those of the cluster that was activated
+        least for its size, clusters being known with ``layout="fitted"``; "none", where every step
+        reads all that it selects, as methods without reuse do. "lru" and "none" have no tables, the
+        others take a few bytes for each group and layer. It decides what is read, never what is
+        attended to.
     share_slots : bool
         Let slots move between layers, to where they are found to save most reads, as long as each
         keeps what one selection needs. It counts what each layer misses and costs a little for
-        every selection; not with "sieve" or "none".
+        every selection; not with "sieve", "swarm" or "none".
     rank : int, optional
         Coefficients kept of a token's key, over all KV heads of a head group.
     code : {"bf16", "int8", "rot4", "rot2", "rot1", "band"}, optional

@@ -1,6 +1,6 @@
 """Reuse buffer: groups kept in memory from earlier steps, and policies that say which stay."""
 
-from kvswap.cache.reuse import lfu, lru, none, score, sieve
+from kvswap.cache.reuse import lfu, lru, none, score, sieve, swarm
 from kvswap.cache.reuse.base import REUSE_POLICIES, ReusePolicy, make_reuse, register_reuse
 from kvswap.cache.reuse.buffer import ReuseBuffer
 from kvswap.cache.reuse.exchange import SlotExchange
@@ -17,4 +17,5 @@ __all__ = [
     "register_reuse",
     "score",
     "sieve",
+    "swarm",
 ]

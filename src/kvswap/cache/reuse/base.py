@@ -25,6 +25,8 @@ class ReusePolicy(ABC):
     ----------
     wants_scores : bool
         Whether `observe` is to be called with what the key index estimates.
+    wants_clusters : bool
+        Whether `know_clusters` is to be called with what is found of a layer.
     keeps : bool
         Whether a step may find in memory what an earlier one asked for, or flushed; else all
         slots are empty when a step begins.
@@ -32,6 +34,7 @@ class ReusePolicy(ABC):
 
     keeps: ClassVar[bool] = True
     wants_scores: ClassVar[bool] = False
+    wants_clusters: ClassVar[bool] = False
 
     @classmethod
     def from_text(cls, parameter: str | None) -> ReusePolicy:
@@ -110,6 +113,18 @@ class ReusePolicy(ABC):
             How many are selected.
         """
         raise NotImplementedError("a policy whose wants_scores is True defines it")
+
+    def know_clusters(self, layer_idx: int, groups: np.ndarray, cluster_of: np.ndarray) -> None:
+        """Learn which groups are selected together; where ``wants_clusters``.
+
+        Parameters
+        ----------
+        layer_idx : int
+        groups : ndarray [n], int64
+        cluster_of : ndarray [n], int64
+            Of each its cluster's number, in [0, n).
+        """
+        raise NotImplementedError("a policy whose wants_clusters is True defines it")
 
     @abstractmethod
     def forget(self, layer_idx: int, groups: np.ndarray) -> None:
