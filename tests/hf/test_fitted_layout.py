@@ -168,3 +168,17 @@ def test_a_kept_cache_finds_its_groups_where_they_were_saved(is_lost, storage, t
         rest = go_on(model, cache, torch.cat((ids, first), 1), 9)
         assert cache.session.placement.last_layout > 1
     assert [*first.tolist()[0], *rest.tolist()[0]] == expected
+
+
+def test_the_prompts_last_queries_count_as_steps(tmp_path):
+    limits = {**SMALL, "warm_window": 3}
+    model, ids, found = make_model("llama"), prompt(LENGTH), []
+    for layout in ("sequential", "fitted"):
+        config = config_on(drives_in(tmp_path / layout, 1), limits, layout=layout)
+        with kvswap.attach(model, config) as cache:
+            cache.prefill(ids[:, :-1])
+            cache.end_prefill()
+            arranger = cache.session.arranger
+            assert (0 if arranger is None else arranger.memory.seen) == 3 * (layout == "fitted")
+            found.append(go_on(model, cache, ids, 18).tolist())
+    assert found[0] == found[1]

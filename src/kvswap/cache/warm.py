@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.window import QueryWindow
 
@@ -66,3 +68,18 @@ class Warmer:
             batch, layer_idx, queries, scaling=params.scaling, is_final=False
         )
         session.counters.groups_warmed += session.read_ahead(layer_idx, groups)
+        if session.arranger is not None:
+            self._remember(batch, layer_idx, queries, params.scaling)
+
+    def _remember(
+        self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], scaling: float
+    ) -> None:
+        """Let each query count as a step to what lays groups out by selections."""
+        session = self._session
+        assert session.arranger is not None
+        for token in range(max(query.shape[1] for query in queries)):
+            of_token = [query[:, token : token + 1] for query in queries]
+            groups = session.selection.select(
+                batch, layer_idx, of_token, scaling=scaling, is_final=False
+            )
+            session.arranger.note(layer_idx, list(groups))

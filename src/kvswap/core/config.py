@@ -254,7 +254,8 @@ class CacheConfig:
     warm_window : int
         So many of a prefill's last queries say which groups are read before the first step
         asks for them; 0 for none. It costs their memory and a step's reads, which the first
-        step needs a part of: worth it where nobody waits between prefill and first token.
+        step needs a part of: worth it where nobody waits between prefill and first token. With
+        ``layout="fitted"`` each counts as a step to go by.
     recall_every : int
         Every so many steps measure, on one layer, the attention mass of the selection;
         0 never.
