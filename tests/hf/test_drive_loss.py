@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import kvswap
-from kvswap.core.errors import DeviceIOError, StoreError
+from kvswap.core.errors import DeviceIOError, StoreError, StoreFullError
 from kvswap.core.extension import warn_once
 from kvswap.placement import sequential
 from kvswap.storage import drives as drives_module
 from tests.backends import Gone, SteppedBackend
-from tests.caches import FEWEST_SLOTS, SMALL, greedy
+from tests.caches import FEWEST_SLOTS, SMALL, greedy, step
 from tests.families import make_model, prompt
 from tests.hf.test_drives import LENGTH, config_on, drives_in
 
@@ -172,3 +172,16 @@ def test_a_kept_cache_that_lost_a_drive_is_as_it_was_saved_last(faults, tmp_path
     with kvswap.attach(model, kvswap.KVSwapCache.open(drives)) as cache:
         assert torch.equal(greedy(model, cache, first, 16), expected)
         assert cache.session.placement.num_copies == 2
+
+
+def test_room_for_one_copy_is_not_enough_for_two(tmp_path):
+    model = make_model("llama")
+    for replicas in (1, 2):
+        config = config_on(drives_in(tmp_path, 2), SMALL, replicas=replicas, disk_limit="10MiB")
+        with kvswap.attach(model, config) as cache:
+            if replicas == 1:
+                step(model, cache, prompt(9))
+                continue
+            with pytest.raises(StoreFullError, match="disk_limit"):
+                step(model, cache, prompt(9))
+            assert cache.session.store.stats.bytes_written == 0
