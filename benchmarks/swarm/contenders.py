@@ -10,7 +10,7 @@ import numpy as np
 from kvswap.core.device_model import PRESETS, DeviceModel
 from kvswap.placement import Drives, Layout, LayoutTask, Selections, lay_out, pack
 from kvswap.placement.clusters import Clusters
-from kvswap.placement.fit import Recording, clusters_of, fit_layout, fit_tau
+from kvswap.placement.fit import Recording, fit_clusters, fit_layout
 
 from .steps import Steps
 
@@ -46,7 +46,6 @@ class Contender(NamedTuple):
 
 def contenders(steps: Steps, names: list[str]) -> Iterator[Contender]:
     """Return those of some names, each made from what is known before the steps."""
-    tau = None
     for name in names:
         method, _, fleet = name.rpartition(" ")
         models = UNEVEN if fleet == "uneven" else (SWARM,) * int(fleet)
@@ -55,7 +54,7 @@ def contenders(steps: Steps, names: list[str]) -> Iterator[Contender]:
             yield Contender(name, models, _plain("sequential", steps.known, drives), steps.reads)
         elif method == "kvswap":
             copies = min(2, len(models))
-            layout, _ = fit_layout(steps.known, drives, tau=tau, replicas=copies)
+            layout, _ = fit_layout(steps.known, drives, replicas=copies)
             yield Contender(name, models, layout, steps.reads)
         elif method == "packed":
             yield Contender(name, models, _plain("packed", steps.known, drives), steps.reads)
@@ -81,9 +80,7 @@ def _as_published(name: str, models: tuple[DeviceModel, ...], steps: Steps) -> C
     that reads held-out steps soonest, which is more than the paper says.
     """
     known = steps.known
-    tau = fit_tau(known, Drives.of(models, RECORD_BYTES)).value
-    assert not isinstance(tau, str)
-    groups = clusters_of(known.count(), known.normalisation, tau)
+    groups = fit_clusters(known, Drives.of(models, RECORD_BYTES))
     each = RECORD_BYTES // TOKEN_BYTES
 
     def tokens(ids: np.ndarray) -> np.ndarray:

@@ -6,44 +6,45 @@ import numpy as np
 import pytest
 
 from kvswap.bench.coactivated import HiddenClusters
-from kvswap.cache import arranger
-from kvswap.cache.arranger import Memory, better_layout
+from kvswap.cache import steps as steps_module
+from kvswap.cache.steps import StepMemory
 from kvswap.core.device_model import PRESETS
 from kvswap.placement import Drives, Layout, Selections
+from kvswap.placement.fit import Recording, better_layout
 
 RECORD = 16384
 
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arranger, "STEPS", 3)
+    monkeypatch.setattr(steps_module, "STEPS", 3)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
 def test_the_last_steps_are_remembered_by_row_the_oldest_first(few_steps, steps):
-    memory = Memory(2, 2, 4)
+    memory = StepMemory(2, 2, 4)
     for step in range(steps):
         memory.note(1, [np.array([step, 9]), np.array([20 + step])])
     assert memory.seen == 0, "another layer has seen nothing"
     groups = np.array([0, 1, 2, 3, 4, 9, 20, 22, 24])
-    found = [groups[row].tolist() for row in memory.of(1, groups)]
+    found = [groups[row].tolist() for row in memory.recording(1, groups).selections]
     expected = []
     for step in range(max(0, steps - 3), steps):
         expected += [[step, 9], [20 + step] if step % 2 == 0 else []]
     assert found == expected, "what is not among the groups is left out"
-    again = Memory(2, 2, 4)
+    again = StepMemory(2, 2, 4)
     again.load_state({name: table.copy() for name, table in memory.state().items()})
-    assert [row.tolist() for row in again.of(1, groups)] == [
-        row.tolist() for row in memory.of(1, groups)
+    assert [row.tolist() for row in again.recording(1, groups).selections] == [
+        row.tolist() for row in memory.recording(1, groups).selections
     ]
 
 
 def test_what_does_not_fit_is_not_remembered(few_steps):
-    memory = Memory(1, 1, 2)
+    memory = StepMemory(1, 1, 2)
     memory.note(0, [np.arange(5), np.arange(5)])
-    assert [row.tolist() for row in memory.of(0, np.arange(5))] == [[0, 1]]
-    assert memory.nbytes == Memory.plan_bytes(1, 1, 2)
-    other = Memory(1, 1, 3)
+    assert [row.tolist() for row in memory.recording(0, np.arange(5)).selections] == [[0, 1]]
+    assert memory.nbytes == StepMemory.plan_bytes(1, 1, 2)
+    other = StepMemory(1, 1, 3)
     other.load_state(memory.state())
     assert other.seen == 0, "of another shape"
 
@@ -51,6 +52,11 @@ def test_what_does_not_fit_is_not_remembered(few_steps):
 def test_a_step_of_a_batch_wants_what_any_row_selects():
     selections = Selections.of([np.array([1, 4]), np.array([4, 6]), np.array([2]), []], 8)
     assert [row.tolist() for row in selections.joined(2)] == [[1, 4, 6], [2]]
+
+
+def recording(selections: Selections, rows: int) -> Recording:
+    reads = selections.joined(rows).missing()
+    return Recording(num_groups=512, selections=selections, reads=reads, rows=rows)
 
 
 @pytest.mark.parametrize(("num_drives", "replicas"), [(1, 1), (4, 1), (4, 2)])
@@ -63,13 +69,11 @@ def test_a_layout_is_taken_where_steps_are_read_sooner_and_no_other(num_drives, 
     home = Layout((each[:, None] + np.arange(replicas)).astype(np.int16) % num_drives,
                   np.repeat(each[:, None] // num_drives, replicas, 1).astype(np.int32))  # fmt: skip
     selections = hidden.generate(120 * rows, seed=1)
-    layout = better_layout(selections, rows, home, drives, replicas)
+    layout = better_layout(recording(selections, rows), drives, home)
     assert layout is not None
     assert layout.drives.shape == (512, replicas)
-    assert better_layout(selections, rows, layout, drives, replicas) is None, "it is there already"
+    assert better_layout(recording(selections, rows), drives, layout) is None, "it is there already"
     if replicas == 1:
-        assert better_layout(chance.generate(120, seed=1), 1, home, drives, 1) is None
-    assert (
-        better_layout(Selections.of([np.array([3])] * 8, 512).part(0, 0), 1, home, drives, 1)
-        is None
-    )
+        assert better_layout(recording(chance.generate(120, seed=1), 1), drives, home) is None
+    nothing = Selections.of([], 512)
+    assert better_layout(recording(nothing, rows), drives, home) is None

@@ -12,8 +12,10 @@ import torch
 
 import kvswap
 from kvswap.cache import arranger as arranger_module
+from kvswap.cache import steps
 from kvswap.core.extension import warn_once
-from kvswap.placement import Clusters, Drives, Layout, LayoutTask, Selections, lay_out, sequential
+from kvswap.placement import Clusters, Drives, Layout, LayoutTask, lay_out, sequential
+from kvswap.placement.fit import Recording
 from kvswap.storage import drives as drives_module
 from kvswap.storage.base import Transfer
 from tests.backends import FailingOnce, Gone, SteppedBackend
@@ -46,18 +48,18 @@ def often(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     warn_once.cache_clear()
     done: list[int] = []
 
-    def anew(selections: Selections, _: int, now: Layout, drives: Drives, replicas: int) -> Layout:
-        assert max((len(each) for each in selections), default=0) > 0
+    def anew(recording: Recording, drives: Drives, now: Layout) -> Layout:
+        assert max((len(each) for each in recording.selections), default=0) > 0
         done.append(len(now.drives))
         task = LayoutTask(
             clusters=Clusters.alone(len(now.drives)),
             order=np.random.default_rng(len(done)).permutation(len(now.drives)),
             drives=drives,
-            replicas=replicas,
+            replicas=now.drives.shape[1],
         )
         return lay_out("packed", task)
 
-    monkeypatch.setattr(arranger_module, "STEPS", 5)
+    monkeypatch.setattr(steps, "STEPS", 5)
     monkeypatch.setattr(arranger_module, "better_layout", anew)
     monkeypatch.setattr(arranger_module, "_CHUNK_BYTES", 20_000)
     monkeypatch.setattr(sequential, "_RUN_BYTES", 2**12)

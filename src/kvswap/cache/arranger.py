@@ -16,100 +16,24 @@ from typing import Any
 
 import numpy as np
 
+from kvswap.cache.steps import COUNT_BYTES, StepMemory
 from kvswap.core.errors import StoreError
 from kvswap.core.extension import warn_once
 from kvswap.placement.base import Copies
 from kvswap.placement.drives import Drives
-from kvswap.placement.fit import NOW, Recording, clusters_of, fit_layout, fit_tau
+from kvswap.placement.fit import better_layout, fit_clusters
 from kvswap.placement.fitted import FittedPlacement
 from kvswap.placement.layouts import Layout
-from kvswap.placement.selections import Selections
 from kvswap.storage.base import Extents
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.store import BlockStore
 
-STEPS = 128
-"""Selections of a layer that are remembered; after so many new ones layouts are fitted again."""
 _CHUNK_BYTES = 2**20  # copied between two steps, at most
-_COUNT_BYTES = 4 * 2**20  # of pairs of one layer
-WORK_BYTES = 6 * _COUNT_BYTES
+WORK_BYTES = 6 * COUNT_BYTES
 """What fitting one layer takes for a while."""
 
 Job = Callable[[], Any]
 OnClusters = Callable[[int, np.ndarray, np.ndarray], None]
-
-
-class Memory:
-    """The last selections of each layer.
-
-    Parameters
-    ----------
-    num_layers, num_rows, num_groups : int
-        Layers, rows of a batch, and groups that a row selects in a layer, at most: what comes
-        beyond that is not remembered.
-    """
-
-    def __init__(self, num_layers: int, num_rows: int, num_groups: int) -> None:
-        self._groups = np.full((num_layers, STEPS, num_rows, num_groups), -1, np.int32)
-        self._seen = np.zeros(num_layers, np.int64)
-
-    @classmethod
-    def plan_bytes(cls, num_layers: int, num_rows: int, num_groups: int) -> int:
-        """Return what it takes."""
-        return num_layers * (STEPS * num_rows * num_groups * 4 + 8)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tables."""
-        return self._groups.nbytes + self._seen.nbytes
-
-    @property
-    def num_layers(self) -> int:
-        """Layers."""
-        return len(self._groups)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of a step."""
-        return self._groups.shape[2]
-
-    @property
-    def most_steps(self) -> int:
-        """Steps that are remembered, at most."""
-        return self._groups.shape[1]
-
-    @property
-    def seen(self) -> int:
-        """Steps so far."""
-        return int(self._seen.min())
-
-    def note(self, layer_idx: int, groups: Sequence[np.ndarray]) -> None:
-        """Remember what the rows of one step selected in place of the oldest."""
-        step = self._groups[layer_idx, self._seen[layer_idx] % STEPS]
-        step[...] = -1
-        for row, mine in zip(step, groups, strict=False):
-            row[: len(mine)] = mine[: len(row)]
-        self._seen[layer_idx] += 1
-
-    def of(self, layer_idx: int, groups: np.ndarray) -> Selections:
-        """Return a layer's selections, the oldest first, as places among some groups, ascending."""
-        steps = np.roll(self._groups[layer_idx], -int(self._seen[layer_idx] % STEPS), axis=0)
-        rows = steps[-int(min(STEPS, self._seen[layer_idx])) :].reshape(-1, steps.shape[2])
-        places = np.searchsorted(groups, rows)
-        places[places == len(groups)] = 0
-        is_there = groups[places] == rows if len(groups) else np.zeros(rows.shape, bool)
-        return Selections.of(
-            [mine[there] for mine, there in zip(places, is_there, strict=True)], len(groups)
-        )
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return what is needed to go on."""
-        return {"groups": self._groups, "seen": self._seen}
-
-    def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Take back what `state` gave, as far as it is of the same shape."""
-        if state["groups"].shape == self._groups.shape:
-            self._groups[...], self._seen[...] = state["groups"], state["seen"]
 
 
 class Arranger:
@@ -122,7 +46,7 @@ class Arranger:
     drives : Drives
     stored_groups : callable
         Given a layer, the ids of all groups that it has on disk, ascending.
-    memory : Memory
+    memory : StepMemory
         Gone on with.
     is_promised : bool
         Whether all groups that there may be must find room, whatever else is laid out.
@@ -142,7 +66,7 @@ class Arranger:
         placement: FittedPlacement,
         drives: Drives,
         stored_groups: Callable[[int], np.ndarray],
-        memory: Memory,
+        memory: StepMemory,
         *,
         is_promised: bool,
         on_clusters: OnClusters | None = None,
@@ -161,7 +85,7 @@ class Arranger:
     @classmethod
     def plan_bytes(cls, num_layers: int, num_rows: int, num_groups: int, record_bytes: int) -> int:
         """Return what it keeps; fitting a layer takes `WORK_BYTES` more for a while."""
-        memory = Memory.plan_bytes(num_layers, num_rows, num_groups)
+        memory = StepMemory.plan_bytes(num_layers, num_rows, num_groups)
         return memory + max(_CHUNK_BYTES, record_bytes)
 
     @property
@@ -213,7 +137,7 @@ class Arranger:
         """Yield what the thread is to do next; what it gave comes back."""
         yield None
         while True:
-            if self._store.lost or self.memory.seen < self._looked_at + STEPS:
+            if self._store.lost or self.memory.seen < self._looked_at + self.memory.most_steps:
                 yield None
                 continue
             self._looked_at = self.memory.seen
@@ -225,14 +149,13 @@ class Arranger:
     def _arrange(self, layer_idx: int, number: int) -> Generator[Job | None, Any, None]:
         """Lay one layer's groups out anew, if that is worth it."""
         placement, groups = self._placement, self._stored_groups(layer_idx)
-        selections = self.memory.of(layer_idx, groups)
-        now = placement.locate(layer_idx, groups)
-        replicas = placement.num_copies
-        laid, rows = as_layout(now, self._drives), self.memory.num_rows
+        recording = self.memory.recording(layer_idx, groups)
         if self._on_clusters is not None:
-            cluster_of = yield partial(clusters_by_group, selections, rows, laid, self._drives)
-            self._on_clusters(layer_idx, groups, cluster_of)
-        layout = yield partial(better_layout, selections, rows, laid, self._drives, replicas)
+            clusters = yield partial(fit_clusters, recording, self._drives)
+            self._on_clusters(layer_idx, groups, clusters.first_of_groups)
+        now = placement.locate(layer_idx, groups)
+        laid = as_layout(now, self._drives)
+        layout = yield partial(better_layout, recording, self._drives, laid)
         if layout is None:
             return
         ends = placement.end_bytes_of(layout, number)
@@ -241,7 +164,7 @@ class Arranger:
         self._store.reserve(*ends)
         copies = placement.begin(layer_idx, layout, number)
         ids = placement.record_ids(layer_idx, groups)
-        for copy in range(replicas):
+        for copy in range(placement.num_copies):
             order = np.lexsort((copies.offsets[:, copy], copies.devices[:, copy]))
             order = order[copies.devices[order, copy] >= 0]
             for first in range(0, len(order), len(self._buffer)):
@@ -260,50 +183,3 @@ class Arranger:
 def as_layout(copies: Copies, drives: Drives) -> Layout:
     """Return places of groups as a layout of them."""
     return Layout(copies.devices, (copies.offsets // drives.record_bytes).astype(np.int32))
-
-
-def better_layout(
-    selections: Selections, rows: int, now: Layout, drives: Drives, replicas: int
-) -> Layout | None:
-    """Return a layout that steps held out are read sooner from than from that of now.
-
-    Parameters
-    ----------
-    selections : Selections
-        Of one layer, as places among its groups.
-    rows : int
-        Of each step.
-    now : Layout
-    drives : Drives
-    replicas : int
-
-    Returns
-    -------
-    Layout or None
-        None where there is none.
-    """
-    recording = _recording(selections, rows, now)
-    if not len(recording.reads.groups):
-        return None
-    layout, fit = fit_layout(recording, drives, replicas=replicas, now=now)
-    return None if fit.value == NOW else layout
-
-
-def clusters_by_group(selections: Selections, rows: int, now: Layout, drives: Drives) -> np.ndarray:
-    """Return the number of the first cluster of each group, int64; as `better_layout` is asked."""
-    recording = _recording(selections, rows, now)
-    tau = fit_tau(recording, drives).value
-    assert not isinstance(tau, str)
-    clusters = clusters_of(recording.count(), recording.normalisation, tau)
-    _, first = np.unique(clusters.members, return_index=True)
-    return clusters.of_members[first]
-
-
-def _recording(selections: Selections, rows: int, now: Layout) -> Recording:
-    return Recording(
-        num_groups=len(now.drives),
-        selections=selections,
-        reads=selections.joined(rows).missing(),
-        rows=rows,
-        most_bytes=_COUNT_BYTES,
-    )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvswap.cache.arranger import Arranger, Memory
+from kvswap.cache.arranger import Arranger
 from kvswap.cache.deadline import Deadline
 from kvswap.cache.fit import IndexFitter
 from kvswap.cache.foresight import Foresight
@@ -29,6 +29,7 @@ from kvswap.cache.reuse.checks import check_reuse
 from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.sequences import Sequences
+from kvswap.cache.steps import StepMemory
 from kvswap.cache.warm import Warmer
 from kvswap.core.config import CacheConfig
 from kvswap.core.errors import BudgetError, ConfigError, KVSwapError, SessionClosedError
@@ -242,7 +243,7 @@ class CacheSession:
             self.placement,
             self.drives,
             self.sequences.stored_groups,
-            Memory(self.geometry.num_layers, plan.batch_size, plan.budget_groups),
+            StepMemory(self.geometry.num_layers, plan.batch_size, plan.budget_groups),
             is_promised=self.config.max_context is not None,
             on_clusters=policy.know_clusters if policy.wants_clusters else None,
         )

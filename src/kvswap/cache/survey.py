@@ -11,7 +11,7 @@ import numpy as np
 from kvswap.cache.arranger import as_layout
 from kvswap.cache.session import CacheSession
 from kvswap.placement import Clusters, Drives, FittedPlacement, Layout, LayoutTask, lay_out
-from kvswap.placement.fit import Recording, clusters_of, fit_layout, fit_tau
+from kvswap.placement.fit import Recording, fit_clusters, fit_layout
 from kvswap.placement.replay import replay
 from kvswap.placement.simulate import IoTimes
 
@@ -95,15 +95,7 @@ def survey(session: CacheSession, drives: Drives) -> Iterator[LayerSurvey]:
             reads={},
         )
         if arranger is not None and layer.steps >= 4:
-            selections = arranger.memory.of(layer_idx, groups)
-            rows = arranger.memory.num_rows
-            recording = Recording(
-                num_groups=len(groups),
-                selections=selections,
-                reads=selections.joined(rows).missing(),
-                rows=rows,
-            )
-            layer = _with_steps(layer, recording, now, drives)
+            layer = _with_steps(layer, arranger.memory.recording(layer_idx, groups), now, drives)
         yield layer
 
 
@@ -118,9 +110,7 @@ def _with_steps(
     task = LayoutTask(clusters=alone, order=order, drives=drives, replicas=replicas)
     fitted, _ = fit_layout(training, drives, replicas=replicas)
     layouts = dict(zip(PLACES, (now, lay_out("sequential", task), fitted), strict=True))
-    tau = fit_tau(recording, drives).value
-    assert not isinstance(tau, str)
-    clusters = clusters_of(recording.count(), recording.normalisation, tau)
+    clusters = fit_clusters(recording, drives)
     large = clusters.sizes > 1
     named = {name: getattr(layer, name) for name in ("layer_idx", "groups", "records", "steps")}
     return LayerSurvey(

@@ -62,6 +62,12 @@ class Clusters:
         """The cluster of each of `members`."""
         return np.repeat(np.arange(len(self)), self.sizes)
 
+    @property
+    def first_of_groups(self) -> np.ndarray:
+        """The first cluster that each group is in; ndarray [num_groups], int64."""
+        _, first = np.unique(self.members, return_index=True)
+        return self.of_members[first]
+
     def __len__(self) -> int:
         """Return how many clusters there are."""
         return len(self.starts) - 1

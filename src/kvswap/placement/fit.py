@@ -136,6 +136,34 @@ def clusters_of(counts: CoActivation, normalisation: Normalisation, tau: float |
     return find_clusters(counts.neighbours(normalisation, most=MOST_NEIGHBOURS), tau)
 
 
+def fit_clusters(recording: Recording, drives: Drives) -> Clusters:
+    """Return the clusters that `fit_tau` finds, counted from all steps."""
+    tau = fit_tau(recording, drives).value
+    assert not isinstance(tau, str)
+    return clusters_of(recording.count(), recording.normalisation, tau)
+
+
+def better_layout(recording: Recording, drives: Drives, now: Layout) -> Layout | None:
+    """Return a layout that steps held out are read sooner from than from that of now.
+
+    Parameters
+    ----------
+    recording : Recording
+    drives : Drives
+    now : Layout
+        As many copies are made.
+
+    Returns
+    -------
+    Layout or None
+        None where there is none, or nothing is read.
+    """
+    if not len(recording.reads.groups):
+        return None
+    layout, fit = fit_layout(recording, drives, replicas=now.drives.shape[1], now=now)
+    return None if fit.value == NOW else layout
+
+
 def fit_layout(
     recording: Recording,
     drives: Drives,
