@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvswap.core.errors import StoreFullError
-from kvswap.placement import Placement, SequentialPlacement
+from kvswap.placement import FittedPlacement, Placement, SequentialPlacement
 
 
 def sequential(
-    *weights: float, replicas: int = 1
+    *weights: float, replicas: int = 1, kind: type[SequentialPlacement] = SequentialPlacement
 ) -> Callable[[int, int, int], SequentialPlacement]:
-    return lambda layers, groups, nbytes: SequentialPlacement(
+    return lambda layers, groups, nbytes: kind(
         num_layers=layers,
         num_groups=groups,
         record_bytes=nbytes,
@@ -34,6 +34,7 @@ PLACEMENTS = {
     "2 copies on 2 drives": sequential(1, 1, replicas=2),
     "2 copies on 3 unequal drives": sequential(5, 1, 2, replicas=2),
     "3 copies on 4 drives": sequential(1, 1, 1, 1, replicas=3),
+    "fitted on 3 unequal drives": sequential(5, 1, 2, replicas=2, kind=FittedPlacement),
 }
 NONE = np.empty(0, np.int64)
 pytestmark = pytest.mark.parametrize("name", sorted(PLACEMENTS))
@@ -162,6 +163,7 @@ def test_bytes_are_those_of_the_tables_and_within_the_plan(name):
             placement = PLACEMENTS[name](4, groups, record_bytes)
             assert placement.nbytes <= type(placement).plan_bytes(
                 groups,
+                num_layers=4,
                 record_bytes=record_bytes,
                 num_drives=len(placement.end_bytes(NONE)),
                 replicas=placement.num_copies,
