@@ -14,7 +14,7 @@ from kvswap.cache.groups_io import GroupIO
 from kvswap.core.config import StorageConfig
 from kvswap.core.device_model import DeviceModel
 from kvswap.core.geometry import KVGeometry, RecordLayout
-from kvswap.placement import Copies, Drives, FittedPlacement, Layout, Router
+from kvswap.placement import Drives, FittedPlacement, Layout, Router
 from kvswap.placement.simulate import IoTimes, read_times
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.store import BlockStore
@@ -97,11 +97,10 @@ class Fleet:
         records = aligned_empty((_FILLED_AT_ONCE, self._record_bytes))
         records[...] = np.random.default_rng(0).integers(0, 256, self._record_bytes, np.uint8)
         for copy in range(layout.drives.shape[1]):
-            order = np.lexsort((copies.offsets[:, copy], copies.devices[:, copy]))
-            order = order[copies.devices[order, copy] >= 0]
+            order = copies.in_order(copy)
             for first in range(0, len(order), _FILLED_AT_ONCE):
                 part = order[first : first + _FILLED_AT_ONCE]
-                extents = Copies(copies.devices[part], copies.offsets[part]).extents(copy)
+                extents = copies.of(part).extents(copy)
                 write = self._store.write_again if copy else self._store.write
                 write(placement.record_ids(0, groups[part]), extents, records[: len(part)]).wait()
         placement.adopt(0, groups, copies, 1)

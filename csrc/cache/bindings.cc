@@ -1,22 +1,17 @@
 #include "cache/bindings.h"
 
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
 #include <optional>
 #include <stdexcept>
 
 #include "cache/slots.h"
+#include "common/arrays.h"
 
 namespace nb = nanobind;
 
 namespace kvswap {
 namespace {
-
-template <class T>
-using Array = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 template <class T>
 bool all_below(const Array<const T>& values, int64_t end) {

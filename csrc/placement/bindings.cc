@@ -1,20 +1,14 @@
 #include "placement/bindings.h"
 
-#include <nanobind/ndarray.h>
-
 #include <stdexcept>
 
+#include "common/arrays.h"
 #include "placement/routes.h"
 
 namespace nb = nanobind;
 
 namespace kvswap {
 namespace {
-
-template <class T>
-using Array = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // The limits of a store's drives; the arrays are kept alive with it.
 class CopyChooser {

@@ -128,9 +128,9 @@ def test_an_error_while_groups_are_moved_leaves_them_where_they_are(
         with pytest.warns(RuntimeWarning, match="groups stay where they are"):
             first = go_on(model, cache, ids, 9)
         assert fault.has_failed
-        assert not cache.session.placement._is_arranged.any()
+        assert not any(map(cache.session.placement.is_fitted, range(4)))
         rest = go_on(model, cache, torch.cat((ids, first), 1), 9)
-        assert cache.session.placement._is_arranged.all()
+        assert all(map(cache.session.placement.is_fitted, range(4)))
     assert [*first.tolist()[0], *rest.tolist()[0]] == expected
 
 

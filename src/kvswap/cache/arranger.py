@@ -93,11 +93,6 @@ class Arranger:
         """Bytes that it keeps."""
         return self.memory.nbytes + self._buffer.nbytes
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a layout is being fitted, or records are being copied."""
-        return self._job is not None
-
     def note(self, layer_idx: int, groups: Sequence[np.ndarray]) -> None:
         """Remember what each row of a step selected in a layer."""
         self.memory.note(layer_idx, groups)
@@ -165,12 +160,10 @@ class Arranger:
         copies = placement.begin(layer_idx, layout, number)
         ids = placement.record_ids(layer_idx, groups)
         for copy in range(placement.num_copies):
-            order = np.lexsort((copies.offsets[:, copy], copies.devices[:, copy]))
-            order = order[copies.devices[order, copy] >= 0]
+            order = copies.in_order(copy)
             for first in range(0, len(order), len(self._buffer)):
                 part = order[first : first + len(self._buffer)]
-                source = Copies(now.devices[part], now.offsets[part]).extents()
-                target = Copies(copies.devices[part], copies.offsets[part]).extents(copy)
+                source, target = now.of(part).extents(), copies.of(part).extents(copy)
                 yield partial(self._copy, ids[part], source, target)
         placement.adopt(layer_idx, groups, copies, number)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvswap.core.errors import CorruptStoreError, DeviceIOError, StoreError
 from kvswap.core.extension import warn_once
-from kvswap.placement import Placement, Router
+from kvswap.placement import Copies, Placement, Router
 from kvswap.storage.base import Extents, FinishedTicket, Ticket
 from kvswap.storage.store import BlockStore
 
@@ -145,10 +145,10 @@ class GroupIO:
 
         def enough(error: StoreError) -> Ticket:
             self._lose(error)
-            self._places(layer_idx, groups, set(), error)
+            self._check_taken(places, error)
             return FinishedTicket()
 
-        self._places(layer_idx, groups, set(), None)  # some drive takes each
+        self._check_taken(places)
         home, *others = (places.extents(copy) for copy in range(copies))
         ticket = self.store.write(ids, home, records, copies=others)
         return GroupTicket(ticket, self._placement, layer_idx, groups, enough)
@@ -157,13 +157,21 @@ class GroupIO:
         self, layer_idx: int, groups: np.ndarray, avoided: set[int], error: StoreError | None
     ) -> Extents:
         """Choose copies, none on a drive that is lost or avoided; raise where none is left."""
-        copies, lost = self._placement.locate(layer_idx, groups), self.store.lost
+        copies = self._placement.locate(layer_idx, groups)
         if self._placement.num_copies == 1:
             return copies.extents()
+        lost = self.store.lost
         extents, is_there = self._router.route(copies, without={*lost, *avoided})
         if not is_there.all():
             raise error or StoreError(lost[int(copies.devices[~is_there][0, 0])])
         return extents
+
+    def _check_taken(self, copies: Copies, error: StoreError | None = None) -> None:
+        """Raise where some groups have all their copies on drives that are lost."""
+        lost = self.store.lost
+        is_gone = np.isin(copies.devices, [-1, *lost]).all(1)
+        if is_gone.any():
+            raise error or StoreError(lost[int(copies.devices[is_gone][0, 0])])
 
     def _lose(self, error: StoreError) -> set[int]:
         """Return the drives that an error is about; those that failed are lost from here on.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,10 +112,8 @@ def _with_steps(
     layouts = dict(zip(PLACES, (now, lay_out("sequential", task), fitted), strict=True))
     clusters = fit_clusters(recording, drives)
     large = clusters.sizes > 1
-    named = {name: getattr(layer, name) for name in ("layer_idx", "groups", "records", "steps")}
-    return LayerSurvey(
-        **named,
-        is_fitted=layer.is_fitted,
+    return replace(
+        layer,
         clusters=int(large.sum()),
         clustered=len(np.unique(clusters.members[large[clusters.of_members]])),
         shared=int((clusters.memberships > 1).sum()),

@@ -30,6 +30,16 @@ class Copies(NamedTuple):
         devices, offsets = self.devices[:, copy], self.offsets[:, copy]
         return Extents(np.ascontiguousarray(devices), np.ascontiguousarray(offsets))
 
+    def in_order(self, copy: int) -> np.ndarray:
+        """Return the rows that have a copy, in the order of its places; int64."""
+        order = np.lexsort((self.offsets[:, copy], self.devices[:, copy]))
+        present: np.ndarray = order[self.devices[order, copy] >= 0]
+        return present
+
+    def of(self, rows: np.ndarray) -> Copies:
+        """Return those of some rows."""
+        return Copies(self.devices[rows], self.offsets[rows])
+
 
 def left_without(
     drives: np.ndarray, places: np.ndarray, gone: Collection[int]

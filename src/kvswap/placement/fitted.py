@@ -41,7 +41,6 @@ class FittedPlacement(SequentialPlacement):
         # Stripes of each layout by drive; by layer, which layout it has, 0 for none.
         self._held: dict[int, list[np.ndarray]] = {}
         self._layout_of = np.zeros(self._num_layers, np.int64)
-        self._is_arranged = np.zeros(self._num_layers, bool)
         self._is_new = np.zeros(self.num_groups, bool)  # taken since a layout was begun
 
     @classmethod
@@ -52,7 +51,7 @@ class FittedPlacement(SequentialPlacement):
         return (
             base
             + num_groups
-            + num_layers * (num_groups * replicas * _ENTRY_BYTES + 9)
+            + num_layers * (num_groups * replicas * _ENTRY_BYTES + 8)
             + _MOST_LAYOUTS * replicas * stripes * 10
         )
 
@@ -61,8 +60,7 @@ class FittedPlacement(SequentialPlacement):
         """Bytes of the tables."""
         held = sum(stripes.nbytes for each in self._held.values() for stripes in each)
         own = self._on.nbytes + self._records.nbytes
-        flags = self._layout_of.nbytes + self._is_arranged.nbytes + self._is_new.nbytes
-        return super().nbytes + held + own + flags
+        return super().nbytes + held + own + self._layout_of.nbytes + self._is_new.nbytes
 
     def allocate(self, count: int, *, after: int) -> np.ndarray:
         """Take ids as `SequentialPlacement` does; what lay there before is forgotten."""
@@ -74,7 +72,7 @@ class FittedPlacement(SequentialPlacement):
     def locate(self, layer_idx: int, groups: np.ndarray) -> Copies:
         """Look up layouts, and where a group is in none, its run."""
         devices, offsets = super().locate(layer_idx, groups)
-        if self._is_arranged[layer_idx]:
+        if self.is_fitted(layer_idx):
             on = self._on[layer_idx, groups]
             known = on[:, 0] >= 0
             devices[known] = on[known]
@@ -91,14 +89,13 @@ class FittedPlacement(SequentialPlacement):
 
     def is_fitted(self, layer_idx: int) -> bool:
         """Whether a layer has a layout of its own."""
-        return bool(self._is_arranged[layer_idx])
+        return bool(self._layout_of[layer_idx])
 
     @property
     def unmapped_bytes(self) -> list[int]:
         """What groups in token order may still take on each device beyond what they have."""
-        stripes = np.flatnonzero(self._stripe_of < 0)
-        lanes = np.searchsorted(self._first, stripes, side="right") - 1
-        counts = np.bincount(lanes % self.num_devices, minlength=self.num_devices)
+        devices = self._devices_of(np.flatnonzero(self._stripe_of < 0))
+        counts = np.bincount(devices, minlength=self.num_devices)
         return [count * self.stripe_bytes for count in counts.tolist()]
 
     def end_bytes_of(self, layout: Layout, number: int) -> list[int]:
@@ -152,12 +149,12 @@ class FittedPlacement(SequentialPlacement):
             That of `begin`.
         """
         known = (self._holders[groups] > 0) & ~self._is_new[groups]
-        groups, copies = groups[known], Copies(copies.devices[known], copies.offsets[known])
+        groups, copies = groups[known], copies.of(known)
         width = copies.devices.shape[1]
         self._on[layer_idx] = -1
         self._on[layer_idx, groups, :width] = copies.devices
         self._records[layer_idx, groups, :width] = copies.offsets // self._record_bytes
-        self._layout_of[layer_idx], self._is_arranged[layer_idx] = number, True
+        self._layout_of[layer_idx] = number
 
     def tidy(self) -> None:
         """Give back stripes of layouts that no layer has, and runs that all layers have moved."""
@@ -167,9 +164,9 @@ class FittedPlacement(SequentialPlacement):
         is_moved = (self._on[:, :, 0] >= 0).all(0)
         needed, _ = self._stripes_with(np.flatnonzero((self._holders > 0) & ~is_moved))
         unneeded = np.setdiff1d(np.flatnonzero(self._stripe_of >= 0), needed)
-        lanes = np.searchsorted(self._first, unneeded, side="right") - 1
+        devices = self._devices_of(unneeded)
         for device, held in enumerate(self._stripes):
-            mine = unneeded[lanes % self.num_devices == device]
+            mine = unneeded[devices == device]
             held.give(self._stripe_of[mine])
             self._stripe_of[mine] = -1
         self._shift_ids()
@@ -192,7 +189,7 @@ class FittedPlacement(SequentialPlacement):
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what is needed to locate again, layouts and all."""
-        if not self._is_arranged.any():
+        if not self._layout_of.any():
             return super().state()
         state = super().state()
         state |= {"on": self._on, "records": self._records, "layout_of": self._layout_of}
@@ -205,9 +202,8 @@ class FittedPlacement(SequentialPlacement):
             return
         self._on[...], self._records[...] = state["on"], state["records"]
         self._layout_of[...] = state["layout_of"]
-        self._is_arranged[...] = self._layout_of > 0
         stripes = self._records // (self._num_layers * self._stripe_groups)
-        for number in np.unique(self._layout_of[self._is_arranged]).tolist():
+        for number in np.unique(self._layout_of[self._layout_of > 0]).tolist():
             of_layers = self._layout_of == number
             self._held[number] = [
                 np.unique(stripes[of_layers][self._on[of_layers] == device]).astype(np.int64)

@@ -201,9 +201,9 @@ class SequentialPlacement(Placement):
 
     def end_bytes_with(self, groups: np.ndarray) -> list[int]:
         """Return how far each device would reach if these groups were allocated too."""
-        stripes, lanes = self._stripes_with(groups)
-        devices = lanes[self._stripe_of[stripes] < 0] % self.num_devices
-        new = np.bincount(devices, minlength=self.num_devices).tolist()
+        stripes, devices = self._stripes_with(groups)
+        is_new = self._stripe_of[stripes] < 0
+        new = np.bincount(devices[is_new], minlength=self.num_devices).tolist()
         ends = [held.end_with(count) for held, count in zip(self._stripes, new, strict=True)]
         return [end * self.stripe_bytes for end in ends]
 
@@ -224,17 +224,22 @@ class SequentialPlacement(Placement):
         if "drives" in state:
             self._take_turns(state["drives"].reshape(len(state["drives"]), -1))
         self._stripe_of[...] = state["stripe_of"]
-        devices = np.repeat(np.arange(len(self._turns)), np.diff(self._first)) % self.num_devices
+        devices = self._devices_of(np.arange(len(self._stripe_of)))
         for device, stripes in enumerate(self._stripes):
             mapped = self._stripe_of[devices == device]
             stripes.use(mapped[mapped >= 0])
         self._shift_ids()
 
     def _stripes_with(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the stripes that some groups are in, each once, and their lanes."""
+        """Return the stripes that some groups are in, each once, and their devices."""
         runs = np.unique(groups // self._run_groups)
         stripes = np.unique(self._places(runs)[0])
-        return stripes, np.searchsorted(self._first, stripes, side="right") - 1
+        return stripes, self._devices_of(stripes)
+
+    def _devices_of(self, stripes: np.ndarray) -> np.ndarray:
+        """Return the device of each stripe, by the lane that it is counted in."""
+        lanes = np.searchsorted(self._first, stripes, side="right") - 1
+        return lanes % self.num_devices
 
     def _places(self, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return each run's stripes, counted over all lanes, and which of their runs it is."""
@@ -244,12 +249,12 @@ class SequentialPlacement(Placement):
         return stripes + self._first[lanes], places
 
     def _map(self, groups: np.ndarray) -> None:
-        stripes, lanes = self._stripes_with(groups)
+        stripes, devices = self._stripes_with(groups)
         is_new = self._stripe_of[stripes] < 0
         if not is_new.any():
             return
         for device, held in enumerate(self._stripes):
-            new = stripes[is_new & (lanes % self.num_devices == device)]
+            new = stripes[is_new & (devices == device)]
             self._stripe_of[new] = held.take(len(new))
         self._shift_ids()
 
