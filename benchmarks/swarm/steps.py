@@ -41,10 +41,8 @@ def of_batch(kind: str, rows: list[Selections], num_groups: int, *, again: bool)
         of_rows[row][step] + row * num_groups for step in range(steps) for row in range(len(rows))
     ]
     total = num_groups * len(rows)
-    selections = Selections.of(mixed, total)
-    reads = selections.joined(len(rows)).missing()
-    whole = Recording(num_groups=total, selections=selections, reads=reads, rows=len(rows))
-    cut = steps // 2
+    whole = Recording.of(Selections.of(mixed, total), total, rows=len(rows))
+    reads, cut = whole.reads, steps // 2
     yield Steps(f"{kind} later", whole.part(0, cut), reads.part(cut, steps))
     if again:
         yield Steps(f"{kind} again", whole, reads.part(cut, steps))
@@ -65,11 +63,15 @@ def recorded(rows: int) -> Iterator[Steps]:
 
 
 def documents(trace: Trace, layer: int) -> Iterator[Selections]:
-    """Return the selections of each document's longest part, the text that is read on."""
+    """Return the selections of each document.
+
+    Its parts end with the longest, the text that is read on; what came before is learnt from.
+    """
     sizes = np.bincount(trace.part)
-    for part in np.flatnonzero(sizes == sizes.max()).tolist():
-        of_part = np.flatnonzero(trace.part == part)
-        rows = [row[row >= 0] for row in trace.groups[of_part, layer]]
+    last = np.flatnonzero(sizes == sizes.max())
+    ends = [int(np.flatnonzero(trace.part == part)[-1]) + 1 for part in last]
+    for first, end in zip([0, *ends[:-1]], ends, strict=True):
+        rows = [row[row >= 0] for row in trace.groups[first:end, layer]]
         yield Selections.of(rows, int(trace.num_groups.max()))
 
 

@@ -55,8 +55,7 @@ def test_a_step_of_a_batch_wants_what_any_row_selects():
 
 
 def recording(selections: Selections, rows: int) -> Recording:
-    reads = selections.joined(rows).missing()
-    return Recording(num_groups=512, selections=selections, reads=reads, rows=rows)
+    return Recording.of(selections, 512, rows=rows)
 
 
 @pytest.mark.parametrize(("num_drives", "replicas"), [(1, 1), (4, 1), (4, 2)])

@@ -84,13 +84,7 @@ class StepMemory:
         selections = Selections.of(
             [mine[there] for mine, there in zip(places, is_there, strict=True)], len(groups)
         )
-        return Recording(
-            num_groups=len(groups),
-            selections=selections,
-            reads=selections.joined(self.num_rows).missing(),
-            rows=self.num_rows,
-            most_bytes=COUNT_BYTES,
-        )
+        return Recording.of(selections, len(groups), rows=self.num_rows, most_bytes=COUNT_BYTES)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what is needed to go on."""

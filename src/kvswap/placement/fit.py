@@ -11,6 +11,7 @@ the earlier ones, that is what one gets.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,12 @@ class Recording:
                 f"selections must be {self.rows} for each of {len(self.reads)} steps of reads, got"
                 f" {len(self.selections)}"
             )
+
+    @classmethod
+    def of(cls, selections: Selections, num_groups: int, **settings: Any) -> Recording:
+        """Return steps that read what none of their rows selected in the step before."""
+        reads = selections.joined(settings.get("rows", 1)).missing()
+        return cls(num_groups=num_groups, selections=selections, reads=reads, **settings)
 
     def part(self, first: int, last: int) -> Recording:
         """Return the steps from ``first`` up to, not with, ``last``."""
