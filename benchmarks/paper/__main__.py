@@ -20,7 +20,7 @@ from typing import Any
 from kvswap.bench.lab import FAST_DIR, LOCAL_BYTES_PER_S
 from kvswap.bench.leftovers import ended_by_signals
 from kvswap.bench.record import describe_device
-from kvswap.bench.script import progress, publish, store_directory
+from kvswap.bench.script import module_parser, progress, publish, store_directory
 from kvswap.core.device_model import PRESETS
 
 from . import claims, experiments
@@ -35,11 +35,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("benchmarks.paper", __doc__)
     parser.add_argument(
         "--only", nargs="+", choices=(*experiments.NAMES, "report"), default=experiments.NAMES,
         help="parts of it",

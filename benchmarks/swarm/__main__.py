@@ -16,7 +16,7 @@ from pathlib import Path
 from kvswap.bench.coactivated import HiddenClusters
 from kvswap.bench.leftovers import ended_by_signals
 from kvswap.bench.record import describe_device
-from kvswap.bench.script import add_options, note, progress, publish, store_directory
+from kvswap.bench.script import add_options, module_parser, note, progress, publish, store_directory
 
 from .contenders import contenders
 from .figures import records_of
@@ -42,11 +42,7 @@ QUICK = HiddenClusters(num_groups=256, active_clusters=4, correlation=0.95)
 
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.swarm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("benchmarks.swarm", __doc__)
     parser.add_argument("--steps", type=int, default=200, help="of hidden clusters, half read")
     parser.add_argument("--reads", type=int, default=50, help="steps read of each, at most")
     parser.add_argument("--contenders", nargs="+", default=NAMES, choices=NAMES)

@@ -32,7 +32,7 @@ from kvswap.bench.loops import loop_drive
 from kvswap.bench.questions import Reading, full_kv_bytes, longest_context
 from kvswap.bench.reader import Document, load_reader, make_document
 from kvswap.bench.record import Record
-from kvswap.bench.script import add_options, note, progress, publish
+from kvswap.bench.script import add_options, module_parser, note, progress, publish
 from kvswap.core.extension import warn_once
 
 HERE = Path(__file__).resolve().parents[1]
@@ -44,11 +44,7 @@ Answers = list[tuple[int, ...]]
 
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.swarm.loss",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("benchmarks.swarm.loss", __doc__)
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=64, help="after each question")

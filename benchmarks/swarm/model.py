@@ -20,7 +20,7 @@ import numpy as np
 
 from kvswap.bench.coactivated import HiddenClusters
 from kvswap.bench.record import Record
-from kvswap.bench.script import add_options, note, publish
+from kvswap.bench.script import add_options, module_parser, note, publish
 from kvswap.bench.traces import Trace
 from kvswap.placement.drives import Drives
 from kvswap.placement.fit import Recording, clusters_of, fit_tau
@@ -44,11 +44,7 @@ QUICK = {"0.95": HiddenClusters(num_groups=512, active_clusters=4, correlation=0
 
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.swarm.model",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("benchmarks.swarm.model", __doc__)
     parser.add_argument("--steps", type=int, default=400, help="of hidden clusters")
     parser.add_argument("--fleets", nargs="+", default=["1", "4"], choices=sorted(FLEETS))
     add_options(parser, HERE / "results" / "placement.jsonl")

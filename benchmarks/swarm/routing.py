@@ -18,7 +18,7 @@ import numpy as np
 
 from kvswap.bench.coactivated import HiddenClusters
 from kvswap.bench.record import Record
-from kvswap.bench.script import add_options, note, publish
+from kvswap.bench.script import add_options, module_parser, note, publish
 from kvswap.placement import Drives, FittedPlacement, LayoutTask, Router, lay_out
 from kvswap.placement.clusters import Clusters
 
@@ -58,11 +58,7 @@ def best_end(on: np.ndarray, record_s: np.ndarray) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.swarm.routing",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("benchmarks.swarm.routing", __doc__)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--cases", type=int, default=200, help="compared with the best assignment")
     add_options(parser, HERE / "results" / "swarm.jsonl")

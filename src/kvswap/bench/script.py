@@ -17,6 +17,15 @@ from kvswap.bench.synthetic import SHAPES
 from kvswap.core.device_model import PRESETS
 
 
+def module_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser for a package that is run by ``python -m``, its docstring shown as it is."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_options(parser: argparse.ArgumentParser, results: Path) -> None:
     """Add the options that all scripts have.
 
