@@ -2,14 +2,17 @@
 
 Layouts are made from some steps and others are read: those that readers of 32K tokens recorded, in
 later text and again, and those of hidden clusters. Eight contexts are side by side, records are
-16 KiB, and a step reads what the one before did not select. Sides take turns, step by step:
+16 KiB, and a step reads what the one before did not select. Sides take turns, step by step. With
+--throttled each side then reads for some seconds on loop drives that the kernel holds back:
 
     python -m benchmarks.swarm --kv-dir .
+    python -m benchmarks.swarm --kv-dir . --throttled
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +22,10 @@ from kvswap.bench.record import describe_device
 from kvswap.bench.script import add_options, module_parser, note, progress, publish, store_directory
 
 from .contenders import contenders
-from .figures import records_of
-from .race import Found, race
+from .figures import TIMED, Sides, records_of
+from .race import race
 from .steps import ROWS, Steps, hidden, recorded
+from .throttled import loop_drives, means
 
 HERE = Path(__file__).resolve().parents[1]
 NAMES = [
@@ -43,13 +47,15 @@ QUICK = HiddenClusters(num_groups=256, active_clusters=4, correlation=0.95)
 def parse_arguments() -> argparse.Namespace:
     """Return the settings of a run."""
     parser = module_parser("benchmarks.swarm", __doc__)
-    parser.add_argument("--steps", type=int, default=200, help="of hidden clusters, half read")
+    parser.add_argument("--steps", type=int, default=2000, help="of hidden clusters, half learnt")
     parser.add_argument("--reads", type=int, default=50, help="steps read of each, at most")
+    parser.add_argument("--throttled", action="store_true", help="on loop drives too; needs root")
+    parser.add_argument("--seconds", type=float, default=10, help="of each mean on loop drives")
     parser.add_argument("--contenders", nargs="+", default=NAMES, choices=NAMES)
     add_options(parser, HERE / "results" / "swarm.jsonl")
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.reads = 24, 3
+        args.steps, args.reads, args.seconds = 24, 3, 0.3
     return args
 
 
@@ -65,19 +71,27 @@ def all_steps(args: argparse.Namespace) -> Iterator[Steps]:
 
 def main() -> None:
     """Race all sides over all steps, and keep what came of it."""
-    args, found = parse_arguments(), dict[str, dict[str, Found]]()
+    args, found, held = parse_arguments(), dict[str, Sides](), dict[str, Sides]()
     with ended_by_signals():
         for steps in all_steps(args):
             progress(f"{steps.kind}: {len(steps.reads)} steps, {steps.known.num_groups} groups")
+            sides = list(contenders(steps, args.contenders))
             with store_directory(args.kv_dir) as folder:
-                sides = contenders(steps, args.contenders)
                 found[steps.kind] = race(sides, folder, args.reads)
                 device = describe_device(folder)
             say_sides(args, steps.kind, found[steps.kind])
-    publish(records_of(found, args, device), args)
+            if args.throttled:
+                progress(f"{steps.kind}: on loop drives")
+                where = args.kv_dir or Path(tempfile.gettempdir())
+                with loop_drives(where, steps.known.num_groups) as made:
+                    held[steps.kind] = means(sides, made, args.seconds)
+                say_sides(args, f"{steps.kind}, throttled", held[steps.kind])
+    publish(records_of(found, args, f"{device}, paced"), args)
+    loops = "loop drives past the page cache, held back by the kernel"
+    publish(records_of(held, args, loops, figures=TIMED, suffix="_throttled"), args)
 
 
-def say_sides(args: argparse.Namespace, kind: str, found: dict[str, Found]) -> None:
+def say_sides(args: argparse.Namespace, kind: str, found: Sides) -> None:
     """Say a line for every side."""
     for name, side in found.items():
         times = side.times

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,9 +70,20 @@ FIGURES = (
 )  # fmt: skip
 
 
-def records_of(found: dict[str, Sides], args: argparse.Namespace, device: str) -> Iterator[Record]:
+TIMED = tuple(figure for figure in FIGURES if figure.of in (_gain, _bandwidth))
+"""Those whose time is measured; the others are what drives have to do by their models."""
+
+
+def records_of(
+    found: dict[str, Sides],
+    args: argparse.Namespace,
+    device: str,
+    *,
+    figures: Iterable[Figure] = FIGURES,
+    suffix: str = "",
+) -> Iterator[Record]:
     """Return a record a figure: a sample is one kind of steps, and the value their median."""
-    for figure in FIGURES:
+    for figure in figures:
         samples = {
             kind: figure.of(*(sides[name] for name in figure.needs))
             for kind, sides in found.items()
@@ -80,12 +91,12 @@ def records_of(found: dict[str, Sides], args: argparse.Namespace, device: str) -
         }
         if samples:
             yield Record(
-                metric=figure.metric,
+                metric=figure.metric + suffix,
                 unit=figure.unit,
                 samples=list(samples.values()),
                 question=figure.question,
                 config=_config(args),
-                device=f"{device}, paced",
+                device=device,
                 cache_state="O_DIRECT",
                 seed=args.seed,
                 extra={"by_kind": samples, "sides": _sides(found)},
@@ -99,6 +110,7 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
         "reads": "what the step before did not select",
         "steps_of_hidden_clusters": args.steps,
         "steps_read": args.reads,
+        "seconds_of_a_mean": args.seconds,
     }
 
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ class Fleet:
     record_bytes : int
     most_groups : int
         Read in one step, at most.
+    is_paced : bool
+        Whether drives are held to their models, or are as slow as that by themselves.
     """
 
     def __init__(
@@ -45,10 +48,12 @@ class Fleet:
         *,
         record_bytes: int,
         most_groups: int,
+        is_paced: bool = True,
     ) -> None:
         num_groups, copies = layout.drives.shape
         self.models, self._record_bytes = models, record_bytes
         storage = StorageConfig(directories=directories, device_model=list(models))
+        storage = replace(storage, read_gap_bytes=storage.gap_bytes(record_bytes))
         shape = _record_of(record_bytes)
         with ExitStack() as stack:
             with warnings.catch_warnings():
@@ -67,7 +72,8 @@ class Fleet:
             self._io = GroupIO(self._store, self._placement, self.router)
             self._out = aligned_empty((most_groups, record_bytes))
             self._fill(layout)
-            self._store.imitate(list(models))
+            if is_paced:
+                self._store.imitate(list(models))
             self._close = stack.pop_all()
 
     def __enter__(self) -> Fleet:

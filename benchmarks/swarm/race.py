@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -46,15 +46,7 @@ def race(contenders: Iterable[Contender], folder: Path, most_steps: int) -> dict
             drives = [folder / f"{number}-{drive}" for drive in range(len(contender.models))]
             for drive in drives:
                 drive.mkdir(parents=True)
-            fleet = stack.enter_context(
-                Fleet(
-                    drives,
-                    contender.models,
-                    contender.layout,
-                    record_bytes=contender.record_bytes,
-                    most_groups=int(np.diff(contender.reads.starts).max(initial=1)),
-                )
-            )
+            fleet = stack.enter_context(fleet_of(contender, drives))
             sides.append((contender, fleet, list(contender.reads)[:most_steps]))
         seconds: dict[str, list[float]] = {contender.name: [] for contender, *_ in sides}
         for step in range(len(sides[0][2])):
@@ -62,13 +54,32 @@ def race(contenders: Iterable[Contender], folder: Path, most_steps: int) -> dict
                 contender, fleet, reads = sides[(step + turn) % len(sides)]
                 seconds[contender.name].append(fleet.read(reads[step]))
         return {
-            contender.name: Found(
-                np.array(seconds[contender.name]),
-                _joined([fleet.loads(each) for each in reads]),
-                sum(model.bytes_per_s for model in contender.models),
-            )
+            contender.name: found_of(contender, fleet, reads, seconds[contender.name])
             for contender, fleet, reads in sides
         }
+
+
+def fleet_of(contender: Contender, directories: Sequence[Path], *, is_paced: bool = True) -> Fleet:
+    """Return a side's records on its drives."""
+    return Fleet(
+        directories,
+        contender.models,
+        contender.layout,
+        record_bytes=contender.record_bytes,
+        most_groups=int(np.diff(contender.reads.starts).max(initial=1)),
+        is_paced=is_paced,
+    )
+
+
+def found_of(
+    contender: Contender, fleet: Fleet, reads: Iterable[np.ndarray], seconds: Sequence[float]
+) -> Found:
+    """Return what steps took beside what the drives had to do."""
+    return Found(
+        np.array(seconds),
+        _joined([fleet.loads(each) for each in reads]),
+        sum(model.bytes_per_s for model in contender.models),
+    )
 
 
 def _joined(steps: list[IoTimes]) -> IoTimes:

@@ -19,6 +19,7 @@ from kvswap.placement.selections import Selections
 
 TRACES = Path(__file__).resolve().parents[1] / "traces"
 ROWS = 8
+PAIR_BYTES = 1024  # of a group, that counts of pairs may take: 64 pairs of it
 
 
 class Steps(NamedTuple):
@@ -41,7 +42,9 @@ def of_batch(kind: str, rows: list[Selections], num_groups: int, *, again: bool)
         of_rows[row][step] + row * num_groups for step in range(steps) for row in range(len(rows))
     ]
     total = num_groups * len(rows)
-    whole = Recording.of(Selections.of(mixed, total), total, rows=len(rows))
+    whole = Recording.of(
+        Selections.of(mixed, total), total, rows=len(rows), most_bytes=PAIR_BYTES * total
+    )
     reads, cut = whole.reads, steps // 2
     yield Steps(f"{kind} later", whole.part(0, cut), reads.part(cut, steps))
     if again:

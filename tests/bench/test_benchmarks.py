@@ -200,6 +200,41 @@ def test_swarm(tmp_path):
     assert sides["packed 1"]["model_ms_a_step"] < sides["token order 1"]["model_ms_a_step"]
 
 
+@pytest.mark.root
+@pytest.mark.skipif(uring_error() is not None, reason=f"{uring_error()}")
+def test_swarm_on_loop_drives(tmp_path):
+    need_lab()
+    records = run("benchmarks.swarm", tmp_path, "--quick", "--throttled")
+    held = [record for record in records if record["metric"].endswith("_throttled")]
+    assert len(held) == 7
+    for record in held:
+        assert_whole(record)
+        assert "loop drives" in record["device"]
+    sides = held[0]["extra"]["sides"]["hidden 0.95 later"]
+    assert all(side["bandwidth_used"] > 0 for side in sides.values())
+
+
+def test_swarm_memory(tmp_path):
+    (record,) = run("benchmarks.swarm.memory", tmp_path, "--quick")
+    assert_whole(record)
+    assert len(record["samples"]) == 3
+    for rows in record["extra"]["found"].values():
+        assert set(rows) >= {"swarm", "lru", "lfu"}
+        assert all(0 < row["hit_rate"] <= row["bound"] < 1 for row in rows.values())
+
+
+def test_swarm_arranging(tmp_path):
+    records = run("benchmarks.swarm.arranging", tmp_path, "--quick")
+    assert [record["metric"] for record in records] == [
+        "arranging_step_ratio",
+        "arranged_step_ratio",
+    ]
+    for record in records:
+        assert_whole(record)
+    spent = records[0]["extra"]["ms_a_step"]
+    assert len(spent["during"][0]) > len(spent["beside"][0]), "it rests, and so takes long"
+
+
 def test_reuse(tmp_path):
     (record,) = run("system/reuse.py", tmp_path, "--quick")
     assert_whole(record)

@@ -10,13 +10,13 @@ a little at a time; until a layer's last one is there it is read from where it w
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from kvswap.cache.steps import COUNT_BYTES, StepMemory
+from kvswap.cache.worker import Job, RestingWorker
 from kvswap.core.errors import StoreError
 from kvswap.core.extension import warn_once
 from kvswap.placement.base import Copies
@@ -29,10 +29,10 @@ from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.store import BlockStore
 
 _CHUNK_BYTES = 2**20  # copied between two steps, at most
+_REST = 9.0  # so many times as long as it worked does the thread rest: steps need its processor
 WORK_BYTES = 6 * COUNT_BYTES
 """What fitting one layer takes for a while."""
 
-Job = Callable[[], Any]
 OnClusters = Callable[[int, np.ndarray, np.ndarray], None]
 
 
@@ -57,7 +57,7 @@ class Arranger:
     -----
     `note` and `tick` are called by the thread that decodes; only there does anything move. An error
     of the thread ends what it was at, and is told of once: nothing that is stored is touched. Where
-    a drive was lost all stays where it is.
+    a drive was lost all stays where it is. The thread works a tenth of the time, at most.
     """
 
     def __init__(
@@ -77,10 +77,9 @@ class Arranger:
         self._stored_groups, self.memory = stored_groups, memory
         rows = max(1, _CHUNK_BYTES // drives.record_bytes)
         self._buffer = aligned_empty((rows, drives.record_bytes))
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvswap-arranger")
+        self._worker = RestingWorker("kvswap-arranger", rest=_REST)
         self._looked_at = 0  # steps seen when layouts were last fitted
         self._work = self._rounds()
-        self._job: Future[Any] | None = None
 
     @classmethod
     def plan_bytes(cls, num_layers: int, num_rows: int, num_groups: int, record_bytes: int) -> int:
@@ -93,40 +92,42 @@ class Arranger:
         """Bytes that it keeps."""
         return self.memory.nbytes + self._buffer.nbytes
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether layouts are being fitted or records copied."""
+        return self._worker.has_job
+
     def note(self, layer_idx: int, groups: Sequence[np.ndarray]) -> None:
         """Remember what each row of a step selected in a layer."""
         self.memory.note(layer_idx, groups)
 
     def tick(self) -> None:
-        """Take what the thread has done, if it has, and give it what comes next.
+        """Take what the thread has done, if it has and has rested, and give it what comes next.
 
         Called where nothing is being read or written.
         """
-        if self._job is not None and not self._job.done():
-            return
-        try:
-            done = None if self._job is None else self._job.result()
-            self._job = None
-            job = self._work.send(done)
-        except StoreError as error:
-            warn_once(f"groups stay where they are: {error}")
-            self._job, job = None, None
-            self._work = self._rounds()
-        if job is not None:
-            self._job = self._worker.submit(job)
+        if self._worker.is_ready or not self._worker.has_job:
+            self._go_on()
 
     def finish(self) -> None:
-        """Go on until there is nothing to do; for tests and measurements."""
-        while True:
-            if self._job is not None:
-                self._job.exception()
-            self.tick()
-            if self._job is None:
-                return
+        """Go on, without a rest, until there is nothing to do; for tests and measurements."""
+        self._go_on()
+        while self._worker.has_job:
+            self._go_on()
 
     def close(self) -> None:
         """End the thread once what it is at has ended; safe to call again."""
-        self._worker.shutdown(cancel_futures=True)
+        self._worker.close()
+
+    def _go_on(self) -> None:
+        """Give the thread what comes after that which it is at, once it has done that."""
+        try:
+            job = self._work.send(self._worker.take() if self._worker.has_job else None)
+        except StoreError as error:
+            warn_once(f"groups stay where they are: {error}")
+            self._work, job = self._rounds(), None
+        if job is not None:
+            self._worker.give(job)
 
     def _rounds(self) -> Generator[Job | None, Any, None]:
         """Yield what the thread is to do next; what it gave comes back."""

@@ -207,10 +207,11 @@ def fit_layout(
 
     training, held = recording.held_out()
     known, seconds = task(training), dict[float | str | None, float]()
-    for name in _TRIED:
+    tried = _TRIED if len(drives) > 1 else _TRIED[:-1]  # there is nothing to balance
+    for name in tried:
         times = replay(held.reads, lay_out(name, known), drives)
         seconds[name] = float(times.step_seconds.sum())
-    best = min(_TRIED, key=seconds.__getitem__)
+    best = min(tried, key=seconds.__getitem__)
     if now is not None:
         seconds[NOW] = float(replay(held.reads, now, drives).step_seconds.sum())
         if seconds[best] > _WORTH_IT * seconds[NOW]:
