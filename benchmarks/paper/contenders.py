@@ -156,8 +156,8 @@ class Contender:
         return CacheConfig(storage=storage, max_batch=batch_size, **(fields | planned))
 
 
-_EXACT: dict[str, Any] = {"worth_reading": 0.0}
-_MEAN: dict[str, Any] = {"worth_reading": 0.0, "reduce": "mean"}
+_EXACT: dict[str, Any] = {"worth_reading": 0.0, "recent_tokens": 32}
+_MEAN: dict[str, Any] = {**_EXACT, "reduce": "mean"}
 
 KVSWAP_PUBLISHED = Contender(
     name="KVSwap as published",

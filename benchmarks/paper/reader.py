@@ -213,7 +213,7 @@ class _Part:
             group_size=walk._size,
             layer_groups=(walk._budget,),
         )
-        sinks, recent = walk._config.pinned_groups(walk._size)
+        sinks, recent = walk._config.pinned_groups(walk._size, walk._budget)
         self._pinned = np.concatenate((self._groups[:sinks], self._groups[count - recent :]))
 
     def step(self, query: Tensor, early: Tensor) -> tuple[float, np.ndarray, np.ndarray]:

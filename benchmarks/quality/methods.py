@@ -21,7 +21,7 @@ CLAIMED = "default"
 RECORDS_OF_4_BITS = "default, records of 4 bits"
 SAME_BYTES = "low rank of as many bytes"
 
-_EXACT_CHOICE: dict[str, Any] = {"worth_reading": 0}
+_EXACT_CHOICE: dict[str, Any] = {"worth_reading": 0, "recent_tokens": 32}
 ON_DISK: dict[str, dict[str, Any]] = {
     CLAIMED: {},
     RECORDS_OF_4_BITS: {"record_codec": "rot4"},
@@ -31,10 +31,10 @@ ON_DISK: dict[str, dict[str, Any]] = {
         "index": "lowrank+bf16",
         "reduce": "mean",
         "correct_prediction": False,
-        "worth_reading": 0,
         "group_size": 4,
         "budget_tokens": 400,
-    },
+    }
+    | _EXACT_CHOICE,
     SAME_BYTES: {"index": "lowrank+bf16"},
     "KQ-SVD": {"index": "kqsvd"},
     "Loki": {"index": "loki"},

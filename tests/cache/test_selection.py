@@ -11,6 +11,7 @@ import torch
 import kvswap
 from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
+from kvswap.core import config as config_module
 from kvswap.core.errors import ConfigError
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.predict import KeyIndex
@@ -133,6 +134,16 @@ def test_sink_and_recent_tokens_are_read_whatever_the_time_and_count(tmp_path):
     assert layer.select(shares, reach=reach_of({20}, 4)) == PINNED | {20, 10}
     layer.batch.flushed[0, 0] = BUDGET  # nothing to choose: all of it is seen
     assert layer.select(shares, reach=reach_of(set(), 1)) == set(range(BUDGET))
+
+
+def test_a_quarter_of_a_selection_is_of_recent_tokens_by_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(config_module, "_RECENT_TOKENS", (4, 64))
+    layer = Layer(tmp_path, worth_reading=0, recent_tokens=None)
+    shares = {position: 0.2 - position / 1000 for position in range(10, 10 + BUDGET)}
+    recent = set(range(GROUPS - BUDGET // 4, GROUPS))
+    chosen = layer.select(shares)
+    assert recent | {0} <= chosen
+    assert chosen - recent - {0} == set(range(10, 10 + BUDGET - 1 - len(recent)))
 
 
 def test_rows_share_what_can_be_read_evenly(tmp_path):

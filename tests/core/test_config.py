@@ -217,3 +217,25 @@ def test_an_index_that_cannot_be_read_is_refused(index):
 def test_an_index_and_a_field_that_disagree_are_refused(named):
     with pytest.raises(ConfigError, match="must be the index's"):
         cache(index="lowrank:64+rot4", **named)
+
+
+@pytest.mark.parametrize(
+    ("stated", "selected", "recent"),
+    [
+        (None, 0, 8),  # the fewest that there can be
+        (None, 16, 8),  # 32 tokens at least
+        (None, 112, 28),  # a quarter
+        (None, 4096, 64),  # 256 at most
+        (0, 112, 0),
+        (100, 16, 25),
+    ],
+)
+def test_recent_tokens_are_a_quarter_of_a_selection_unless_stated(stated, selected, recent):
+    config = CacheConfig(
+        kv_memory="1MiB",
+        storage=StorageConfig(directories=["."]),
+        sink_tokens=5,
+        recent_tokens=stated,
+    )
+    assert config.pinned_groups(4, selected) == (2, recent)
+    assert config.least_recent_tokens == (32 if stated is None else stated)

@@ -208,7 +208,7 @@ def test_reuse_is_what_misses_so_many_groups(model, tmp_path):
                          context=4000, batch_size=1)  # fmt: skip
     plan = space.rules.plan
     assert plan.num_slots == plan.budget_groups == 100
-    free = 100 - 1 - 8
+    free = 100 - 1 - 25  # of sinks, and a quarter of recent tokens
     assert stated_reuse(config, plan, 0.0) == 1.0
     assert stated_reuse(config, plan, free / 2) == pytest.approx(0.5)
     assert stated_reuse(config, plan, 2 * free) == 0.0

@@ -71,7 +71,7 @@ class GroupSelection:
         self._layer_groups, self._observe = layer_groups, observe
         worth = worth_reading(config, self._selector)
         self._least = [math.log(worth / groups) if worth else -math.inf for groups in layer_groups]
-        self._sink_groups, self._recent_groups = config.pinned_groups(group_size)
+        self._pinned = [config.pinned_groups(group_size, groups) for groups in layer_groups]
 
     def select(
         self,
@@ -146,7 +146,7 @@ class GroupSelection:
 
         `KeyIndex.score` says the latter by itself; a reduction of single heads cannot.
         """
-        pinned = _pinned(len(groups), self._sink_groups, self._recent_groups)
+        pinned = _pinned(len(groups), *self._pinned[layer_idx])
         marked = None
         if self._reduce != "max":
             marked = self._indexes[layer_idx].always_read(groups)
@@ -168,7 +168,7 @@ class GroupSelection:
     ) -> Tensor:
         index = self._indexes[layer_idx]
         query = query.to(index.device)
-        wanted = max(self._layer_groups[layer_idx], self._sink_groups + self._recent_groups)
+        wanted = max(self._layer_groups[layer_idx], sum(self._pinned[layer_idx]))
         if self._reduce != "max":
             scores = score_reduced(index, query, groups, scaling=scaling, reduce=self._reduce)
         elif self._selector.needs_only_best and not every:

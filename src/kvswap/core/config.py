@@ -35,6 +35,8 @@ GAP_BYTES = 8192
 MOST_GAP_BYTES = 2**18
 """No gap beyond this is read through: its bytes need memory to go to."""
 
+_RECENT_TOKENS = (32, 256)  # by default, at least and at most
+
 REUSE = 0.77
 """Share of a step's groups that the step before selected too, where nothing says it: KVSwap's paper
 has 0.75 to 0.81."""
@@ -200,8 +202,11 @@ class CacheConfig:
     record_codec : {"raw", "int8", "rot4"}
         How records hold keys and values, on disk and in slots: as they are, or turned and in
         eight or four bits, which reads, writes and keeps half or a quarter of sixteen-bit ones.
-    sink_tokens, recent_tokens : int
-        Always in the working set.
+    sink_tokens : int
+        The first ones, always in the working set.
+    recent_tokens : int, optional
+        The newest ones, always in the working set too: what a model has said so far says how it
+        goes on and where it ends. Default: a quarter of what a layer selects, from 32 to 256.
     index, selector : str
         Names in the registries of key indexes and selectors. An index may be followed by its
         rank and its code: "lowrank:64+rot4"; "none" attends to all groups in every step, as
@@ -275,7 +280,7 @@ class CacheConfig:
     head_groups: int = 1
     record_codec: str = "raw"
     sink_tokens: int = 4
-    recent_tokens: int = 32
+    recent_tokens: int | None = None
     index: str = "lowrank"
     selector: str = "topk"
     reduce: str = "max"
@@ -309,8 +314,10 @@ class CacheConfig:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         object.__setattr__(self, "budget_tokens", _budget(self.budget_tokens))
-        for name in ("sink_tokens", "recent_tokens", "recall_every", "warm_window"):
+        for name in ("sink_tokens", "recall_every", "warm_window"):
             _at_least(name, getattr(self, name), 0)
+        if self.recent_tokens is not None:
+            _at_least("recent_tokens", self.recent_tokens, 0)
         _at_least("prefill_chunk", self.prefill_chunk, 1)
         _at_least("head_groups", self.head_groups, 1)
         _one_of("correct_prediction", self.correct_prediction, (True, False))
@@ -389,9 +396,25 @@ class CacheConfig:
         """The budget in bytes."""
         return int(self.kv_memory)
 
-    def pinned_groups(self, group_size: int) -> tuple[int, int]:
-        """Return how many groups of so many tokens are always selected: sinks and recent ones."""
-        return ceil_div(self.sink_tokens, group_size), ceil_div(self.recent_tokens, group_size)
+    @property
+    def least_recent_tokens(self) -> int:
+        """Recent tokens that even the smallest selection holds."""
+        return _RECENT_TOKENS[0] if self.recent_tokens is None else self.recent_tokens
+
+    def pinned_groups(self, group_size: int, selected: int = 0) -> tuple[int, int]:
+        """Return how many groups are always selected: of sinks and of recent tokens.
+
+        Parameters
+        ----------
+        group_size : int
+        selected : int
+            Groups that a layer selects in all. By default the fewest that there can be.
+        """
+        recent = self.recent_tokens
+        if recent is None:
+            least, most = _RECENT_TOKENS
+            recent = max(least, min(most, selected * group_size // 4))
+        return ceil_div(self.sink_tokens, group_size), ceil_div(recent, group_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON; the progress callback is left out."""

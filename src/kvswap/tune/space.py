@@ -268,7 +268,8 @@ def slots_by_estimator(settings: Iterable[Setting]) -> dict[Estimator, dict[int,
 
 def free_groups(config: CacheConfig, plan: CachePlan) -> int:
     """Return how many groups of a selection are chosen by their scores."""
-    return max(1, plan.budget_groups - sum(config.pinned_groups(plan.layout.group_size)))
+    pinned = config.pinned_groups(plan.layout.group_size, plan.budget_groups)
+    return max(1, plan.budget_groups - sum(pinned))
 
 
 def _spec(config: CacheConfig) -> str:
