@@ -17,14 +17,14 @@ from .contenders import RECORD_BYTES, SWARM, UNEVEN, Contender
 from .race import Found, fleet_of, found_of
 
 _MOST_DRIVES = 8
-_ROOM = 1.25  # for a file system, of what records take
+_ROOM = 3  # a layout begins behind the room of token order, and has two copies
 
 
 @contextmanager
 def loop_drives(directory: Path, most_groups: int) -> Iterator[Lab]:
     """Make eight equal drives and two unlike ones, each with room for all records; needs root."""
     models = [SWARM] * _MOST_DRIVES + list(UNEVEN)
-    size = int(most_groups * RECORD_BYTES * _ROOM) + 2**26
+    size = most_groups * RECORD_BYTES * _ROOM + 2**26
     with lab(models, size_bytes=size, directory=directory) as made:
         yield made
 
