@@ -27,8 +27,12 @@ class Figure(NamedTuple):
 
 
 def _gain(mine: Found, other: Found) -> float:
-    """Return how many times less the steps took."""
-    return float(other.seconds.sum() / mine.seconds.sum())
+    """Return how many times less it took to read as much; sides may have made other numbers."""
+    return _seconds_a_byte(other) / _seconds_a_byte(mine)
+
+
+def _seconds_a_byte(side: Found) -> float:
+    return float(side.seconds.sum() / side.times.used_bytes.sum())
 
 
 def _bandwidth(side: Found) -> float:
