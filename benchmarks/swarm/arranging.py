@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add_selection(parser, str(HERE / "traces" / "llama_32k.npz"))
     parser.add_argument("--device-model", default="swarm", choices=device_models())
     add_options(parser, HERE / "results" / "swarm.jsonl")
-    parser.set_defaults(layers=4, steps=64)
+    parser.set_defaults(layers=4, steps=64, share=1 / 8)
     args = parse(parser)
     if args.quick:
         args.samples, args.steps, args.context, args.share = 1, 8, 40000, 0.8
