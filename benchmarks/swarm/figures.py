@@ -103,7 +103,7 @@ def records_of(
                 device=device,
                 cache_state="O_DIRECT",
                 seed=args.seed,
-                extra={"by_kind": samples, "sides": _sides(found)},
+                extra={"by_kind": samples, "sides": _sides(found, figure.needs)},
             )
 
 
@@ -118,8 +118,8 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _sides(found: dict[str, Sides]) -> dict[str, Any]:
-    """Return what each side took, by kind of steps."""
+def _sides(found: dict[str, Sides], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return what some sides took, by kind of steps."""
     return {
         kind: {
             name: {
@@ -130,6 +130,7 @@ def _sides(found: dict[str, Sides]) -> dict[str, Any]:
                 "model_ms_a_step": float(side.times.step_seconds.mean() * 1e3),
             }
             for name, side in sides.items()
+            if name in names
         }
         for kind, sides in found.items()
     }
