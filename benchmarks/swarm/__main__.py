@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvswap.bench.coactivated import HiddenClusters
+from kvswap.bench.lab import check_possible
 from kvswap.bench.leftovers import ended_by_signals
 from kvswap.bench.record import describe_device
 from kvswap.bench.script import add_options, module_parser, note, progress, publish, store_directory
@@ -24,7 +25,7 @@ from kvswap.bench.script import add_options, module_parser, note, progress, publ
 from .contenders import contenders
 from .figures import TIMED, Sides, records_of
 from .race import race
-from .steps import ROWS, Steps, hidden, recorded
+from .steps import HIDDEN, ROWS, Steps, hidden, recorded
 from .throttled import loop_drives, means
 
 HERE = Path(__file__).resolve().parents[1]
@@ -37,10 +38,7 @@ NAMES = [
     "kvswap uneven",
     "swarm 4",
 ]
-HIDDEN = {
-    "0.95": HiddenClusters(correlation=0.95, persistence=0.5),
-    "0.8": HiddenClusters(correlation=0.8, persistence=0.5),
-}
+CORRELATIONS = ("0.95", "0.8")
 QUICK = HiddenClusters(num_groups=256, active_clusters=4, correlation=0.95)
 
 
@@ -65,13 +63,15 @@ def all_steps(args: argparse.Namespace) -> Iterator[Steps]:
         yield hidden("0.95", QUICK, 2, args.steps, args.seed)
         return
     yield from recorded(ROWS)
-    for name, clusters in HIDDEN.items():
-        yield hidden(name, clusters, ROWS, args.steps, args.seed)
+    for name in CORRELATIONS:
+        yield hidden(name, HIDDEN[name], ROWS, args.steps, args.seed)
 
 
 def main() -> None:
     """Race all sides over all steps, and keep what came of it."""
     args, found, held = parse_arguments(), dict[str, Sides](), dict[str, Sides]()
+    if args.throttled:
+        check_possible()
     with ended_by_signals():
         for steps in all_steps(args):
             progress(f"{steps.kind}: {len(steps.reads)} steps, {steps.known.num_groups} groups")
@@ -86,9 +86,10 @@ def main() -> None:
                 with loop_drives(where, steps.known.num_groups) as made:
                     held[steps.kind] = means(sides, made, args.seconds)
                 say_sides(args, f"{steps.kind}, throttled", held[steps.kind])
-    publish(records_of(found, args, f"{device}, paced"), args)
-    loops = "loop drives past the page cache, held back by the kernel"
-    publish(records_of(held, args, loops, figures=TIMED, suffix="_throttled"), args)
+    paced = {"steps_read": args.reads}
+    publish(records_of(found, args, f"{device}, paced", paced), args)
+    loops, means_of = "loop drives held back by the kernel", {"seconds_of_a_mean": args.seconds}
+    publish(records_of(held, args, loops, means_of, figures=TIMED, suffix="_throttled"), args)
 
 
 def say_sides(args: argparse.Namespace, kind: str, found: Sides) -> None:

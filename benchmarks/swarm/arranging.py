@@ -1,9 +1,9 @@
 """What laying groups out anew costs the steps that are made meanwhile, and what it gains them.
 
 Two caches of one model follow the same recorded selections, one with the layout that is fitted to
-them and one that stays as it is. Each time the first has steps enough to fit a layout to, both are
-timed: it until all is laid out, the one that stays for some steps; then both once more. Nothing is
-held back from what works beside the steps: all share two cores and an interpreter's lock.
+them and one that stays as it is. Each time the first has steps enough to fit a layout to, it makes
+steps until all is laid out, and then the other makes the same steps; so they do once more before
+the next round. Steps share two cores and an interpreter's lock with the thread beside them.
 
     python -m benchmarks.swarm.arranging --kv-dir .
 """
@@ -67,15 +67,17 @@ class Sides:
         model = random_model(args.shape, num_layers=args.layers, max_positions=most, seed=args.seed)
         self.caches, self._run = dict[str, KVSwapCache](), dict[str, Any]()
         given: dict[str, Any] = {"max_context": most}
+        device_model = None if args.device_model == "raw" else args.device_model
         for layout in (FITTED, PLAIN):
             own = directory / layout
             own.mkdir()
-            config = replay_config(model, own, args, **given)
+            config = replay_config(model, own, args, device_model=device_model, **given)
             config = replace(config, storage=replace(config.storage, layout=layout))
             cache = stack.enter_context(kvswap.attach(model, config))
             attached = model.config._attn_implementation
+            cache.session.store.imitate(None)  # until it is filled
             fill(cache, args.context, seed=args.seed)
-            imitate(cache, None if args.device_model == "raw" else args.device_model)
+            imitate(cache, device_model)
             self.caches[layout] = cache
             self._run[layout] = stepper(model, cache, attached)
             plan = cache.session.plan
@@ -90,11 +92,15 @@ class Sides:
         assert arranger is not None
         self.arranger = arranger
 
-    def seconds(self, layout: str, *, in_round: bool = False) -> list[float]:
-        """Return what each of some steps took, or of all until what is under way has ended."""
-        spent: list[float] = []
-        while len(spent) < self.args.steps or (in_round and self.arranger.is_under_way):
-            spent.append(self._run[layout](1))
+    def seconds(self, layout: str, count: int) -> list[float]:
+        """Return what each of some steps took."""
+        return [self._run[layout](1) for _ in range(count)]
+
+    def round(self) -> list[float]:
+        """Return what each step took until all was laid out."""
+        rounds, spent = self.arranger.rounds, list[float]()
+        while self.arranger.rounds == rounds:
+            spent += self.seconds(FITTED, 1)
         return spent
 
     def until_it_begins(self) -> None:
@@ -112,12 +118,15 @@ def run(args: argparse.Namespace, directory: Path) -> list[Record]:
         for turn in range(args.samples):
             progress(f"round {turn + 1} of {args.samples}")
             sides.until_it_begins()
-            found["during"].append(sides.seconds(FITTED, in_round=True))
-            sides.arranger.finish()
-            found["beside"].append(sides.seconds(PLAIN))
-            found["after"].append(sides.seconds(FITTED))
-            found["stays"].append(sides.seconds(PLAIN))
+            found["during"].append(sides.round())
+            made = len(found["during"][-1])
+            found["beside"].append(sides.seconds(PLAIN, made))
+            idle = min(args.steps, sides.arranger.memory.most_steps - made - 1)
+            if idle > 0 and not sides.arranger.is_under_way:
+                found["after"].append(sides.seconds(FITTED, idle))
+                found["stays"].append(sides.seconds(PLAIN, idle))
         device = describe_device(directory)
+    found = {name: rounds for name, rounds in found.items() if rounds}
     for name, rounds in found.items():
         spent = [seconds * 1e3 for each in rounds for seconds in each]
         low, middle, high = np.percentile(spent, [5, 50, 99])
@@ -134,6 +143,7 @@ def run(args: argparse.Namespace, directory: Path) -> list[Record]:
             ("arranged_step_ratio", "after", "stays",
              "What is a step once groups have been laid out anew, over one where they stay?"),
         )
+        if above in found
     ]  # fmt: skip
 
 

@@ -82,11 +82,15 @@ def records_of(
     found: dict[str, Sides],
     args: argparse.Namespace,
     device: str,
+    read: dict[str, Any],
     *,
     figures: Iterable[Figure] = FIGURES,
     suffix: str = "",
 ) -> Iterator[Record]:
-    """Return a record a figure: a sample is one kind of steps, and the value their median."""
+    """Return a record a figure: a sample is one kind of steps, and the value their median.
+
+    ``read`` says how much of them was read.
+    """
     for figure in figures:
         samples = {
             kind: figure.of(*(sides[name] for name in figure.needs))
@@ -99,7 +103,7 @@ def records_of(
                 unit=figure.unit,
                 samples=list(samples.values()),
                 question=figure.question,
-                config=_config(args),
+                config=_config(args) | read,
                 device=device,
                 cache_state="O_DIRECT",
                 seed=args.seed,
@@ -113,8 +117,6 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
         "record_bytes": RECORD_BYTES,
         "reads": "what the step before did not select",
         "steps_of_hidden_clusters": args.steps,
-        "steps_read": args.reads,
-        "seconds_of_a_mean": args.seconds,
     }
 
 

@@ -24,7 +24,7 @@ _FILLED_AT_ONCE = 256  # records
 
 
 class Fleet:
-    """One layer's records on paced drives; closed by ``with``.
+    """One layer's records on several drives; closed by ``with``.
 
     Parameters
     ----------
@@ -99,6 +99,7 @@ class Fleet:
         placement, num_groups = self._placement, len(layout.drives)
         groups = placement.allocate(num_groups, after=-1)
         self._store.reserve(*placement.end_bytes_of(layout, 1))
+        placement.watch()
         copies = placement.begin(0, layout, 1)
         records = aligned_empty((_FILLED_AT_ONCE, self._record_bytes))
         records[...] = np.random.default_rng(0).integers(0, 256, self._record_bytes, np.uint8)

@@ -22,16 +22,11 @@ from kvswap.bench.reuse import Found, follow, policies_for
 from kvswap.bench.script import add_options, module_parser, note, progress, publish
 from kvswap.bench.traces import Trace
 
-from .steps import TRACES
+from .steps import HIDDEN, TRACES
 
 HERE = Path(__file__).resolve().parents[1]
 SLOTS = 2.0  # of a layer, in selections
 MINE, DEFAULT = "swarm", "lru"
-HIDDEN = {
-    "hidden 0.95": HiddenClusters(correlation=0.95, persistence=0.5),
-    "hidden 0.8": HiddenClusters(correlation=0.8, persistence=0.5),
-    "hidden 0.95, half renewed": HiddenClusters(correlation=0.95, persistence=0.5, drift=0.5),
-}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,7 +45,7 @@ def traces(args: argparse.Namespace) -> Iterator[tuple[str, Trace]]:
     for path in () if args.quick else sorted(TRACES.glob("*_32k.npz")):
         yield f"recorded {path.stem.removesuffix('_32k')}", Trace.load(path)
     for name, clusters in HIDDEN.items():
-        yield name, hidden(clusters, args.steps, args.seed)
+        yield f"hidden {name}", hidden(clusters, args.steps, args.seed)
 
 
 def hidden(clusters: HiddenClusters, steps: int, seed: int) -> Trace:

@@ -30,15 +30,10 @@ from kvswap.placement.replay import replay
 from kvswap.placement.simulate import IoTimes
 
 from .contenders import RECORD_BYTES, SWARM, UNEVEN
-from .steps import TRACES, Steps, documents, hidden, of_batch
+from .steps import HIDDEN, TRACES, Steps, documents, hidden, of_batch
 
 HERE = Path(__file__).resolve().parents[1]
 FLEETS = {str(num): (SWARM,) * num for num in (1, 2, 4, 8)} | {"uneven": UNEVEN}
-HIDDEN = {
-    "0.95": HiddenClusters(correlation=0.95, persistence=0.5),
-    "0.8": HiddenClusters(correlation=0.8, persistence=0.5),
-    "0.95, half renewed": HiddenClusters(correlation=0.95, persistence=0.5, drift=0.5),
-}
 QUICK = {"0.95": HiddenClusters(num_groups=512, active_clusters=4, correlation=0.95)}
 
 

@@ -83,6 +83,7 @@ def work_ms(args: argparse.Namespace) -> tuple[list[float], float]:
     task = LayoutTask(
         clusters=Clusters.alone(CONTEXT_GROUPS), order=order, drives=drives, replicas=2
     )
+    placement.watch()
     for layer_idx in range(NUM_LAYERS):
         copies = placement.begin(layer_idx, lay_out("packed", task), 1)
         placement.adopt(layer_idx, groups, copies, 1)

@@ -22,6 +22,14 @@ ROWS = 8
 PAIR_BYTES = 1024  # of a group, that counts of pairs may take: 64 pairs of it
 
 
+HIDDEN = {
+    "0.95": HiddenClusters(correlation=0.95, persistence=0.5),
+    "0.8": HiddenClusters(correlation=0.8, persistence=0.5),
+    "0.95, half renewed": HiddenClusters(correlation=0.95, persistence=0.5, drift=0.5),
+}
+"""Hidden clusters of stated correlation."""
+
+
 class Steps(NamedTuple):
     """Steps to learn from, and steps to read."""
 

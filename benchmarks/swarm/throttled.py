@@ -36,13 +36,12 @@ def means(contenders: Iterable[Contender], made: Lab, seconds: float) -> dict[st
         first = _MOST_DRIVES if contender.models == UNEVEN else 0
         drives = made.drives[first : first + len(contender.models)]
         with fleet_of(contender, [each.directory for each in drives], is_paced=False) as fleet:
-            reads, spent = [], []
+            spent: list[float] = []
             with made.throttle.entered():
                 begin = time.perf_counter()
                 for wanted in cycle(contender.reads):
-                    reads.append(wanted)
                     spent.append(fleet.read(wanted))
                     if time.perf_counter() - begin > seconds:
                         break
-            found[contender.name] = found_of(contender, fleet, reads, spent)
+            found[contender.name] = found_of(contender, fleet, contender.reads, spent)
     return found

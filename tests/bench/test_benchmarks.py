@@ -226,14 +226,11 @@ def test_swarm_memory(tmp_path):
 
 def test_swarm_arranging(tmp_path):
     records = run("benchmarks.swarm.arranging", tmp_path, "--quick")
-    assert [record["metric"] for record in records] == [
-        "arranging_step_ratio",
-        "arranged_step_ratio",
-    ]
+    assert records[0]["metric"] == "arranging_step_ratio"
     for record in records:
         assert_whole(record)
     spent = records[0]["extra"]["ms_a_step"]
-    assert len(spent["during"][0]) > len(spent["beside"][0]), "it rests, and so takes long"
+    assert len(spent["during"][0]) == len(spent["beside"][0]) > 1
 
 
 def test_reuse(tmp_path):

@@ -137,13 +137,21 @@ def test_sink_and_recent_tokens_are_read_whatever_the_time_and_count(tmp_path):
 
 
 def test_a_quarter_of_a_selection_is_of_recent_tokens_by_default(tmp_path, monkeypatch):
-    monkeypatch.setattr(config_module, "_RECENT_TOKENS", (4, 64))
+    monkeypatch.setattr(config_module, "_LEAST_RECENT", 4)
     layer = Layer(tmp_path, worth_reading=0, recent_tokens=None)
     shares = {position: 0.2 - position / 1000 for position in range(10, 10 + BUDGET)}
     recent = set(range(GROUPS - BUDGET // 4, GROUPS))
     chosen = layer.select(shares)
     assert recent | {0} <= chosen
     assert chosen - recent - {0} == set(range(10, 10 + BUDGET - 1 - len(recent)))
+
+
+def test_recent_tokens_leave_room_where_a_share_of_a_short_context_is_selected(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(config_module, "_LEAST_RECENT", 4)
+    layer = Layer(tmp_path, worth_reading=0, recent_tokens=None, selector="share:0.1")
+    assert layer.select({10: 0.2, 11: 0.1}) == {0, GROUPS - 1, 10, 11}, "4 of 40, 1 recent"
 
 
 def test_rows_share_what_can_be_read_evenly(tmp_path):

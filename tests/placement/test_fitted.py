@@ -78,6 +78,7 @@ class Moves(RuleBasedStateMachine):
     @rule(layer=st.integers(0, LAYERS - 1), seed=st.integers(0, 9), is_same=st.booleans())
     def lay_out_anew(self, layer: int, seed: int, is_same: bool) -> None:
         self.begun.clear()  # one at a time
+        self.placement.watch()
         groups = np.array(sorted(self.held), np.int64)
         order = np.random.default_rng(seed).permutation(len(groups))
         drives = Drives.of([PRESETS["swarm"]] * self.num_drives, RECORD)
@@ -164,6 +165,7 @@ def test_old_places_are_used_again():
     ends = []
     for number in range(1, 7):
         for layer in range(LAYERS):
+            placement.watch()
             copies = placement.begin(layer, lay_out("packed", task), number)
             placement.adopt(layer, groups, copies, number)
         placement.tidy()

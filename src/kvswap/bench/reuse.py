@@ -119,7 +119,8 @@ class _Served:
         self._prefetcher = Prefetcher(self._reuse, _NoReads(), self.stats)
         self._uses: list[tuple[int, Use]] = []
         self._prefetcher.noted = self._uses
-        self._memory = StepMemory(self._num_layers, 1, selected)
+        wants_clusters = self._reuse.policy.wants_clusters
+        self._memory = StepMemory(self._num_layers, 1, selected) if wants_clusters else None
 
     def run(self, *, reads_ahead: bool) -> None:
         """Serve every step, first what was predicted where that is asked for."""
@@ -127,20 +128,21 @@ class _Served:
             self._reuse.begin_step(step=self._prefetcher.tick())
             for layer_idx in range(self._num_layers):
                 self._select(step, layer_idx, reads_ahead)
-            if self._reuse.policy.wants_clusters and (step + 1) % self._memory.most_steps == 0:
-                self._tell_clusters()
+            if self._memory is not None and (step + 1) % self._memory.most_steps == 0:
+                self._tell_clusters(self._memory)
 
-    def _tell_clusters(self) -> None:
+    def _tell_clusters(self, memory: StepMemory) -> None:
         """Say what clusters the last steps have, as often as a cache whose layout is fitted."""
         groups = np.arange(int(self._trace.num_groups.max()))
         for layer_idx in range(self._num_layers):
-            clusters = fit_clusters(self._memory.recording(layer_idx, groups), _DRIVES)
+            clusters = fit_clusters(memory.recording(layer_idx, groups), _DRIVES)
             self._reuse.policy.know_clusters(layer_idx, groups, clusters.first_of_groups)
 
     def _select(self, step: int, layer_idx: int, reads_ahead: bool) -> None:
         trace, policy, ahead = self._trace, self._reuse.policy, None
         early, chosen = _ids(trace.predicted[step, layer_idx]), _ids(trace.groups[step, layer_idx])
-        self._memory.note(layer_idx, [chosen])
+        if self._memory is not None:
+            self._memory.note(layer_idx, [chosen])
         if reads_ahead and len(early):
             ahead = self._prefetcher.submit(layer_idx, [early])
         if trace.scores is not None and policy.wants_scores:

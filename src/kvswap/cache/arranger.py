@@ -53,6 +53,12 @@ class Arranger:
     on_clusters : callable, optional
         Told the clusters of each layer, see `ReusePolicy.know_clusters`.
 
+    Attributes
+    ----------
+    memory : StepMemory
+    rounds : int
+        How often all layers have been looked at.
+
     Notes
     -----
     `note` and `tick` are called by the thread that decodes; only there does anything move. An error
@@ -78,6 +84,7 @@ class Arranger:
         rows = max(1, _CHUNK_BYTES // drives.record_bytes)
         self._buffer = aligned_empty((rows, drives.record_bytes))
         self._worker = RestingWorker("kvswap-arranger", rest=_REST)
+        self.rounds = 0
         self._looked_at = 0  # steps seen when layouts were last fitted
         self._work = self._rounds()
 
@@ -126,6 +133,9 @@ class Arranger:
         except StoreError as error:
             warn_once(f"groups stay where they are: {error}")
             self._work, job = self._rounds(), None
+        except BaseException:  # nothing may be taken for copied that was not
+            self._work = self._rounds()
+            raise
         if job is not None:
             self._worker.give(job)
 
@@ -141,10 +151,12 @@ class Arranger:
             for layer_idx in range(self.memory.num_layers):
                 yield from self._arrange(layer_idx, number)
             self._placement.tidy()
+            self.rounds += 1
 
     def _arrange(self, layer_idx: int, number: int) -> Generator[Job | None, Any, None]:
         """Lay one layer's groups out anew, if that is worth it."""
         placement, groups = self._placement, self._stored_groups(layer_idx)
+        placement.watch()
         recording = self.memory.recording(layer_idx, groups)
         if self._on_clusters is not None:
             clusters = yield partial(fit_clusters, recording, self._drives)
@@ -164,6 +176,9 @@ class Arranger:
             order = copies.in_order(copy)
             for first in range(0, len(order), len(self._buffer)):
                 part = order[first : first + len(self._buffer)]
+                part = part[placement.is_unchanged(groups[part])]
+                if not len(part):
+                    continue
                 source, target = now.of(part).extents(), copies.of(part).extents(copy)
                 yield partial(self._copy, ids[part], source, target)
         placement.adopt(layer_idx, groups, copies, number)

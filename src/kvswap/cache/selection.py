@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +71,7 @@ class GroupSelection:
         self._layer_groups, self._observe = layer_groups, observe
         worth = worth_reading(config, self._selector)
         self._least = [math.log(worth / groups) if worth else -math.inf for groups in layer_groups]
-        self._pinned = [config.pinned_groups(group_size, groups) for groups in layer_groups]
+        self._pinned_groups = partial(config.pinned_groups, group_size)
 
     def select(
         self,
@@ -141,12 +141,18 @@ class GroupSelection:
         )
         return positions[~np.isin(positions, late)] if len(late) else positions
 
+    def _most(self, groups: np.ndarray, layer_idx: int) -> int:
+        """Return how many of these groups a layer may select."""
+        stated = self._selector.most_groups(len(groups))
+        budget = self._layer_groups[layer_idx]
+        return budget if stated is None else min(budget, stated)
+
     def _pinned_of(self, groups: np.ndarray, layer_idx: int) -> np.ndarray:
         """Return sinks, recent groups, and those an index wants read whatever they score.
 
         `KeyIndex.score` says the latter by itself; a reduction of single heads cannot.
         """
-        pinned = _pinned(len(groups), *self._pinned[layer_idx])
+        pinned = _pinned(len(groups), *self._pinned_groups(self._most(groups, layer_idx)))
         marked = None
         if self._reduce != "max":
             marked = self._indexes[layer_idx].always_read(groups)
@@ -168,7 +174,8 @@ class GroupSelection:
     ) -> Tensor:
         index = self._indexes[layer_idx]
         query = query.to(index.device)
-        wanted = max(self._layer_groups[layer_idx], sum(self._pinned[layer_idx]))
+        pinned = self._pinned_groups(self._most(groups, layer_idx))
+        wanted = max(self._layer_groups[layer_idx], sum(pinned))
         if self._reduce != "max":
             scores = score_reduced(index, query, groups, scaling=scaling, reduce=self._reduce)
         elif self._selector.needs_only_best and not every:

@@ -35,7 +35,7 @@ GAP_BYTES = 8192
 MOST_GAP_BYTES = 2**18
 """No gap beyond this is read through: its bytes need memory to go to."""
 
-_RECENT_TOKENS = (32, 256)  # by default, at least and at most
+_LEAST_RECENT, _MOST_RECENT = 32, 256  # tokens, by default
 
 REUSE = 0.77
 """Share of a step's groups that the step before selected too, where nothing says it: KVSwap's paper
@@ -46,6 +46,11 @@ MOST_DIRECTORIES = 16
 
 Progress = Callable[[str, int, int], None]
 """Called as ``on_progress(stage, done, total)``; the total is 0 where it is not known."""
+
+
+def usual_recent_tokens(selected_tokens: int) -> int:
+    """Return the recent tokens of a selection of so many where no config says how many."""
+    return max(_LEAST_RECENT, min(_MOST_RECENT, selected_tokens // 4))
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -206,7 +211,7 @@ class CacheConfig:
         The first ones, always in the working set.
     recent_tokens : int, optional
         The newest ones, always in the working set too: what a model has said so far says how it
-        goes on and where it ends. Default: a quarter of what a layer selects, from 32 to 256.
+        goes on and where it ends. Default: a quarter of what a layer may select, from 32 to 256.
     index, selector : str
         Names in the registries of key indexes and selectors. An index may be followed by its
         rank and its code: "lowrank:64+rot4"; "none" attends to all groups in every step, as
@@ -399,7 +404,7 @@ class CacheConfig:
     @property
     def least_recent_tokens(self) -> int:
         """Recent tokens that even the smallest selection holds."""
-        return _RECENT_TOKENS[0] if self.recent_tokens is None else self.recent_tokens
+        return _LEAST_RECENT if self.recent_tokens is None else self.recent_tokens
 
     def pinned_groups(self, group_size: int, selected: int = 0) -> tuple[int, int]:
         """Return how many groups are always selected: of sinks and of recent tokens.
@@ -408,12 +413,11 @@ class CacheConfig:
         ----------
         group_size : int
         selected : int
-            Groups that a layer selects in all. By default the fewest that there can be.
+            Groups that a layer selects in all. Default: as few as there can be.
         """
         recent = self.recent_tokens
         if recent is None:
-            least, most = _RECENT_TOKENS
-            recent = max(least, min(most, selected * group_size // 4))
+            recent = usual_recent_tokens(selected * group_size)
         return ceil_div(self.sink_tokens, group_size), ceil_div(recent, group_size)
 
     def to_dict(self) -> dict[str, Any]:

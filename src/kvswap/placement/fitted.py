@@ -41,7 +41,7 @@ class FittedPlacement(SequentialPlacement):
         # Stripes of each layout by drive; by layer, which layout it has, 0 for none.
         self._held: dict[int, list[np.ndarray]] = {}
         self._layout_of = np.zeros(self._num_layers, np.int64)
-        self._is_new = np.zeros(self.num_groups, bool)  # taken since a layout was begun
+        self._is_new = np.zeros(self.num_groups, bool)  # taken since `watch` was called
 
     @classmethod
     def plan_bytes(cls, num_groups: int, *, num_layers: int, replicas: int = 1, **rest: int) -> int:
@@ -104,6 +104,14 @@ class FittedPlacement(SequentialPlacement):
         ends = [held.end_with(count) for held, count in zip(self._stripes, more, strict=True)]
         return [end * self.stripe_bytes for end in ends]
 
+    def watch(self) -> None:
+        """From now on tell groups that are let go or taken anew from those that stay."""
+        self._is_new[:] = False
+
+    def is_unchanged(self, groups: np.ndarray) -> np.ndarray:
+        """Whether each of some groups is still what it was when `watch` was called; bool."""
+        return (self._holders[groups] > 0) & ~self._is_new[groups]
+
     def begin(self, layer_idx: int, layout: Layout, number: int) -> Copies:
         """Take room for a layer's layout.
 
@@ -122,7 +130,6 @@ class FittedPlacement(SequentialPlacement):
             Where the records are to be.
         """
         assert number > self._layout_of[layer_idx], "a layer has one layout of a number"
-        self._is_new[:] = False
         more = self._more_stripes(layout, number)
         held = self._held.setdefault(number, [np.zeros(0, np.int64) for _ in self._stripes])
         for device, count in enumerate(more):
@@ -142,13 +149,13 @@ class FittedPlacement(SequentialPlacement):
         ----------
         layer_idx : int
         groups : ndarray [n], int64
-            Those that were let go since, or taken anew, are left out.
+            Those that were let go since `watch`, or taken anew, are left out.
         copies : Copies
             As `begin`, the last call, gave them, a row a group.
         number : int
             That of `begin`.
         """
-        known = (self._holders[groups] > 0) & ~self._is_new[groups]
+        known = self.is_unchanged(groups)
         groups, copies = groups[known], copies.of(known)
         width = copies.devices.shape[1]
         self._on[layer_idx] = -1

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from kvswap.cache.plan import default_group_size
+from kvswap.core.config import usual_recent_tokens
 from kvswap.core.errors import ConfigError, UnsupportedModelError
 from kvswap.core.geometry import RecordLayout
 from kvswap.core.units import ceil_div
@@ -33,6 +34,7 @@ from kvswap.tune.calibrate import check_window
 _QUERIES = 32  # the last tokens of a window, which have most to choose from
 _BLOCK_QUERIES = 8  # whose attention weights are in memory at once
 _BLOCK_BYTES = 4096  # of the device that groups are sized for, where no size is given
+_SINKS = 4
 GOALS = ("mean", "worst")
 
 
@@ -43,7 +45,7 @@ def fit_budgets(
     *,
     budget_tokens: int,
     group_size: int | None = None,
-    pinned_tokens: tuple[int, int] = (4, 32),
+    pinned_tokens: tuple[int, int] | None = None,
     goal: str = "mean",
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> LayerBudgets:
@@ -59,8 +61,9 @@ def fit_budgets(
         Tokens that a layer selects on average.
     group_size : int, optional
         Tokens selected as a unit. Default: the planner's.
-    pinned_tokens : pair of int
-        Sink and recent tokens, which every selection holds.
+    pinned_tokens : pair of int, optional
+        Sink and recent tokens, which every selection holds. Default: 4, and as many recent ones
+        as a selection of ``budget_tokens`` has.
     goal : {"mean", "worst"}
         Whose share of attention is to be as large as can be: that of all layers in the mean,
         or that of the layer with least.
@@ -85,7 +88,8 @@ def fit_budgets(
     shape = read_shape(model)
     size = group_size or default_group_size(shape.geometry, _BLOCK_BYTES)
     RecordLayout(geometry=shape.geometry, group_size=size)  # refuses what no cache can have
-    pinned = (ceil_div(pinned_tokens[0], size), ceil_div(pinned_tokens[1], size))
+    sinks, recent = pinned_tokens or (_SINKS, usual_recent_tokens(budget_tokens))
+    pinned = (ceil_div(sinks, size), ceil_div(recent, size))
     even, least = ceil_div(budget_tokens, size), max(1, sum(pinned))
     if even < least:
         raise ConfigError(
