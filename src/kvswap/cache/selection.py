@@ -127,7 +127,8 @@ class GroupSelection:
             return None
         pinned = self._pinned_of(groups, layer_idx)
         every = reach is not None or self._observe is not None  # not only the best are looked at
-        scores = self._score(groups, layer_idx, query, scaling, last, every=every)
+        wanted = max(self._layer_groups[layer_idx], len(pinned))
+        scores = self._score(groups, layer_idx, query, scaling, last, wanted, every=every)
         late = np.empty(0, np.int64)
         if reach is not None:
             late = out_of_reach(scores, reach.row_of[groups] < 0, reach.limit, pinned)
@@ -141,25 +142,22 @@ class GroupSelection:
         )
         return positions[~np.isin(positions, late)] if len(late) else positions
 
-    def _most(self, groups: np.ndarray, layer_idx: int) -> int:
-        """Return how many of these groups a layer may select."""
-        stated = self._selector.most_groups(len(groups))
-        budget = self._layer_groups[layer_idx]
-        return budget if stated is None else min(budget, stated)
-
     def _pinned_of(self, groups: np.ndarray, layer_idx: int) -> np.ndarray:
         """Return sinks, recent groups, and those an index wants read whatever they score.
 
         `KeyIndex.score` says the latter by itself; a reduction of single heads cannot.
         """
-        pinned = _pinned(len(groups), *self._pinned_groups(self._most(groups, layer_idx)))
+        budget = self._layer_groups[layer_idx]
+        stated = self._selector.most_groups(len(groups))
+        selected = budget if stated is None else min(budget, stated)
+        pinned = _pinned(len(groups), *self._pinned_groups(selected))
         marked = None
         if self._reduce != "max":
             marked = self._indexes[layer_idx].always_read(groups)
         if marked is None:
             return pinned
         others = np.setdiff1d(np.flatnonzero(marked.cpu().numpy()), pinned)
-        room = max(0, self._layer_groups[layer_idx] - len(pinned))
+        room = max(0, budget - len(pinned))
         return np.union1d(pinned, others[:room])
 
     def _score(
@@ -169,13 +167,12 @@ class GroupSelection:
         query: Tensor,
         scaling: float,
         last: np.ndarray,
+        wanted: int,
         *,
         every: bool,
     ) -> Tensor:
         index = self._indexes[layer_idx]
         query = query.to(index.device)
-        pinned = self._pinned_groups(self._most(groups, layer_idx))
-        wanted = max(self._layer_groups[layer_idx], sum(pinned))
         if self._reduce != "max":
             scores = score_reduced(index, query, groups, scaling=scaling, reduce=self._reduce)
         elif self._selector.needs_only_best and not every:
