@@ -238,4 +238,4 @@ def test_recent_tokens_are_a_quarter_of_a_selection_unless_stated(stated, select
         recent_tokens=stated,
     )
     assert config.pinned_groups(4, selected) == (2, recent)
-    assert config.least_recent_tokens == (32 if stated is None else stated)
+    assert config.recent_tokens_of() == (32 if stated is None else stated)

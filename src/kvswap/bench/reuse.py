@@ -87,8 +87,10 @@ def follow(trace: Trace, policy: str, slots: float, *, shared: bool = False) -> 
     -----
     Tables, prefetcher and counters are those of a session; only no byte is read.
     """
-    served = _Served(trace, policy, round(slots * trace.groups.shape[2]), shared=shared)
-    ahead = _Served(trace, policy, served.num_slots, shared=shared)
+    clusters = _clusters_by_step(trace) if make_reuse(policy).wants_clusters else {}
+    num_slots = round(slots * trace.groups.shape[2])
+    served = _Served(trace, policy, num_slots, clusters, shared=shared)
+    ahead = _Served(trace, policy, num_slots, clusters, shared=shared)
     served.run(reads_ahead=False)
     ahead.run(reads_ahead=True)
     return Found(
@@ -101,11 +103,42 @@ def follow(trace: Trace, policy: str, slots: float, *, shared: bool = False) -> 
     )
 
 
+def _clusters_by_step(trace: Trace) -> dict[int, list[np.ndarray]]:
+    """Find clusters in the last steps, as often as a cache does whose layout is fitted.
+
+    Returns
+    -------
+    dict of int to list of ndarray [num_groups], int64
+        By the step after which they are known: the cluster of each group, by layer.
+    """
+    steps, num_layers, selected = trace.groups.shape
+    memory, groups = StepMemory(num_layers, 1, selected), np.arange(int(trace.num_groups.max()))
+    found: dict[int, list[np.ndarray]] = {}
+    for step in range(steps):
+        for layer_idx in range(num_layers):
+            memory.note(layer_idx, [_ids(trace.groups[step, layer_idx])])
+        if (step + 1) % memory.most_steps == 0:
+            found[step] = [
+                fit_clusters(memory.recording(layer_idx, groups), _DRIVES).first_of_groups
+                for layer_idx in range(num_layers)
+            ]
+    return found
+
+
 class _Served:
     """A trace on its way through a session's tables."""
 
-    def __init__(self, trace: Trace, policy: str, num_slots: int, *, shared: bool) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        policy: str,
+        num_slots: int,
+        clusters: dict[int, list[np.ndarray]],
+        *,
+        shared: bool,
+    ) -> None:
         self.num_slots, self._trace, self._shared = num_slots, trace, shared
+        self._clusters = clusters
         _, self._num_layers, selected = trace.groups.shape
         self._reuse = ReuseBuffer(
             num_layers=self._num_layers,
@@ -119,8 +152,6 @@ class _Served:
         self._prefetcher = Prefetcher(self._reuse, _NoReads(), self.stats)
         self._uses: list[tuple[int, Use]] = []
         self._prefetcher.noted = self._uses
-        wants_clusters = self._reuse.policy.wants_clusters
-        self._memory = StepMemory(self._num_layers, 1, selected) if wants_clusters else None
 
     def run(self, *, reads_ahead: bool) -> None:
         """Serve every step, first what was predicted where that is asked for."""
@@ -128,21 +159,12 @@ class _Served:
             self._reuse.begin_step(step=self._prefetcher.tick())
             for layer_idx in range(self._num_layers):
                 self._select(step, layer_idx, reads_ahead)
-            if self._memory is not None and (step + 1) % self._memory.most_steps == 0:
-                self._tell_clusters(self._memory)
-
-    def _tell_clusters(self, memory: StepMemory) -> None:
-        """Say what clusters the last steps have, as often as a cache whose layout is fitted."""
-        groups = np.arange(int(self._trace.num_groups.max()))
-        for layer_idx in range(self._num_layers):
-            clusters = fit_clusters(memory.recording(layer_idx, groups), _DRIVES)
-            self._reuse.policy.know_clusters(layer_idx, groups, clusters.first_of_groups)
+            for layer_idx, clusters in enumerate(self._clusters.get(step, ())):
+                self._reuse.policy.know_clusters(layer_idx, np.arange(len(clusters)), clusters)
 
     def _select(self, step: int, layer_idx: int, reads_ahead: bool) -> None:
         trace, policy, ahead = self._trace, self._reuse.policy, None
         early, chosen = _ids(trace.predicted[step, layer_idx]), _ids(trace.groups[step, layer_idx])
-        if self._memory is not None:
-            self._memory.note(layer_idx, [chosen])
         if reads_ahead and len(early):
             ahead = self._prefetcher.submit(layer_idx, [early])
         if trace.scores is not None and policy.wants_scores:

@@ -215,7 +215,7 @@ class _Shape:
         if budget is not None and least < min(pinned, self.context_groups):
             raise ConfigError(
                 f"budget_tokens must hold sink_tokens ({config.sink_tokens}) and recent_tokens"
-                f" ({config.least_recent_tokens}) in whole groups of {size}: at least"
+                f" ({config.recent_tokens_of()}) in whole groups of {size}: at least"
                 f" {pinned * size}, got {budget if isinstance(budget, int) else min(budget)}"
             )
 
@@ -290,7 +290,7 @@ class _Shape:
         stated = make_selector(self.config.selector).most_groups(self.context_groups)
         if stated is not None:
             return [min(self.context_groups, max(stated, self._pinned_groups))]
-        pinned = self.config.sink_tokens + self.config.least_recent_tokens + 2 * size
+        pinned = self.config.sink_tokens + self.config.recent_tokens_of() + 2 * size
         tokens = max(448, min(2048, self.max_context // 64), 2 * pinned)
         least = min(tokens, max(_LEAST_TOKENS, 2 * pinned))
         candidates: list[int] = []

@@ -401,10 +401,11 @@ class CacheConfig:
         """The budget in bytes."""
         return int(self.kv_memory)
 
-    @property
-    def least_recent_tokens(self) -> int:
-        """Recent tokens that even the smallest selection holds."""
-        return _LEAST_RECENT if self.recent_tokens is None else self.recent_tokens
+    def recent_tokens_of(self, selected_tokens: int = 0) -> int:
+        """Return the recent tokens of a selection of so many; by default the fewest of any."""
+        if self.recent_tokens is None:
+            return usual_recent_tokens(selected_tokens)
+        return self.recent_tokens
 
     def pinned_groups(self, group_size: int, selected: int = 0) -> tuple[int, int]:
         """Return how many groups are always selected: of sinks and of recent tokens.
@@ -415,9 +416,7 @@ class CacheConfig:
         selected : int
             Groups that a layer selects in all. Default: as few as there can be.
         """
-        recent = self.recent_tokens
-        if recent is None:
-            recent = usual_recent_tokens(selected * group_size)
+        recent = self.recent_tokens_of(selected * group_size)
         return ceil_div(self.sink_tokens, group_size), ceil_div(recent, group_size)
 
     def to_dict(self) -> dict[str, Any]:

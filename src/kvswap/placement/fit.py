@@ -180,7 +180,7 @@ def fit_layout(
     most_copies: int | None = None,
     now: Layout | None = None,
 ) -> tuple[Layout, Fit]:
-    """Choose between token order, the packed order and its balanced parting, and lay out.
+    """Choose between token order, the packed order and, of several drives, its balanced parting.
 
     Parameters
     ----------
