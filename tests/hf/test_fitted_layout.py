@@ -134,6 +134,24 @@ def test_an_error_while_groups_are_moved_leaves_them_where_they_are(
     assert [*first.tolist()[0], *rest.tolist()[0]] == expected
 
 
+def test_rounds_that_fail_do_not_take_room_again_and_again(tmp_path, monkeypatch):
+    fault = InTheThread(is_write=True)
+    backend = SteppedBackend(fault=fault)
+    monkeypatch.setattr(drives_module, "make_backend", lambda *_, **__: backend)
+    model, ids = make_model("llama"), prompt(LENGTH)
+    config = config_on(drives_in(tmp_path, 1), FEW_SLOTS, layout="fitted")
+    ends: list[int] = []
+    with kvswap.attach(model, config) as cache:
+        for _ in range(5):
+            fault.arm(2)
+            ids = torch.cat((ids, go_on(model, cache, ids, 5)), 1)
+            if fault.has_failed:
+                ends += cache.session.placement.end_bytes_with(np.zeros(0, np.int64))
+        assert not any(map(cache.session.placement.is_fitted, range(4)))
+    assert len(ends) == 4
+    assert len(set(ends)) == 1, "a failed round's room is taken by the next"
+
+
 def test_a_drive_may_go_while_groups_are_moved(tmp_path, monkeypatch):
     expected = tokens(tmp_path / "whole", FEW_SLOTS)
     faults = [Gone() for _ in range(3)]

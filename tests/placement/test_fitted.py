@@ -78,6 +78,9 @@ class Moves(RuleBasedStateMachine):
     @rule(layer=st.integers(0, LAYERS - 1), seed=st.integers(0, 9), is_same=st.booleans())
     def lay_out_anew(self, layer: int, seed: int, is_same: bool) -> None:
         self.begun.clear()  # one at a time
+        is_another = not (is_same and self.number) or layer in self.laid_out
+        if is_another:
+            self.placement.tidy()  # as rounds begin: what was begun may not have been adopted
         self.placement.watch()
         groups = np.array(sorted(self.held), np.int64)
         order = np.random.default_rng(seed).permutation(len(groups))
@@ -89,7 +92,7 @@ class Moves(RuleBasedStateMachine):
             replicas=self.replicas,
         )
         layout = lay_out("packed", task)
-        self.number += not (is_same and self.number) or layer in self.laid_out
+        self.number += is_another
         self.laid_out = {layer} | (self.laid_out if is_same else set())
         foretold = self.placement.end_bytes_of(layout, self.number)
         source = self.places(self.placement, layer, groups.tolist())

@@ -147,6 +147,7 @@ class Arranger:
                 yield None
                 continue
             self._looked_at = self.memory.seen
+            self._placement.tidy()  # a round that an error ended has left room behind
             number = self._placement.last_layout + 1
             for layer_idx in range(self.memory.num_layers):
                 yield from self._arrange(layer_idx, number)

@@ -3,8 +3,9 @@
 What is minimised is the mean over the recorded steps of the slowest drive's time, a drive's time
 being what its runs of wanted records take one by one. Runs of the packed order are dealt out
 greedily, the most read first, by the sum of squared times, which is smooth where the slowest drive
-alone is not; then runs move for as long as the mean of the slowest gets smaller. How long runs
-are is tried: short ones balance, long ones make large requests.
+alone is not; then runs move for as long as the mean of the slowest gets smaller. Short runs
+balance, long ones make large requests, and where there are copies it is they that balance:
+`fit_layout` tries several lengths.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import numpy as np
 from kvswap.core.units import ceil_div
 from kvswap.placement.drives import Drives
 from kvswap.placement.layouts import LayoutStrategy, LayoutTask, Line, register_layout
-from kvswap.placement.selections import Selections
-from kvswap.placement.simulate import read_times
 
 _PASSES = 3
 _SLACK = 1.1  # a drive may hold so much more than its share of the records
@@ -28,34 +27,12 @@ class Balanced(LayoutStrategy):
     """Runs of the packed order where they make the slowest drive's time least."""
 
     def line(self, task: LayoutTask) -> Line:
-        """Try striping and runs of several lengths; keep what recorded steps read soonest."""
+        """Deal out runs of the task's length, or one after the other where no steps are known."""
         order, drives = task.order, task.drives
-        best, least = drives.turns(len(order)), np.inf
-        candidates = [best]
-        length = 1
-        while length <= 4 * drives.run_records and len(task.selections):
-            runs = _Runs.of(task, length)
-            candidates.append(_Parting(runs, drives).solve()[np.arange(len(order)) // length])
-            length *= 2
-        for on in candidates:
-            seconds = _step_seconds(task.selections, Line(order, on), task)
-            if seconds < least:
-                best, least = on, seconds
-        return Line(order, best)
-
-
-def _step_seconds(selections: Selections, line: Line, task: LayoutTask) -> float:
-    """Return the time of all recorded steps."""
-    num = len(line.groups)
-    by_drive = np.lexsort((np.arange(num), line.drives))
-    counts = np.bincount(line.drives, minlength=len(task.drives))
-    on, places = np.zeros(num, np.int16), np.zeros(num, np.int64)
-    on[line.groups] = line.drives
-    before = np.repeat(np.cumsum(counts) - counts, counts)
-    places[line.groups[by_drive]] = np.arange(num) - before
-    read = selections.groups
-    times = read_times(selections.steps, on[read], places[read], len(selections), task.drives)
-    return float(times.step_seconds.sum())
+        if not len(task.selections):
+            return Line(order, drives.turns(len(order)))
+        on = _Parting(_Runs.of(task), drives).solve()
+        return Line(order, on[np.arange(len(order)) // task.run])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +49,9 @@ class _Runs:
     num_steps: int
 
     @classmethod
-    def of(cls, task: LayoutTask, length: int) -> _Runs:
-        """Cut the order into runs of so many records."""
-        selections, num_groups = task.selections, len(task.order)
+    def of(cls, task: LayoutTask) -> _Runs:
+        """Cut the order into runs."""
+        selections, num_groups, length = task.selections, len(task.order), task.run
         num, num_steps = ceil_div(num_groups, length), len(selections)
         run_of = np.zeros(num_groups, np.int64)
         run_of[task.order] = np.arange(num_groups) // length

@@ -86,11 +86,6 @@ class Drives:
         speeds = 1 / np.maximum(1 / self.iops, self.record_bytes / self.bytes_per_s)
         return speeds / speeds.sum()
 
-    @property
-    def run_records(self) -> int:
-        """Records that one request must hold for bandwidth to be its limit on every drive."""
-        return max(1, int(np.ceil((self.bytes_per_s / self.iops).max() / self.record_bytes)))
-
     def seconds(self, drives: np.ndarray, nbytes: np.ndarray) -> np.ndarray:
         """Compute what requests of some bytes take, each on its drive.
 

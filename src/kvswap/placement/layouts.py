@@ -25,7 +25,6 @@ from kvswap.placement.drives import Drives
 from kvswap.placement.selections import Selections
 
 _LAYOUTS: Registry[LayoutStrategy] = Registry("layout")
-_MIRRORED_RUN = 8  # neighbours on a drive whose copies are neighbours on another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +43,9 @@ class LayoutTask:
         Drives that hold a group, at most.
     most_copies : int, optional
         Records beyond one a group, at most. Default: as many as ``replicas`` allows.
+    run : int
+        Neighbours of ``order`` that `balanced` leaves on one drive, and neighbours on a drive
+        whose copies are neighbours on another.
     seed : int
         Of `random`.
     """
@@ -56,6 +58,7 @@ class LayoutTask:
     )
     replicas: int = 1
     most_copies: int | None = None
+    run: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,6 +69,8 @@ class LayoutTask:
             )
         if self.most_copies is not None and self.most_copies < 0:
             raise ConfigError(f"most_copies must be at least 0, got {self.most_copies}")
+        if self.run < 1:
+            raise ConfigError(f"run must be at least 1, got {self.run}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,25 +170,26 @@ def lay_out(name: str, task: LayoutTask) -> Layout:
     shared = np.lexsort((np.arange(num_groups), -used, -task.clusters.memberships))
     for copy in range(1, task.replicas):
         chosen = shared[:left]
-        _copy(line, drives, order, copy, len(task.drives))
+        _copy(line, drives, order, copy, task)
         drives[np.setdiff1d(shared, chosen, assume_unique=True), copy] = -1
         left -= len(chosen)
     return Layout(drives, _places(drives, order))
 
 
-def _copy(line: Line, drives: np.ndarray, order: np.ndarray, copy: int, num_drives: int) -> None:
+def _copy(line: Line, drives: np.ndarray, order: np.ndarray, copy: int, task: LayoutTask) -> None:
     """Give every group one more copy: where it stands in another cluster, if on another drive.
 
     What has none there is mirrored behind everything else, runs of neighbours together, on
     all other drives in turn, so that no drive takes over all of another's reads.
     """
+    num_drives = len(task.drives)
     elsewhere = (drives[line.groups, :copy] != line.drives[:, None]).all(1)
     elsewhere &= drives[line.groups, copy - 1] >= 0
     at = np.flatnonzero(elsewhere)
     groups, first = np.unique(line.groups[at], return_index=True)
     drives[groups, copy], order[groups, copy] = line.drives[at[first]], at[first]
     rest = np.flatnonzero((drives[:, copy] < 0) & (drives[:, copy - 1] >= 0))
-    turn = order[rest, 0] // (_MIRRORED_RUN * num_drives)
+    turn = order[rest, 0] // (task.run * num_drives)
     for _ in range(num_drives - 1):
         drive = (drives[rest, 0] + 1 + turn % (num_drives - 1)) % num_drives
         free = (drives[rest, :copy] != drive[:, None]).all(1) & (drives[rest, copy] < 0)
