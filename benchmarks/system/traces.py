@@ -93,7 +93,7 @@ def follow(
         Reading(models[1], tokenizer, stock).read(words)
         context = [(i, layer.keys[0], layer.values[0]) for i, layer in enumerate(stock.layers)]
         refile(cache, iter(context), args.context)
-        cache.session.foresight = AlwaysForesight(cache.session.heads.geometry.num_layers)
+        cache.session.step.foresight = AlwaysForesight(cache.session.heads.geometry.num_layers)
         reading = Reading(models[0], tokenizer, cache)
         reading.resume(words)
         for question in answerable(whole, words):

@@ -96,7 +96,7 @@ def test_a_sessions_hit_rate_is_at_most_the_bound_of_what_it_asked_for(changes, 
     with kvswap.attach(model, config_for(tmp_path, **settings)) as cache:
         step(model, cache, prompt(121))
         cache.end_prefill()
-        cache.session.is_to_predict = lambda layer_idx: False
+        cache.session.step.is_to_predict = lambda layer_idx: False
         log = UseLog(cache.session)
         assert log.bound == 1
         for turn in range(24):

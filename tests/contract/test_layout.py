@@ -49,6 +49,7 @@ def tasks(draw) -> LayoutTask:
         selections=selections,
         replicas=draw(st.integers(1, len(rates))),
         most_copies=draw(st.none() | st.integers(0, 2 * num_groups)),
+        run=draw(st.sampled_from([1, 3, 8, 32])),
     )
 
 
@@ -139,6 +140,8 @@ def test_more_copies_than_drives_are_refused():
         LayoutTask(clusters=clusters, order=np.arange(4), drives=drives(100, 100), replicas=3)
     with pytest.raises(ConfigError, match="most_copies"):
         LayoutTask(clusters=clusters, order=np.arange(4), drives=drives(100), most_copies=-1)
+    with pytest.raises(ConfigError, match="run must be at least 1, got 0"):
+        LayoutTask(clusters=clusters, order=np.arange(4), drives=drives(100), run=0)
     with pytest.raises(ConfigError, match="balanced, packed, random, round_robin"):
         lay_out("striped", LayoutTask(clusters=clusters, order=np.arange(4), drives=drives(100)))
     with pytest.raises(ConfigError, match="at least one"):

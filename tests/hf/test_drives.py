@@ -111,7 +111,7 @@ def test_a_cache_kept_on_two_drives_goes_on(limits, tmp_path):
 def test_an_opened_cache_asks_for_room_where_its_groups_are(tmp_path, monkeypatch):
     asked: list[tuple[int, ...]] = []
     weights = {"now": (5.0, 1.0)}
-    monkeypatch.setattr("kvswap.cache.session.drive_weights", lambda *_: weights["now"])
+    monkeypatch.setattr("kvswap.cache.parts.drive_weights", lambda *_: weights["now"])
     monkeypatch.setattr(kvswap.BlockStore, "check_room", lambda _, *ends: asked.append(ends))
     model = make_model("llama", max_position_embeddings=8192)
     drives = drives_in(tmp_path, 2)

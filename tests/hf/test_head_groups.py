@@ -126,14 +126,14 @@ def test_head_groups_of_a_layer_are_predicted_together_and_counted_once(tmp_path
     model, predicted = split_model(), []
     with kvswap.attach(model, config_for(tmp_path, **SMALL, head_groups=4)) as cache:
         step(model, cache, prompt(150))
-        session = cache.session
-        predict = session.predict
+        reads = cache.session.step
+        predict = reads.predict
 
         def noted(batch: Any, layer_idx: int, *args: Any, **options: Any) -> None:
             predicted.append(layer_idx)
             predict(batch, layer_idx, *args, **options)
 
-        monkeypatch.setattr(session, "predict", noted)
+        monkeypatch.setattr(reads, "predict", noted)
         for seed in range(10):  # two steps to warm up, then in turn without and with
             step(model, cache, prompt(1, seed=seed))
         stats = cache.stats()

@@ -154,7 +154,7 @@ def test_attention_interrupted_within_a_part_leaves_nothing_amiss(where, tmp_pat
             patch.setattr(type(attention), "attend", lambda _, *args: interrupted(*args))
             with pytest.raises(KeyboardInterrupt):
                 step(model, cache, new)
-        (pending,) = cache.session._pending.values()
+        (pending,) = cache.session.step._pending.values()
         assert any(part.ticket is not None for part in pending.coming)
         torch.testing.assert_close(step(model, cache, new), expected, atol=2e-4, rtol=1e-4)
         assert not pending.coming

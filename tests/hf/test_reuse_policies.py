@@ -60,7 +60,7 @@ def test_with_none_each_step_reads_all_that_it_selects_once(is_foreseen, changes
         step(model, cache, prompt(121))
         cache.end_prefill()
         session = cache.session
-        session.is_to_predict = lambda layer_idx: is_foreseen
+        session.step.is_to_predict = lambda layer_idx: is_foreseen
         for turn in range(12):  # groups are flushed meanwhile
             step(model, cache, prompt(1, seed=turn))
         stats, layers = cache.stats(), session.geometry.num_layers

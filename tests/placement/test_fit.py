@@ -10,10 +10,18 @@ from kvswap.core.device_model import PRESETS
 from kvswap.core.errors import ConfigError
 from kvswap.placement.clusters import Clusters
 from kvswap.placement.drives import Drives
-from kvswap.placement.fit import TOKEN_ORDER, Recording, clusters_of, fit_layout, fit_tau
+from kvswap.placement.fit import (
+    TOKEN_ORDER,
+    Recording,
+    better_layout,
+    clusters_of,
+    fit_layout,
+    fit_tau,
+)
 from kvswap.placement.layouts import LayoutTask, lay_out
 from kvswap.placement.replay import replay
 from kvswap.placement.selections import Selections
+from kvswap.placement.simulate import IoTimes
 
 GROUPS = 512
 DRIVES = Drives.of([PRESETS["swarm"]] * 4, 16384)
@@ -68,3 +76,37 @@ def test_reads_of_other_steps_are_refused():
             selections=Selections.of([np.array([0])] * 2, 1),
             reads=Selections.of([], 1),
         )
+
+
+def test_of_layouts_as_good_token_order_stays_and_else_few_requests_count(monkeypatch):
+    taken = {"sequential": (1.005, 9), "packed": (1.0, 8), "balanced": (1.009, 5)}
+    named: list[str] = []
+
+    def lay_out_noted(name: str, task: LayoutTask) -> str:
+        named.append(f"{name} {task.run}")
+        return named[-1]
+
+    def times(_: Selections, laid: str, __: Drives) -> IoTimes:
+        name, run = laid.split()
+        seconds, requests = taken[name]
+        return IoTimes(
+            np.array([[seconds]]), np.array([[requests - int(run) / 64]]), *[np.zeros((1, 1))] * 2
+        )
+
+    monkeypatch.setattr("kvswap.placement.fit.lay_out", lay_out_noted)
+    monkeypatch.setattr("kvswap.placement.fit.replay", times)
+    recording = recorded(0.9, 8)
+    assert fit_layout(recording, DRIVES)[1].value == TOKEN_ORDER
+    taken["sequential"] = (1.02, 1)
+    layout, fit = fit_layout(recording, DRIVES)
+    assert (layout, fit.value) == ("balanced 32", "balanced, runs of 32")
+    taken["balanced"] = (1.011, 1)
+    assert fit_layout(recording, DRIVES)[1].value == "packed"
+
+
+def test_where_nothing_is_read_groups_stay_where_they_are():
+    recording = recorded(0.95, 160)
+    now, _ = fit_layout(recording, DRIVES)
+    same = Selections.of([np.arange(8)] * 160, GROUPS)
+    quiet = Recording.of(same, GROUPS)
+    assert better_layout(quiet, DRIVES, now) is None

@@ -12,8 +12,6 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvswap.bench.belady import UseLog
-from kvswap.cache.deadline import Deadline
-from kvswap.cache.foresight import Foresight
 from kvswap.core.device_model import DeviceModel, as_device_model
 from kvswap.hf.cache import KVSwapCache
 
@@ -112,9 +110,7 @@ def imitate(cache: KVSwapCache, device: DeviceModel | str | None) -> None:
     session = cache.session
     session.settle()
     session.store.imitate(as_device_model(device))
-    session.foresight = Foresight(session.heads.geometry.num_layers)
-    if session.deadline is not None:
-        session.deadline = Deadline(session.geometry.num_layers)
+    session.step.begin_anew()
 
 
 def ratios(above: list[float], below: list[float]) -> list[float]:

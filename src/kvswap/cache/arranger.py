@@ -130,14 +130,15 @@ class Arranger:
         """Give the thread what comes after that which it is at, once it has done that."""
         try:
             job = self._work.send(self._worker.take() if self._worker.has_job else None)
+            if job is not None:
+                self._worker.give(job)
         except StoreError as error:
             warn_once(f"groups stay where they are: {error}")
-            self._work, job = self._rounds(), None
+            self._work = self._rounds()
+            self._placement.tidy()  # nothing is copied any more
         except BaseException:  # nothing may be taken for copied that was not
             self._work = self._rounds()
             raise
-        if job is not None:
-            self._worker.give(job)
 
     def _rounds(self) -> Generator[Job | None, Any, None]:
         """Yield what the thread is to do next; what it gave comes back."""
@@ -147,16 +148,16 @@ class Arranger:
                 yield None
                 continue
             self._looked_at = self.memory.seen
-            self._placement.tidy()  # a round that an error ended has left room behind
-            number = self._placement.last_layout + 1
+            self._placement.tidy()  # a round that was interrupted has left room behind
             for layer_idx in range(self.memory.num_layers):
-                yield from self._arrange(layer_idx, number)
+                yield from self._arrange(layer_idx)
             self._placement.tidy()
             self.rounds += 1
 
-    def _arrange(self, layer_idx: int, number: int) -> Generator[Job | None, Any, None]:
+    def _arrange(self, layer_idx: int) -> Generator[Job | None, Any, None]:
         """Lay one layer's groups out anew, if that is worth it."""
         placement, groups = self._placement, self._stored_groups(layer_idx)
+        number = placement.free_layout(layer_idx)
         placement.watch()
         recording = self.memory.recording(layer_idx, groups)
         if self._on_clusters is not None:

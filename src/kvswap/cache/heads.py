@@ -103,11 +103,11 @@ class SplitLayer:
     ) -> Tensor:
         """Attend by head group and join what they give; see `LayerCache.attend`."""
         session, heads = self._session, self._session.heads
-        if session.is_selecting and not session.is_selected(heads.first(self._layer_idx)):
+        if session.is_selecting and not session.step.is_selected(heads.first(self._layer_idx)):
             # All head groups' reads are submitted before one of them is waited for.
             rows = split_rows(query, keys, values, None if real is None else real.cpu())
             for at, queries in heads.split(self._layer_idx, [row.query for row in rows]):
-                session.select_ahead(batch, at, queries, scaling=params.scaling)
+                session.step.select(batch, at, queries, scaling=params.scaling)
         parts = heads.split(self._layer_idx, [query, keys, values], dim=1)
         out = [
             session.layers[at].attend(batch, own_query, own_keys, own_values, real, own_params)

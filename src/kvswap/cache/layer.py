@@ -134,14 +134,14 @@ class LayerCache:
             return None
         if session.recall.is_due(layer_idx):
             return None
-        pending = session.selected(batch, layer_idx, [query[0]], scaling=params.scaling)
+        pending = session.step.selected(batch, layer_idx, [query[0]], scaling=params.scaling)
         if not pending.fits:
             return None
         session.prefetcher.bring(pending)
         rolling, row_of = batch.rolling.place(layer_idx, 0), session.reuse.rows_of(layer_idx)
         centre = session.records.centres.of(layer_idx)
         out = attention.decode(query, pending.needed, row_of, rolling, newest, params, centre)
-        session.attended(pending)
+        session.step.attended(pending)
         batch.rolling.lengths[layer_idx, 0] = rolling.length + 1
         count = self._groups_to_flush(batch, rolling.length + 1)
         if count:
@@ -195,7 +195,7 @@ class LayerCache:
         session = self._session
         queries = [given.query for given in rows]
         centre = session.records.centres.of(self.layer_idx)
-        pending = session.selected(batch, self.layer_idx, queries, scaling=params.scaling)
+        pending = session.step.selected(batch, self.layer_idx, queries, scaling=params.scaling)
         begun = set[int]()
         for row, mine in session.prefetcher.arrivals(pending):
             given, is_first = rows[row], row not in begun
@@ -209,7 +209,7 @@ class LayerCache:
             merges[row].add(
                 session.attention.attend(given.query, slots, rolling, newest, params, centre)
             )
-        session.attended(pending)
+        session.step.attended(pending)
         session.recall.check(batch, self.layer_idx, rows, pending.groups, params)
 
     def _check_rows(self, batch: SequenceBatch, rows: list[RowInput]) -> None:

@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvswap.cache.arranger import Arranger
-from kvswap.cache.deadline import Deadline
+from kvswap.cache import parts
 from kvswap.cache.fit import IndexFitter
-from kvswap.cache.foresight import Foresight
-from kvswap.cache.groups_io import GroupIO
 from kvswap.cache.heads import HeadGroups
 from kvswap.cache.layer import LayerCache
-from kvswap.cache.pending import Pending
 from kvswap.cache.plan import CachePlan, plan_cache
 from kvswap.cache.prefetch import Prefetcher
-from kvswap.cache.rebuilt import RebuiltReads, make_turn
+from kvswap.cache.rebuilt import make_turn
 from kvswap.cache.recall import RecallSampler
-from kvswap.cache.records import RecordIO
-from kvswap.cache.residence import Reads, Residence
-from kvswap.cache.reuse import ReuseBuffer, SlotExchange, make_reuse
+from kvswap.cache.report import memory_report
 from kvswap.cache.reuse.checks import check_reuse
-from kvswap.cache.selection import GroupSelection, Reach
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.sequences import Sequences
-from kvswap.cache.steps import StepMemory
+from kvswap.cache.step_reads import StepReads
 from kvswap.cache.warm import Warmer
 from kvswap.core.config import CacheConfig
-from kvswap.core.errors import BudgetError, ConfigError, KVSwapError, SessionClosedError
+from kvswap.core.errors import BudgetError, ConfigError, SessionClosedError
 from kvswap.core.geometry import KVGeometry
 from kvswap.core.stats import CacheStats
 from kvswap.core.units import format_bytes
 from kvswap.kernels.accelerator import Accelerator
-from kvswap.placement import PLACEMENTS, Drives, FittedPlacement, Router
-from kvswap.predict import INDEXES, KeyIndex
 from kvswap.predict.selectors import check_selection
-from kvswap.storage.speeds import drive_models, drive_weights
 from kvswap.storage.store import BlockStore
 
 # What holds memory, given back when a session closes.
@@ -132,10 +122,7 @@ class CacheSession:
         self.is_selecting = False
         self.is_allocated = False
         self.prefill_total = 0  # tokens that a prefill will have stored; 0 while unknown
-        self._pending: dict[int, Pending] = {}
-        self._speculated: dict[int, Pending] = {}
-        self.foresight = Foresight(geometry.num_layers)
-        self.deadline = Deadline(self.geometry.num_layers) if config.deadline else None
+        self.step = StepReads(self)
         self._decode_base = (0, 0)
         self._is_closed = False
         self._is_within = False  # a forward, or what an interrupted one left
@@ -168,43 +155,21 @@ class CacheSession:
             If the disk cannot hold ``max_context`` tokens that the config asks for.
         """
         plan = self._plan_for(batch_size)
-        placement = PLACEMENTS[self.config.storage.layout](
-            num_layers=self.geometry.num_layers,
-            num_groups=plan.num_groups,
-            record_bytes=self.layout.record_bytes,
-            weights=self._drive_weights(),
-            replicas=self.config.storage.replicas,
-        )
+        placement = parts.make_placement(self, plan)
         if self.config.max_context is not None:
             self.store.check_room(*placement.planned_ends)
-        self.plan, self.placement, self.drives = plan, placement, self._drives()
+        self.plan, self.placement = plan, placement
+        self.drives = parts.make_drives(self)
         if self.turn is not None:
             self.turn.reserve(plan.num_groups)
             self.store.keep_halves()
         self.store.reserve_records(plan.num_groups * self.geometry.num_layers)
-        self.records = RecordIO(
-            GroupIO(self.store, placement, Router(self.drives)),
-            self.layout,
-            plan.staging_rows,
-            self.device,
-        )
-        self.residence = (
-            Residence.on_host(plan, self.records)
-            if self.accelerator is None
-            else Residence.on_device(plan, self.records, self.accelerator)
-        )
-        self._make_indexes(plan)
-        self.reuse = ReuseBuffer(
-            num_layers=self.geometry.num_layers,
-            num_slots=plan.num_slots,
-            num_groups=plan.num_groups,
-            record_bytes=self.layout.record_bytes,
-            policy=make_reuse(self.config.reuse),
-            exchange=self._exchange(plan),
-            pool=self.residence.pool,
-        )
+        self.records = parts.make_records(self, plan)
+        self.residence = parts.make_residence(self, plan)
+        self.indexes = parts.make_indexes(self, plan)
+        self.reuse = parts.make_reuse_buffer(self, plan)
         self.attention = self.residence.attention
-        self.reads = self._reads(plan)
+        self.reads = parts.make_reads(self, plan)
         self.prefetcher = Prefetcher(self.reuse, self.reads, self.counters)
         self.sequences = Sequences(
             self.layout,
@@ -214,84 +179,12 @@ class CacheSession:
             row_groups=plan.num_groups // plan.batch_size,
             turn=self.turn,
         )
-        self._make_selection(plan)
-        self.arranger = self._arranger(plan)
-        self.is_allocated = True
-
-    def _drive_weights(self) -> Sequence[float]:
-        """Return those that an opened store was made with, whatever profiles say now."""
-        saved = self.store.tables.get("placement.drives")
-        if saved is not None:
-            homes = saved if saved.ndim == 1 else saved[:, 0]
-            turns: list[float] = np.bincount(homes).tolist()
-            return turns
-        return drive_weights(self.config.storage, self.layout.record_bytes)
-
-    def _drives(self) -> Drives:
-        """Return the drives as they are now, which copies and layouts are chosen by."""
-        storage, record_bytes = self.config.storage, self.layout.record_bytes
-        gap_bytes = storage.gap_bytes(record_bytes)
-        return Drives.of(drive_models(storage), record_bytes, gap_bytes=gap_bytes)
-
-    def _arranger(self, plan: CachePlan) -> Arranger | None:
-        """Return what lays groups out anew, where that is wanted and something is selected."""
-        policy = self.reuse.policy
-        if not isinstance(self.placement, FittedPlacement) or not plan.rank:
-            return None
-        return Arranger(
-            self.store,
-            self.placement,
-            self.drives,
-            self.sequences.stored_groups,
-            StepMemory(self.geometry.num_layers, plan.batch_size, plan.budget_groups),
-            is_promised=self.config.max_context is not None,
-            on_clusters=policy.know_clusters if policy.wants_clusters else None,
-        )
-
-    def _reads(self, plan: CachePlan) -> Reads:
-        """Return what brings groups into slots; the indexes are there already."""
-        is_rebuilt = self.turn is not None and plan.rank
-        return RebuiltReads(self.records, self.indexes) if is_rebuilt else self.residence.reads
-
-    def _exchange(self, plan: CachePlan) -> SlotExchange | None:
-        """Return what moves slots between layers, none of which is left with too few."""
-        if not self.config.share_slots:
-            return None
-        selections = [groups * plan.batch_size for groups in plan.layer_groups]
-        return SlotExchange(plan.num_slots, [min(plan.num_slots, n) for n in selections])
-
-    def _make_indexes(self, plan: CachePlan) -> None:
-        self.indexes: list[KeyIndex] = [
-            INDEXES.get(self.config.index)(
-                self.geometry,
-                group_size=self.layout.group_size,
-                num_groups=plan.num_groups,
-                rank=plan.rank,
-                code=plan.code,
-            )
-            for _ in range(self.geometry.num_layers if plan.rank else 0)
-        ]
-        if self.turn is not None:
-            for index in self.indexes:
-                index.turn_by(self.turn)
-        if self.accelerator is not None:
-            for index in self.indexes:
-                if index.serves_device_with(plan.code):
-                    index.move(self.accelerator)
-
-    def _make_selection(self, plan: CachePlan) -> None:
-        policy = self.reuse.policy
-        self.selection = GroupSelection(
-            self.config,
-            self.indexes,
-            group_size=self.layout.group_size,
-            layer_groups=plan.layer_groups,
-            observe=policy.observe if policy.wants_scores else None,
-        )
-        self.warmer = Warmer(self)
-        self.recall = RecallSampler(self)
+        self.selection = parts.make_selection(self, plan)
+        self.warmer, self.recall = Warmer(self), RecallSampler(self)
         self.fitter = IndexFitter(self)
         self.fitter.load_projection()
+        self.arranger = parts.make_arranger(self, plan)
+        self.is_allocated = True
 
     @property
     def choice_groups(self) -> int:
@@ -299,56 +192,8 @@ class CacheSession:
         return self.plan.budget_groups if self.plan.rank else 0
 
     def memory_report(self) -> dict[str, int]:
-        """Return bytes held for the cache, by part, with their sum and the budget.
-
-        Returns
-        -------
-        dict of str to int
-            ``index, slots, rolling, tables, staging, workspace, total, budget``, and ``window``
-            where the config has queries kept to warm with. Workspace is the most that fitting,
-            scoring and unpacking take for a while; all else is what the arrays take now. Before
-            the first forward and after closing, what is planned. With slots on a device, each part
-            lies wholly on one side, so that ``landing`` and ``device_workspace`` are parts too, and
-            ``on_device`` is the sum of those there.
-        """
-        parts = dict(self.plan.parts)
-        if self.is_allocated and not self._is_closed:
-            batches = list(self.sequences)
-            tables = self.reuse.table_nbytes + self.placement.nbytes + self.store.table_bytes
-            tables += self.records.centres.nbytes + self.sequences.saved_nbytes
-            tables += sum(b.table_nbytes for b in batches)
-            tables += 0 if self.turn is None else self.turn.nbytes
-            tables += self.drives.nbytes
-            tables += 0 if self.arranger is None else self.arranger.nbytes
-            parts |= {
-                "index": sum(index.nbytes for index in self.indexes),
-                "slots": self.reuse.slots_nbytes,
-                "rolling": sum(batch.rolling.nbytes for batch in batches),
-                "tables": tables,
-                "staging": self.records.nbytes,
-            }
-            if "window" in parts:
-                parts["window"] = self.warmer.window.nbytes
-            if self.accelerator is not None:
-                parts = self._split_by_side(parts, batches)
-        sums = {"total": sum(parts.values()), "budget": self.config.kv_memory_bytes}
-        if self.accelerator is not None:
-            sums["on_device"] = sum(parts[name] for name in self.plan.device_parts)
-        return parts | sums
-
-    def _split_by_side(self, parts: dict[str, int], batches: list[SequenceBatch]) -> dict[str, int]:
-        """Count bookkeeping of what lies on the device among the tables, which do not."""
-        apart = {
-            "slots": self.residence.pool.nbytes,
-            "rolling": sum(batch.rolling.token_nbytes for batch in batches),
-        }
-        moved = sum(parts[name] - nbytes for name, nbytes in apart.items())
-        return parts | {
-            **apart,
-            "tables": parts["tables"] + moved,
-            "staging": parts["staging"] + self.residence.staging_nbytes,
-            "landing": self.residence.landing_nbytes,
-        }
+        """Return bytes held for the cache, by part: see `kvswap.cache.report.memory_report`."""
+        return memory_report(self)
 
     # -- sequences ------------------------------------------------------------------------
 
@@ -481,10 +326,7 @@ class CacheSession:
     @contextmanager
     def apart_from_decode(self) -> Iterator[None]:
         """Keep the reads inside out of the decode counters; they stay in the engine's own."""
-        for pending in (*self._pending.values(), *self._speculated.values()):
-            for part in pending.in_flight():  # the step's own, not counted yet
-                with suppress(KVSwapError):  # its layer's wait will say it
-                    part.settle()
+        self.step.wait()  # its own reads are not counted yet
         before = (self.store.stats.bytes_read, self.store.stats.reads)
         yield
         bytes_read = self.store.stats.bytes_read - before[0]
@@ -496,20 +338,10 @@ class CacheSession:
 
         It may have given out slots that it never filled.
         """
-        self.finish_reads()
-        if self.deadline is not None:
-            self.deadline.forget_step()
+        self.step.forget()
         if self._is_within or not self.reuse.is_sound:
             self._is_within = False
             self.reuse.clear()
-
-    def finish_reads(self) -> None:
-        """Finish reads in flight that no layer waits for; slots of failed ones are given back."""
-        for waiting in (self._pending, self._speculated):
-            for pending in waiting.values():
-                with suppress(KVSwapError):
-                    self.prefetcher.finish(pending)
-            waiting.clear()
 
     @property
     def index_ready(self) -> bool:
@@ -521,111 +353,6 @@ class CacheSession:
         if self.indexes and self.indexes[layer_idx].wants_queries:
             index = self.indexes[layer_idx]
             index.observe_queries(query.to(index.device))
-
-    def is_to_predict(self, layer_idx: int) -> bool:
-        """Whether a model's layer's query is to be estimated in this step; called once in it."""
-        if not self.config.estimates:
-            return False
-        if self.deadline is not None or not self.config.correct_prediction:
-            return True
-        return self.foresight.is_worth_it(layer_idx)
-
-    @contextmanager
-    def predicting(self, layer_idx: int) -> Iterator[None]:
-        """Count the time of a prediction for a model's layer against what it saves."""
-        begin = time.perf_counter()
-        yield
-        self.foresight.spend(layer_idx, time.perf_counter() - begin)
-
-    def predict(
-        self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], *, scaling: float
-    ) -> None:
-        """Submit the reads of an estimated query's selection before its layer begins."""
-        is_final = not self.config.correct_prediction
-        reach = self._reach(layer_idx, is_ahead=True)
-        into = self._pending if is_final else self._speculated
-        groups = self.selection.select(
-            batch, layer_idx, queries, scaling=scaling, is_final=is_final, reach=reach
-        )
-        self._note_reads(self._submit(into, layer_idx, groups), reach, is_ahead=True)
-
-    def _submit(
-        self,
-        into: dict[int, Pending],
-        layer_idx: int,
-        groups: Iterable[np.ndarray],
-        ahead: Pending | None = None,
-    ) -> Pending:
-        """Submit row after row what is missing; an interruption finds it in the table."""
-        into[layer_idx] = pending = self.prefetcher.begin(layer_idx, ahead=ahead)
-        for mine in groups:
-            self.prefetcher.add(pending, mine)
-        return pending
-
-    def read_ahead(self, layer_idx: int, groups: Iterable[np.ndarray]) -> int:
-        """Submit a read of a layer's groups, an array a row; return how many are being read.
-
-        None are where not all of them have slots. `finish_reads` ends it.
-        """
-        pending = self._submit(self._speculated, layer_idx, groups)
-        return len(pending.missing) if pending.fits else 0
-
-    def is_selected(self, layer_idx: int) -> bool:
-        """Whether a layer's selection is on its way in this forward."""
-        return layer_idx in self._pending
-
-    def select_ahead(
-        self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], *, scaling: float
-    ) -> None:
-        """Select by a layer's real query and submit what is missing; `selected` returns it.
-
-        Parameters
-        ----------
-        batch : SequenceBatch
-        layer_idx : int
-        queries : list of Tensor [num_heads, q_len, head_dim]
-            One a row.
-        scaling : float
-        """
-        reach = self._reach(layer_idx, is_ahead=False)
-        groups = self.selection.select(batch, layer_idx, queries, scaling=scaling, reach=reach)
-        ahead = self._speculated.get(layer_idx)
-        pending = self._submit(self._pending, layer_idx, groups, ahead)
-        self._speculated.pop(layer_idx, None)  # the new one waits for it
-        self._note_reads(pending, reach, is_ahead=False)
-
-    def _reach(self, layer_idx: int, *, is_ahead: bool) -> Reach | None:
-        """Return what can be read until a layer attends; None where that is no matter."""
-        if self.deadline is None:
-            return None
-        limit = self.deadline.limit(layer_idx, is_ahead=is_ahead)
-        return None if limit is None else Reach(self.reuse.rows_of(layer_idx), limit)
-
-    def _note_reads(self, pending: Pending, reach: Reach | None, *, is_ahead: bool) -> None:
-        if self.deadline is not None:
-            is_read = pending.fits or self._pending.get(pending.layer_idx) is pending
-            limit, count = reach and reach.limit, len(pending.missing) if is_read else 0
-            self.deadline.submitted(pending.layer_idx, count, limit, is_ahead=is_ahead)
-
-    def selected(
-        self, batch: SequenceBatch, layer_idx: int, queries: list[Tensor], *, scaling: float
-    ) -> Pending:
-        """Return a layer's selection on its way: the one submitted, or its real query's now."""
-        if layer_idx not in self._pending:
-            self.select_ahead(batch, layer_idx, queries, scaling=scaling)
-        if self.deadline is not None:
-            self.deadline.attends(layer_idx)
-        return self._pending[layer_idx]
-
-    def attended(self, pending: Pending) -> None:
-        """Learn from a layer that has waited for its groups; its selection is done with."""
-        self._pending.pop(pending.layer_idx, None)
-        if self.arranger is not None:
-            self.arranger.note(pending.layer_idx, pending.groups)
-        layer_idx, part = divmod(pending.layer_idx, self.heads.count)
-        self.foresight.learn(layer_idx, pending.stall_s, is_last=part == self.heads.count - 1)
-        if self.deadline is not None:
-            self.deadline.arrived(pending.layer_idx, pending.stall_s)
 
     # -- life -----------------------------------------------------------------------------
 

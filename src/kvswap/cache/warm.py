@@ -55,7 +55,7 @@ class Warmer:
         session = self._session
         for layer_idx in range(session.geometry.num_layers):
             self._submit(batch, layer_idx)
-        session.finish_reads()
+        session.step.finish()
         self.window.forget()
 
     def _submit(self, batch: SequenceBatch, layer_idx: int) -> None:
@@ -67,7 +67,7 @@ class Warmer:
         groups = session.selection.select(
             batch, layer_idx, queries, scaling=params.scaling, is_final=False
         )
-        session.counters.groups_warmed += session.read_ahead(layer_idx, groups)
+        session.counters.groups_warmed += session.step.read_ahead(layer_idx, groups)
         if session.arranger is not None:
             self._remember(batch, layer_idx, queries, params.scaling)
 

@@ -185,11 +185,11 @@ class Forwards:
         if self._armed != layer_idx or not self._selects(layer_idx):
             return
         disk_idx, heads = self.disk.index(layer_idx), self.session.heads
-        if not self.session.is_selected(heads.first(disk_idx)):
+        if not self.session.step.is_selected(heads.first(disk_idx)):
             query = self._by_row(estimator.finish(output, self._positions))
             scaling = self._scaling(layer_idx)
             for at, part in heads.split(disk_idx, query):
-                self.session.select_ahead(self._rows(), at, part, scaling=scaling)
+                self.session.step.select(self._rows(), at, part, scaling=scaling)
 
     @counted
     def attention_added(self, layer_idx: int, residual: Tensor) -> None:
@@ -200,13 +200,13 @@ class Forwards:
         disk_idx = self.disk.index(following)
         binding = self.binding
         estimator = binding.estimators[following] if binding is not None else None
-        if estimator is None or not self.session.is_to_predict(disk_idx):
+        if estimator is None or not self.session.step.is_to_predict(disk_idx):
             return
-        with self.session.predicting(disk_idx):
+        with self.session.step.predicting(disk_idx):
             query = self._by_row(estimator.estimate(residual, self._positions))
             scaling = self._scaling(following)
             for at, part in self.session.heads.split(disk_idx, query):
-                self.session.predict(self._rows(), at, part, scaling=scaling)
+                self.session.step.predict(self._rows(), at, part, scaling=scaling)
 
     def _selects(self, layer_idx: int) -> bool:
         return (

@@ -19,7 +19,7 @@ from kvswap.core.errors import ConfigError
 from kvswap.placement.clusters import Clusters, find_clusters
 from kvswap.placement.coactivation import MOST_BYTES, CoActivation, Normalisation
 from kvswap.placement.drives import Drives
-from kvswap.placement.layouts import Layout, LayoutTask, lay_out
+from kvswap.placement.layouts import DEFAULT_RUN, Layout, LayoutTask, lay_out
 from kvswap.placement.packing import pack
 from kvswap.placement.replay import replay
 from kvswap.placement.selections import Selections
@@ -106,7 +106,8 @@ class Fit:
     Attributes
     ----------
     value : float or str or None
-        The radius, None for groups alone; or the layout's name.
+        The radius, None for groups alone; or what the layout is called, which names the length
+        of runs where that was chosen too.
     seconds : dict
         What the held-out steps took, by what was tried.
     """
@@ -184,8 +185,9 @@ def fit_layout(
 ) -> tuple[Layout, Fit]:
     """Choose between token order, the packed order and, of several drives, its balanced partings.
 
-    The layout that the steps held out are read soonest from; of those about as good, the one that
-    makes the fewest requests, which drives that serve several at once have most of.
+    The layout that the steps held out are read soonest from. Of those about as good it is token
+    order, or else the one that makes the fewest requests, which drives that serve several at once
+    are read the sooner for.
 
     Parameters
     ----------
@@ -224,7 +226,7 @@ def fit_layout(
     best = min(near, key=lambda label: (label != TOKEN_ORDER, times[label].requests.sum()))
     if now is not None:
         seconds[NOW] = float(replay(held.reads, now, drives).step_seconds.sum())
-        if seconds[best] > _WORTH_IT * seconds[NOW]:
+        if seconds[best] >= _WORTH_IT * seconds[NOW]:
             return now, Fit(value=NOW, seconds=seconds)
     name, run = _tried(drives)[best]
     return lay_out(name, replace(task(recording), run=run)), Fit(value=best, seconds=seconds)
@@ -232,7 +234,7 @@ def fit_layout(
 
 def _tried(drives: Drives) -> dict[str, tuple[str, int]]:
     """Return the layouts that are tried, by label: the strategy's name and the length of runs."""
-    tried = {name: (name, max(RUNS)) for name in (TOKEN_ORDER, "packed")}
+    tried = {name: (name, DEFAULT_RUN) for name in (TOKEN_ORDER, "packed")}
     if len(drives) > 1:  # else there is nothing to balance
         tried |= {f"balanced, runs of {run}": ("balanced", run) for run in RUNS}
     return tried

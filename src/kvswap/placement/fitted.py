@@ -30,7 +30,8 @@ class FittedPlacement(SequentialPlacement):
     they are read from where they were. `tidy` gives back the stripes that no layer needs any more.
 
     A layout has as many stripes on each drive as its longest layer asks for; as in stripes of
-    tokens, each layer has a part of each.
+    tokens, each layer has a part of each. Layers go back and forth between two layouts, or three
+    where one was saved, whichever of them moves when: `free_layout` says which is free.
     """
 
     def __init__(self, **shape: Any) -> None:
@@ -41,6 +42,7 @@ class FittedPlacement(SequentialPlacement):
         # Stripes of each layout by drive; by layer, which layout it has, 0 for none.
         self._held: dict[int, list[np.ndarray]] = {}
         self._layout_of = np.zeros(self._num_layers, np.int64)
+        self._kept_layout_of = self._layout_of.copy()
         self._is_new = np.zeros(self.num_groups, bool)  # taken since `watch` was called
 
     @classmethod
@@ -51,7 +53,7 @@ class FittedPlacement(SequentialPlacement):
         return (
             base
             + num_groups
-            + num_layers * (num_groups * replicas * _ENTRY_BYTES + 8)
+            + num_layers * (num_groups * replicas * _ENTRY_BYTES + 16)
             + _MOST_LAYOUTS * replicas * stripes * 10
         )
 
@@ -60,7 +62,8 @@ class FittedPlacement(SequentialPlacement):
         """Bytes of the tables."""
         held = sum(stripes.nbytes for each in self._held.values() for stripes in each)
         own = self._on.nbytes + self._records.nbytes
-        return super().nbytes + held + own + self._layout_of.nbytes + self._is_new.nbytes
+        own += self._layout_of.nbytes + self._kept_layout_of.nbytes
+        return super().nbytes + held + own + self._is_new.nbytes
 
     def allocate(self, count: int, *, after: int) -> np.ndarray:
         """Take ids as `SequentialPlacement` does; what lay there before is forgotten."""
@@ -82,10 +85,10 @@ class FittedPlacement(SequentialPlacement):
 
     # -- new layouts ----------------------------------------------------------------------
 
-    @property
-    def last_layout(self) -> int:
-        """The highest number of a layout that holds stripes; 0 where none does."""
-        return max(self._held, default=0)
+    def free_layout(self, layer_idx: int) -> int:
+        """Return the lowest number of a layout of which a layer's part holds nothing needed."""
+        needed = {int(self._layout_of[layer_idx]), int(self._kept_layout_of[layer_idx])}
+        return next(number for number in range(1, _MOST_LAYOUTS + 1) if number not in needed)
 
     def is_fitted(self, layer_idx: int) -> bool:
         """Whether a layer has a layout of its own."""
@@ -121,15 +124,14 @@ class FittedPlacement(SequentialPlacement):
         layout : Layout
             Of some groups, which are named when it is adopted; no more copies than there are.
         number : int
-            Above 0, and above that of the layer's layout. Layers whose layouts have one number
-            share stripes.
+            Of `free_layout`. Layers whose layouts have one number share stripes.
 
         Returns
         -------
         Copies
             Where the records are to be.
         """
-        assert number > self._layout_of[layer_idx], "a layer has one layout of a number"
+        assert number != self._layout_of[layer_idx], "it is read from there"
         more = self._more_stripes(layout, number)
         held = self._held.setdefault(number, [np.zeros(0, np.int64) for _ in self._stripes])
         for device, count in enumerate(more):
@@ -174,12 +176,14 @@ class FittedPlacement(SequentialPlacement):
         devices = self._devices_of(unneeded)
         for device, held in enumerate(self._stripes):
             mine = unneeded[devices == device]
-            held.give(self._stripe_of[mine])
+            stripes = self._stripe_of[mine]
             self._stripe_of[mine] = -1
+            held.give(stripes)
         self._shift_ids()
 
     def keep(self) -> None:
         """Let nothing that is in use now be overwritten before the next call: it was saved."""
+        self._kept_layout_of = self._layout_of.copy()
         for stripes in self._stripes:
             stripes.keep()
 

@@ -25,6 +25,7 @@ from kvswap.placement.drives import Drives
 from kvswap.placement.selections import Selections
 
 _LAYOUTS: Registry[LayoutStrategy] = Registry("layout")
+DEFAULT_RUN = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class LayoutTask:
     )
     replicas: int = 1
     most_copies: int | None = None
-    run: int = 8
+    run: int = DEFAULT_RUN
     seed: int = 0
 
     def __post_init__(self) -> None:
