@@ -176,5 +176,27 @@ def test_old_places_are_used_again_whichever_layers_move(movers, is_saved):
     assert most <= (4 if is_saved else 2) * once
 
 
+def test_saves_in_between_let_layouts_take_five_times_the_room_and_no_more():
+    settings = {"num_layers": 3, "record_bytes": 2**17, "replicas": 1}
+    placement = FittedPlacement(num_groups=512, weights=(1.0,), **settings)
+    groups = placement.allocate(512, after=-1)
+    drives = Drives.of([PRESETS["swarm"]], 2**17)
+    task = LayoutTask(clusters=Clusters.alone(512), order=groups[::-1], drives=drives)
+    once = furthest(placement)
+    for moved in ("abc", "save", "bc", "save", "c", "c", "save", *"aacbbcabca"):
+        if moved == "save":
+            placement.keep()
+            continue
+        for layer in ("abc".index(name) for name in moved):
+            placement.watch()
+            number = placement.free_layout(layer)
+            copies = placement.begin(layer, lay_out("packed", task), number)
+            placement.adopt(layer, groups, copies, number)
+            most = FittedPlacement.plan_bytes(512, num_drives=1, **settings)
+            assert placement.nbytes <= most
+        placement.tidy()
+    assert furthest(placement) == 6 * once
+
+
 def furthest(placement: FittedPlacement) -> int:
     return max(placement.end_bytes_with(np.zeros(0, np.int64)))

@@ -13,6 +13,7 @@ from kvswap.placement.sequential import SequentialPlacement
 
 _ENTRY_BYTES = 6  # of a copy: its drive, and its record's number there
 _MOST_LAYOUTS = 3  # that hold stripes at once: the one in use, its successor, and what is saved
+_MOST_REACH = 7  # drives' ends, in stripes of tokens: with those that a saved state protects
 
 
 class FittedPlacement(SequentialPlacement):
@@ -54,7 +55,7 @@ class FittedPlacement(SequentialPlacement):
             base
             + num_groups
             + num_layers * (num_groups * replicas * _ENTRY_BYTES + 16)
-            + _MOST_LAYOUTS * replicas * stripes * 10
+            + replicas * stripes * (8 * _MOST_LAYOUTS + 2 * _MOST_REACH)
         )
 
     @property
