@@ -165,10 +165,7 @@ def test_old_places_are_used_again_whichever_layers_move(movers, is_saved):
     once, most = furthest(placement), 0
     for turn, layers in enumerate(turns):
         for layer in layers:
-            placement.watch()
-            number = placement.free_layout(layer)
-            copies = placement.begin(layer, lay_out("packed", task), number)
-            placement.adopt(layer, groups, copies, number)
+            move(placement, layer, groups, task)
         placement.tidy()
         if is_saved and turn % 3 == 0:
             placement.keep()
@@ -188,14 +185,18 @@ def test_saves_in_between_let_layouts_take_five_times_the_room_and_no_more():
             placement.keep()
             continue
         for layer in ("abc".index(name) for name in moved):
-            placement.watch()
-            number = placement.free_layout(layer)
-            copies = placement.begin(layer, lay_out("packed", task), number)
-            placement.adopt(layer, groups, copies, number)
+            move(placement, layer, groups, task)
             most = FittedPlacement.plan_bytes(512, num_drives=1, **settings)
             assert placement.nbytes <= most
         placement.tidy()
     assert furthest(placement) == 6 * once
+
+
+def move(placement: FittedPlacement, layer: int, groups: np.ndarray, task: LayoutTask) -> None:
+    placement.watch()
+    number = placement.free_layout(layer)
+    copies = placement.begin(layer, lay_out("packed", task), number)
+    placement.adopt(layer, groups, copies, number)
 
 
 def furthest(placement: FittedPlacement) -> int:

@@ -40,16 +40,13 @@ class StepReads:
         self._session = session
         self._pending: dict[int, Pending] = {}
         self._speculated: dict[int, Pending] = {}
-        self.foresight = Foresight(session.heads.geometry.num_layers)
-        self.deadline: Deadline | None = None
-        if session.config.deadline:
-            self.deadline = Deadline(session.geometry.num_layers)
+        self.begin_anew()
 
     def begin_anew(self) -> None:
         """Forget what earlier steps taught about the device's speed and the estimates' worth."""
-        self.foresight = Foresight(self._session.heads.geometry.num_layers)
-        if self.deadline is not None:
-            self.deadline = Deadline(self._session.geometry.num_layers)
+        session = self._session
+        self.foresight = Foresight(session.heads.geometry.num_layers)
+        self.deadline = Deadline(session.geometry.num_layers) if session.config.deadline else None
 
     # -- estimated queries ----------------------------------------------------------------
 

@@ -213,10 +213,10 @@ def fit_layout(
         )
 
     training, held = recording.held_out()
-    known = task(training)
+    known, tried = task(training), _tried(drives)
     times = {
         label: replay(held.reads, lay_out(name, replace(known, run=run)), drives)
-        for label, (name, run) in _tried(drives).items()
+        for label, (name, run) in tried.items()
     }
     seconds: dict[float | str | None, float] = {
         label: float(each.step_seconds.sum()) for label, each in times.items()
@@ -228,7 +228,7 @@ def fit_layout(
         seconds[NOW] = float(replay(held.reads, now, drives).step_seconds.sum())
         if seconds[best] >= _WORTH_IT * seconds[NOW]:
             return now, Fit(value=NOW, seconds=seconds)
-    name, run = _tried(drives)[best]
+    name, run = tried[best]
     return lay_out(name, replace(task(recording), run=run)), Fit(value=best, seconds=seconds)
 
 
