@@ -129,6 +129,7 @@ def test_a_directory_that_is_no_disk_is_refused_unless_forced(
         (("--group-size", "3"), "group_size must be a power of two"),
         (("--device-model", "floppy"), "device_model must be"),
         (("--reuse", "1"), "--reuse"),
+        (("--context", "99999999"), "max_context must be at most the model's"),
         (("--model", "nowhere/at/all"), "model must be"),
         (("--kv-dir", "nowhere"), "nowhere"),
         (("--profile", "config/config.json"), "profile must be a file made by"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -109,6 +110,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert result.err.count("\n") == 1
     assert word in result.err
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "kv"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(
+    kvswap, kv_dir, tmp_path, monkeypatch
+):
+    shut, access = tmp_path / "shut", os.access
+    shut.mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: path != shut and access(path, mode))
+    result = kvswap("profile", kv_dir, "--output", shut / "device.json")
+    assert (result.code, result.out) == (2, "")
+    assert f"output must be writable, got {shut}" in result.err
+    assert not any(kv_dir.iterdir())
 
 
 def test_without_room_it_says_what_there_is(kvswap, kv_dir):

@@ -61,6 +61,7 @@ def test_a_plain_device_is_not_doubted():
     [
         ({"facts": facts(file_system="tmpfs")}, ["in_memory"]),
         ({"facts": facts(file_system="ramfs"), "reread_ratio": 9.0}, ["in_memory"]),
+        ({"facts": facts(file_system="overlay")}, ["in_memory"]),
         ({"is_direct": False}, ["not_direct"]),
         ({"reread_ratio": 3.1}, ["cached"]),
         ({"reread_ratio": 2.9}, []),

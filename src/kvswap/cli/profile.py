@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -55,6 +56,8 @@ def profile(
     target = output or directory / PROFILE_NAME
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"output must be in an existing directory, got {target}")
+    if not os.access(target if target.exists() else target.absolute().parent, os.W_OK):
+        raise ConfigError(f"output must be writable, got {target}")
     if plot is not None:
         from kvswap.bench.plots import check_plot
 

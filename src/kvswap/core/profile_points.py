@@ -19,8 +19,9 @@ WARNINGS = (
     "throttled",
     "unfinished",
 )
-"""Kinds of `ProfileWarning`: files lie in memory; the page cache takes part; another cache does; a
-turning disk; little room; rates that fall or vary; points that there was no time or room for."""
+"""Kinds of `ProfileWarning`: files lie in memory, or in layers of files; the page cache takes part;
+another cache does; a turning disk; little room; rates that fall or vary; points that there was no
+time or room for."""
 
 _DERIVED = ("bytes_per_s", "iops")
 

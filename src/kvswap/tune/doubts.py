@@ -79,6 +79,11 @@ def _in_memory(seen: Evidence) -> Iterator[str]:
             f"files lie in memory ({seen.facts.file_system}): the figures are those of memory, and"
             " a cache there saves none"
         )
+    elif seen.facts.is_no_disk:
+        yield (
+            f"files lie in layers over one another ({seen.facts.file_system}): the figures are not"
+            " those of one drive, and plan and tune refuse such a directory"
+        )
 
 
 def _not_direct(seen: Evidence) -> Iterator[str]:

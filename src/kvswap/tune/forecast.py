@@ -15,6 +15,7 @@ from kvswap.core.config import REUSE, CacheConfig, Progress
 from kvswap.core.device_profile import DeviceProfile
 from kvswap.core.errors import BudgetError, ConfigError
 from kvswap.core.units import ceil_div
+from kvswap.hf.attach import context_limit
 from kvswap.placement import SequentialPlacement
 from kvswap.storage.directory import check_directories
 from kvswap.storage.facts import device_facts
@@ -198,6 +199,7 @@ def forecast(
         raise ConfigError("max_context must be given, got None")
     if not 0 <= reuse < 1:
         raise ConfigError(f"reuse must be in [0, 1), got {reuse}")
+    context_limit(outline.shape, config)
     directories = check_directories(config.storage.directories)
     if len(directories) > 1:
         profile = None
