@@ -7,12 +7,13 @@ interrupted run goes on where it was:
 
     python -m benchmarks.paper --kv-dir . --work paper
     python -m benchmarks.paper --kv-dir . --work paper --only claims --devices emmc --batches 8
-    python -m benchmarks.paper --work paper --report paper/report.html --only report
+    python -m benchmarks.paper --only report --cells benchmarks/results/paper_cells.jsonl.xz
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from kvswap.core.device_model import PRESETS
 
 from . import claims, experiments
 from .cells import Cells
-from .contenders import ALL, OURS
+from .contenders import ALL, OURS, Contender
+from .findings import Findings
 from .reader import Reader
 from .report import write_report
 from .steps import Cell
@@ -51,6 +53,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kv-dir", type=Path, default=None)
     parser.add_argument("--fast-dir", type=Path, default=FAST_DIR, help="for fast devices")
     parser.add_argument("--work", type=Path, default=Path("paper"), help="findings are kept here")
+    parser.add_argument(
+        "--cells", type=Path, default=None, help="findings; default: cells.jsonl in the work folder"
+    )
     parser.add_argument("--report", type=Path, default=None, help="default: in the work folder")
     parser.add_argument("--results", type=Path, default=None)
     parser.add_argument("--json", action="store_true", help="print the records")
@@ -61,6 +66,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     args.own_results = HERE / "results" / "paper.jsonl"
     args.report = args.report or args.work / "report.html"
+    args.cells = args.cells or args.work / "cells.jsonl"
+    if args.cells.suffix == ".xz" and set(args.only) != {"report"}:
+        parser.error("packed findings are for --only report: unpack them to go on")
     return args
 
 
@@ -78,7 +86,7 @@ def _is_asked(args: argparse.Namespace, cell: Cell) -> bool:
     )
 
 
-def run(args: argparse.Namespace, directory: Path, fast: Path) -> Cells:
+def run(args: argparse.Namespace, pace: Pace, directory: Path, fast: Path) -> Cells:
     """Time all that is asked for; return what is known."""
     readers: dict[int, Reader] = {}
 
@@ -95,21 +103,61 @@ def run(args: argparse.Namespace, directory: Path, fast: Path) -> Cells:
     def place(device: str) -> Path:
         return fast if PRESETS[device].bytes_per_s > LOCAL_BYTES_PER_S else directory
 
-    kept = args.work / "cells.jsonl"
-    ours = OURS[:1] if args.quick else OURS
-    cells = Cells(reader, place, kept, samples=args.samples, seed=args.seed, ours=ours)
-    contenders = [each for each in ALL if args.contenders is None or each.name in args.contenders]
-    for name, wanted in cells_of(args).items():
-        if name not in args.only:
-            continue
-        for number, cell in enumerate(wanted, start=1):
-            progress(f"{name}, {number} of {len(wanted)}")
-            cells.run(
-                cell,
-                [each for each in contenders if experiments.takes(cell, each, part=name)],
-                with_answers=name in experiments.WITH_ANSWERS,
-            )
+    setting = {"reader": args.reader.name, "questions": args.questions, "seed": args.seed}
+    cells = Cells(
+        reader,
+        place,
+        Findings(args.cells, setting),
+        samples=args.samples,
+        seed=args.seed,
+        ours=OURS[:1] if args.quick else OURS,
+        on_found=pace.tick,
+    )
+    asked = [
+        (name, cell, _contenders(args, cell, part=name))
+        for name, wanted in cells_of(args).items()
+        if name in args.only
+        for cell in wanted
+    ]
+    left = {(cell, each.name) for _, cell, them in asked for each in cells.left(cell, them)}
+    pace.begin(len(left))
+    for number, (name, cell, contenders) in enumerate(asked, start=1):
+        progress(f"{name}, cell {number} of {len(asked)}")
+        cells.run(cell, contenders, with_answers=name in experiments.WITH_ANSWERS)
     return cells
+
+
+def _contenders(args: argparse.Namespace, cell: Cell, *, part: str) -> list[Contender]:
+    return [
+        each
+        for each in ALL
+        if (args.contenders is None or each.name in args.contenders)
+        and experiments.takes(cell, each, part=part)
+    ]
+
+
+class Pace:
+    """Says how many contenders are left, and about how long they take.
+
+    Attributes
+    ----------
+    done : int
+        Timed in this run.
+    """
+
+    def __init__(self) -> None:
+        self.done, self._total, self._begin = 0, 0, time.monotonic()
+
+    def begin(self, total: int) -> None:
+        """Start to count."""
+        self._total, self._begin = total, time.monotonic()
+
+    def tick(self) -> None:
+        """Count one."""
+        self.done += 1
+        left = self._total - self.done
+        minutes = (time.monotonic() - self._begin) / self.done * left / 60
+        progress(f"  {self.done} of {self._total}, about {minutes:.0f} minutes left")
 
 
 def common(args: argparse.Namespace, directory: Path) -> Mapping[str, Any]:
@@ -125,16 +173,17 @@ def main() -> None:
     """Time, keep records, write the report."""
     args = parse_arguments()
     args.work.mkdir(parents=True, exist_ok=True)
+    pace = Pace()
     fast_dir = args.fast_dir if args.fast_dir.is_dir() else args.kv_dir
     with (
         ended_by_signals(),
         store_directory(args.kv_dir) as directory,
         store_directory(fast_dir) as fast,
     ):
-        cells = run(args, directory, fast)
+        cells = run(args, pace, directory, fast)
         named = common(args, directory)
     parts = experiments.parts(args.layers, is_quick=args.quick)
-    if "claims" in args.only:
+    if args.only == ["claims"] or (pace.done and "claims" in args.only):
         places = {(cell.device, cell.batch): cell for cell in parts["claims"]}
         publish(claims.records(cells, places, named), args)
     write_report(args.report, parts, cells)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from kvswap.bench.script import progress
 from kvswap.hf.cache import KVSwapCache
 
 from .contenders import KVSWAP_PUBLISHED, KVSWAP_TIGHT, OURS, Contender
+from .findings import Findings
 from .reader import Reader, Seen, recall_reached
 from .steps import Bench, Cell, Entry, alternated, in_memory_report, report
 
@@ -33,7 +33,8 @@ class Ranked:
     seen : Seen or None
         None where all is attended to.
     is_reached : bool
-        Whether it covers as much as kvswap does; else its memory was full before.
+        Whether it covers as much as kvswap does; else its memory was full before, or its tokens
+        were to stay as published.
     """
 
     entry: Entry
@@ -84,27 +85,29 @@ class Cells:
         ``reader(context)`` gives the trained one with documents so long.
     directories : callable
         ``directories(device)`` says where its stores lie.
-    kept : Path
-        One finding a line.
+    findings : Findings
+        What has been found already, and is kept.
     samples, seed : int
     ours : sequence of Contender
         What kvswap is tuned among.
+    on_found : callable
+        Called after each contender.
     """
 
     def __init__(
         self,
         reader: Callable[[int], Reader],
         directories: Callable[[str], Path],
-        kept: Path,
+        findings: Findings,
         *,
         samples: int,
         seed: int,
         ours: Sequence[Contender] = OURS,
+        on_found: Callable[[], None] = lambda: None,
     ) -> None:
-        self._reader, self._directories, self._kept = reader, directories, kept
+        self._reader, self._directories, self._findings = reader, directories, findings
         self._samples, self._seed, self._ours = samples, seed, ours
-        lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
-        self.found: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self._on_found = on_found
 
     def of(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """Return the findings of a cell, by contender."""
@@ -112,14 +115,22 @@ class Cells:
 
     def known(self, cell: Cell) -> dict[str, dict[str, Any]]:
         """Return the same with what does not fit its memory, of which nothing is timed."""
-        mine = [each for each in self.found if each["cell"] == cell.to_dict()]
-        return {each["contender"]: each for each in mine}
+        return self._findings.of(cell.to_dict())
+
+    def left(self, cell: Cell, contenders: Iterable[Contender]) -> list[Contender]:
+        """Return those of which nothing is known; what had no room may have it now."""
+        known, free = self.known(cell), free_memory_bytes()
+        return [
+            each
+            for each in contenders
+            if each.name not in known or known[each.name].get("needs_bytes", free + 1) <= free
+        ]
 
     def run(
         self, cell: Cell, contenders: Iterable[Contender], *, with_answers: bool = False
     ) -> None:
         """Time what has not been timed of a cell; let the reader answer as each if asked to."""
-        left = [each for each in contenders if each.name not in self.known(cell)]
+        left = self.left(cell, contenders)
         if not left:
             return
         progress(f"{cell.device}, {cell.batch} x {cell.context}: kvswap")
@@ -139,7 +150,8 @@ class Cells:
                 if with_answers and "seconds" in found:
                     found["answers"] = self._answers(reader, contender, found, cell)
                     found["ours"]["answers"] = own_answers
-                self._keep(named | found)
+                self._findings.keep(named | found)
+                self._on_found()
                 beside.cut_back()
 
     def _on_disk(
@@ -214,17 +226,11 @@ class Cells:
             directory=self._directories(cell.device),
         )
 
-    def _keep(self, named: dict[str, Any]) -> None:
-        self.found.append(named)
-        self._kept.parent.mkdir(parents=True, exist_ok=True)
-        with self._kept.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(named) + "\n")
-
 
 def ranked(
     reader: Reader, bench: Bench, contender: Contender, device: str, *, wanted: float
 ) -> Ranked:
-    """Return a contender with its tokens raised until it covers what is wanted."""
+    """Return a contender with its tokens raised, if they may be, until it covers what is wanted."""
     if contender.index is None:
         return Ranked(
             entry=Entry(contender=contender, tokens=bench.cell.context, trace=None),
@@ -236,7 +242,7 @@ def ranked(
         contender,
         contender.group_size(device),
         wanted=wanted,
-        most_tokens=bench.most_tokens(contender, device),
+        most_tokens=bench.most_tokens(contender, device) if contender.raises else 0,
     )
     entry = Entry(contender=contender, tokens=seen.tokens, trace=trace)
     return Ranked(entry=entry, seen=seen, is_reached=is_reached)
@@ -249,4 +255,5 @@ def _what(rank: Ranked) -> dict[str, Any]:
         "rank_share": rank.entry.contender.rank_share,
         "recall": 1.0 if seen is None else seen.recall,
         "is_reached": rank.is_reached,
+        "raises": rank.entry.contender.raises,
     }

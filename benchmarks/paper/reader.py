@@ -89,13 +89,15 @@ class Reader:
 
     def see(self, contender: Contender, group_size: int, tokens: int) -> tuple[Seen, Path]:
         """Return what a contender covers with so many tokens, and its trace's file."""
-        selects = contender.selects(self._geometry, group_size, tokens)
+        selects = _config(contender, self._geometry, group_size, tokens).to_dict()
         name = hashlib.sha256(json.dumps(selects, sort_keys=True).encode()).hexdigest()[:16]
         kept, trace = self._work / f"{name}.json", self._work / f"{name}.npz"
         if not kept.exists():
             self._work.mkdir(parents=True, exist_ok=True)
             seen = self._follow(contender, group_size, tokens, trace)
-            kept.write_text(json.dumps(asdict(seen)), encoding="utf-8")
+            part = kept.with_suffix(".part")
+            part.write_text(json.dumps(asdict(seen)), encoding="utf-8")
+            part.rename(kept)
         return Seen(**json.loads(kept.read_text(encoding="utf-8"))), trace
 
     def answers(
@@ -151,13 +153,12 @@ class _Walk:
         self, geometry: KVGeometry, contender: Contender, group_size: int, tokens: int
     ) -> None:
         self._size = group_size
-        fields = contender.selects(geometry, group_size, tokens)
-        self._config = CacheConfig(kv_memory=1, storage=StorageConfig(directories=["."]), **fields)
+        self._config = _config(contender, geometry, group_size, tokens)
         self._heads = self._config.head_groups
         self._one = _of_one_layer(geometry.split(self._heads), group_size)
         self._estimator = _estimator(self._config, self._one.geometry, group_size)
         self._scaling = geometry.head_dim**-0.5
-        self._budget = int(fields["budget_tokens"]) // group_size
+        self._budget = int(self._config.budget_tokens) // group_size  # type: ignore[arg-type]
 
     def document(self, read: _Read, *, first_part: int) -> tuple[list[float], Trace]:
         """Return the share of attention covered by step and layer, and what was selected."""
@@ -233,6 +234,14 @@ class _Part:
             self._batch, 0, [query], scaling=self._walk._scaling, is_final=is_final
         )
         return chosen
+
+
+def _config(
+    contender: Contender, geometry: KVGeometry, group_size: int, tokens: int
+) -> CacheConfig:
+    """Return what decides what is selected, defaults and all."""
+    fields = contender.selects(geometry, group_size, tokens)
+    return CacheConfig(kv_memory=1, storage=StorageConfig(directories=["."]), **fields)
 
 
 def _estimator(config: CacheConfig, geometry: KVGeometry, group_size: int) -> Estimator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,7 @@ from benchmarks.paper.contenders import (
     OURS,
     Contender,
 )
+from benchmarks.paper.findings import Findings
 from benchmarks.paper.report import write_report
 from benchmarks.paper.steps import Cell, equal_memory, is_within
 from kvswap.bench.evaluation import Asking, Plan
@@ -110,14 +112,18 @@ def test_an_interval_holds_the_median_and_is_that_of_the_same_seed():
     assert interval(samples) == (low, high)
 
 
+SETTING = {"reader": "llama", "questions": 6, "seed": 0}
+
+
 def kept(name: str, **fields) -> dict:
-    """Return a finding as runs before had them."""
+    """Return a finding as a run keeps it."""
     side = {"memory": {"total": 2**20}, "bytes_read_per_token": 0.0, "hit_rate": 0.5}
-    what = {"tokens": 512, "rank_share": 0.125, "recall": 0.9, "is_reached": True}
+    what = {"tokens": 512, "rank_share": 0.125, "recall": 0.9, "is_reached": True, "raises": True}
     own = {"contender": "kvswap, groups of 4, raw", **what}
     timed = {"reports": {"it": side, "kvswap": side}, "ours": own, **what}
     timed |= finding([2.0], [1.0], [0.5])
-    return {"cell": CELL.to_dict(), "contender": name, **(fields or timed)}
+    named = {"setting": SETTING, "cell": CELL.to_dict(), "contender": name}
+    return named | (fields or timed)
 
 
 def test_memory_of_all_keys_and_values_is_that_of_the_shape():
@@ -125,15 +131,19 @@ def test_memory_of_all_keys_and_values_is_that_of_the_shape():
     assert CELL.full_bytes < CELL.in_memory_bytes < 2 * CELL.full_bytes
 
 
-def test_a_report_of_findings_of_before_stands_and_says_what_has_no_room(tmp_path):
+def cells_of(path) -> Cells:
+    return Cells(None, None, Findings(path, SETTING), samples=1, seed=0)
+
+
+def test_a_report_of_packed_findings_says_what_has_no_room(tmp_path):
     found = [
         kept("ShadowKV"),
         kept("Loki", commit="x"),
         kept(IN_MEMORY.name, needs_bytes=7 << 30, free_bytes=5 << 30),
     ]
-    path = tmp_path / "cells.jsonl"
-    path.write_text("\n".join(json.dumps(each) for each in found))
-    cells = Cells(None, None, path, samples=1, seed=0)
+    path = tmp_path / "cells.jsonl.xz"
+    path.write_bytes(lzma.compress("".join(json.dumps(x) + "\n" for x in found).encode()))
+    cells = cells_of(path)
     write_report(tmp_path / "report.html", {"claims": [CELL]}, cells)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "does not fit: needs 7,168 MiB, 5,120 free" in page
@@ -141,6 +151,47 @@ def test_a_report_of_findings_of_before_stands_and_says_what_has_no_room(tmp_pat
     assert f"1/{CELL.full_bytes / 2**20:.1f}" in page
     assert set(cells.of(CELL)) == {"ShadowKV"}
     assert set(cells.known(CELL)) == {"ShadowKV", "Loki", IN_MEMORY.name}
+
+
+def test_findings_of_another_setting_are_left_alone(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    Findings(path, SETTING).keep(kept("ShadowKV"))
+    other = Findings(path, SETTING | {"seed": 1})
+    assert other.of(CELL.to_dict()) == {}
+    other.keep(kept("ShadowKV") | {"setting": SETTING | {"seed": 1}, "tokens": 99})
+    again = Findings(path, SETTING)
+    assert again.of(CELL.to_dict())["ShadowKV"]["tokens"] == 512
+
+
+def test_a_line_that_was_cut_off_is_written_over(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    Findings(path, SETTING).keep(kept("ShadowKV"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + json.dumps(kept("Loki")).encode()[:40])
+    found = Findings(path, SETTING)
+    assert set(found.of(CELL.to_dict())) == {"ShadowKV"}
+    found.keep(kept("Loki"))
+    assert path.read_bytes().startswith(whole)
+    assert set(Findings(path, SETTING).of(CELL.to_dict())) == {"ShadowKV", "Loki"}
+
+
+def test_what_had_no_room_is_tried_again_where_there_is_some(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    Findings(path, SETTING).keep(kept(IN_MEMORY.name, needs_bytes=1 << 60, free_bytes=0))
+    assert cells_of(path).left(CELL, [IN_MEMORY]) == []
+    Findings(path, SETTING).keep(kept(IN_MEMORY.name, needs_bytes=1, free_bytes=0))
+    assert cells_of(path).left(CELL, [IN_MEMORY]) == [IN_MEMORY]
+
+
+def test_the_papers_tables_have_its_baselines_with_the_tokens_it_gave_them():
+    for part in ("table4", "figure10"):
+        taken = [each for each in ON_DISK if experiments.takes(CELL, each, part=part)]
+        assert all(each.index is None or each.tokens == 400 for each in taken)
+        assert {each.name for each in taken if each.raises} <= {"FlexGen", KVSWAP_PUBLISHED.name}
+        assert "ShadowKV, 400 tokens" in {each.name for each in taken}
+    for part in ("claims", "figure11"):
+        taken = [each for each in ON_DISK if experiments.takes(CELL, each, part=part)]
+        assert all(each.raises for each in taken)
 
 
 def test_everything_in_memory_stands_beside_the_methods_but_not_in_the_claims():
