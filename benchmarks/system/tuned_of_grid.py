@@ -11,10 +11,11 @@ has a part in it.
 
 Every point is timed in turn with the tuned setting, on the same tokens. The fastest few are timed
 again, for longer; the fastest of these is the grid's best, and only what it is then timed at anew,
-with fresh caches, is the sample: a point that was lucky once gains nothing by it. An interrupted
-run goes on where it was. It takes some 25 minutes on an idle machine: 3 to tune, at most --minutes
-for the grid, and a few for the rest, for each of two devices. What of the grid had no time is
-counted in the record; the order of the points is drawn.
+with several pairs of fresh caches, is the sample: a point that was lucky once gains nothing by it,
+nor does a cache whose memory happens to lie well. An interrupted run goes on where it was. It takes
+some 25 minutes on an idle machine: 3 to tune, at most --minutes for the grid, and a few for the
+rest, for each of two devices. What of the grid had no time is counted in the record; the order of
+the points is drawn.
 
 Usage::
 
@@ -35,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from grid import FULL, TOY, Recall, Recalls, points, reaching
-from grid_race import LEADERS, WARM_STEPS, Pace, Race, Stage, gains
+from grid_race import LEADERS, PAIRS, WARM_STEPS, Pace, Race, Stage, gains
 from torch import Tensor
 
 import kvswap
@@ -75,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--share", type=float, default=1 / 16, help="KV memory of full KV")
     parser.add_argument("--questions", type=int, default=20, help="of each document")
-    parser.add_argument("--samples", type=int, default=15, help="of the tuned and the best")
+    parser.add_argument("--samples", type=int, default=15, help="of each pair of caches")
     parser.add_argument("--steps", type=int, default=24, help="in a sample")
     parser.add_argument("--minutes", type=float, default=5.0, help="for the grid, a device")
     parser.add_argument("--tune-minutes", type=float, default=3.0, help="for the tuner, a device")
@@ -220,7 +221,8 @@ def measure(
         "recalls": {point.label: got for point, got in eligible.items()},
         "points_that_fit": len(grid),
         "points_that_cover_enough": len(eligible),
-        "gains": gains(found["seconds_per_step"]),
+        "gains": [gain for pair in found["pairs"] for gain in gains(pair)],
+        "gains_of_pairs": [median(gains(pair)) for pair in found["pairs"]],
         "kv_memory": config.kv_memory_bytes,
         "sample_layers": list(plan.sample_layers),
         "device": f"{describe_device(directory)}, {device}",
@@ -254,7 +256,8 @@ def record_of(found: Mapping[str, dict[str, Any]], args: argparse.Namespace) -> 
             "tuned_among": list(args.indexes),
             "selection": "the reader's own, of questions about another document than the tuner's",
             "best": f"of all points timed once, the {LEADERS} fastest are timed again, and the"
-            " fastest of these is the best; samples are taken only after that, with fresh caches",
+            " fastest of these is the best; samples are taken only after that, with fresh caches,"
+            f" {PAIRS} pairs of them",
         },
         seed=args.seed,
         device=found[worst]["device"],

@@ -72,10 +72,12 @@ class Stage:
     """Steps that take what a point's selected tokens say; one point is lucky in its first two."""
 
     def __init__(self, lucky):
-        self.lucky, self.runs = lucky, []
+        self.lucky, self.runs, self.opened = lucky, [], []
 
     @contextmanager
     def cache(self, fields):
+        if fields:
+            self.opened.append(fields)
         yield fields
 
     def alternated(self, sides, *, samples, steps, at):
@@ -108,8 +110,11 @@ def test_a_point_that_was_lucky_once_is_not_the_best(parts, raced):
     assert found["best"]["budget_tokens"] == least < lucky.tokens
     assert found["points_timed"] == len(eligible) == len(found["grid"])
     assert lucky.label in found["fastest_again"]
-    assert parts.race.gains(found["seconds_per_step"]) == pytest.approx([least / 100] * 5)
-    assert stage.runs[-1] == (found["best"], 5)  # timed anew, after it was chosen
+    assert len(found["pairs"]) == parts.race.PAIRS > 1
+    for pair in found["pairs"]:
+        assert parts.race.gains(pair) == pytest.approx([least / 100] * 5)
+    assert stage.runs[-parts.race.PAIRS :] == [(found["best"], 5)] * parts.race.PAIRS
+    assert stage.opened[-parts.race.PAIRS :] == [found["best"]] * parts.race.PAIRS  # fresh ones
 
 
 def test_what_was_timed_is_not_timed_again(parts, raced, tmp_path):
