@@ -248,6 +248,8 @@ def test_what_cannot_be_is_said_before_a_document_is_read(asking, tmp_path):
     [
         ({"index": "guess"}, "index must be one of .*lowrank.*, got 'guess'"),
         ({"selector": "guess"}, "selector must be one of .*topk.*, got 'guess'"),
+        ({"selector": "share"}, "selector must be share: and a share in .*, got 'share'"),
+        ({"selector": "topp:0.9"}, "reduce must be 'mass' for the topp:0.9 selector"),
         ({"group_size": 3}, "group_size must be a power of two"),
         ({"guess": 3}, "unknown or missing fields"),
     ],

@@ -115,6 +115,13 @@ def test_several_indexes_answer_side_by_side(kvswap, options):
     assert found["methods"][0]["all_tasks"]["points_below_full"] is None
 
 
+@pytest.mark.parametrize("more", [("share:0.02",), ("topp:0.9", "--set", "reduce=mass")])
+def test_a_selector_may_have_its_parameter(kvswap, options, more):
+    found = eval_json(kvswap, options, "--no-full", "--selector", *more)
+    (method,) = found["methods"]
+    assert method["settings"]["selector"] == more[0]
+
+
 def test_baselines_are_marked_as_losing_information(kvswap, options, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     asked = options | {"--kv-memory": "1/1"}
@@ -171,6 +178,7 @@ REFUSED = {
         "setting must be one of published, tuned, got 'best'",
     ),
     "selector": (("--selector", "guess"), "selector must be one of "),
+    "selector's share": (("--selector", "share"), "selector must be share: and a share in (0, 1]"),
     "budget": (("--kv-memory", "much"), "--kv-memory must be a size such as 256MiB or a share"),
     "small budget": (("--kv-memory", "1KiB"), "kv_memory must be at least"),
     "set without value": (("--set", "rank"), "--set must be name=value, got 'rank'"),

@@ -19,7 +19,8 @@ from kvswap.cache.plan import plan_cache
 from kvswap.core.config import CacheConfig
 from kvswap.hf.attach import attach, context_limit
 from kvswap.hf.geometry import read_shape
-from kvswap.predict import INDEXES, SELECTORS
+from kvswap.predict import INDEXES
+from kvswap.predict.selectors import check_selection
 from kvswap.tune.synthetic import refile
 
 FULL = "full"
@@ -131,7 +132,7 @@ class KVSwap(Method):
         config = self._config(kv_memory=1, max_context=1)
         if config.estimates:
             INDEXES.get(config.index)
-        SELECTORS.get(config.selector)
+        check_selection(config)
 
     def describe(self) -> dict[str, Any]:
         """Return budget and config, without what a document decides or where the store lies."""
