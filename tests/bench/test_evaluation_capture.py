@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -11,7 +14,7 @@ from kvswap.bench.evaluation.capture import capture, kept_positions
 from kvswap.bench.evaluation.in_memory import stock_cache
 from kvswap.bench.evaluation.storing import load_prefill, save_prefill
 from kvswap.cache.session import CacheSession
-from kvswap.core.errors import ConfigError, UnsupportedModelError
+from kvswap.core.errors import ConfigError, InvalidKeysError, UnsupportedModelError
 from kvswap.tune.synthetic import refile
 from tests.families import make_model
 
@@ -165,3 +168,47 @@ def test_refiling_shows_each_layer_its_queries_before_its_index_is_fitted(tmp_pa
     assert [event[0] for event in events[:-1]] == [0, 1, 2, 3]
     assert events[-1] == "stored"
     assert all(query is prefill.queries[layer_idx] for layer_idx, query in events[:-1])
+
+
+def poisoned(kind, tensors, layer_idx, token):
+    """Give the same tensors with one number of one token that is none."""
+    spoilt = [tensor.clone() for tensor in tensors]
+    spoilt[layer_idx][1, token, 3] = math.nan if kind == "keys" else -math.inf
+    return tuple(spoilt)
+
+
+@pytest.mark.parametrize("head_groups", [1, 2])
+@pytest.mark.parametrize("kind", ["keys", "values"])
+def test_refiling_says_which_keys_are_no_numbers_before_it_stores_them(tmp_path, kind, head_groups):
+    model = make_model("llama")
+    prefill = capture(model, IDS)
+    prefill = replace(prefill, **{kind: poisoned(kind, getattr(prefill, kind), 1, 100)})
+    storage = kvswap.StorageConfig(directories=[tmp_path])
+    config = kvswap.CacheConfig(
+        kv_memory="64MiB", storage=storage, prefill_chunk=64, head_groups=head_groups
+    )
+    with kvswap.attach(model, config) as cache:
+        context = zip(range(4), prefill.keys, prefill.values, strict=True)
+        with pytest.raises(InvalidKeysError) as refused:
+            refile(cache, context, 300, queries=prefill.queries, batch_size=2)
+        error = refused.value
+        assert (error.what, error.layer_idx, error.token) == (kind, 1, 100)
+        stored = cache.forwards.batch.columns
+        assert stored[head_groups - 1] == 300  # of the layer before, all
+        assert stored[2 * head_groups - 1] == 64  # of this one, the chunk before
+
+
+def test_a_document_whose_keys_are_no_numbers_is_read_no_further():
+    model, read = make_model("llama"), []
+
+    def spoil(_, __, output):
+        output = output.clone()
+        output[0, 5, 3] = math.nan
+        return output
+
+    hook = model.model.layers[2].self_attn.k_proj.register_forward_hook(spoil)
+    with pytest.raises(InvalidKeysError) as refused:
+        capture(model, IDS, chunk_tokens=128, on_progress=lambda *step: read.append(step))
+    hook.remove()
+    assert (refused.value.what, refused.value.layer_idx, refused.value.token) == ("keys", 2, 5)
+    assert read == []

@@ -115,3 +115,18 @@ def test_the_layer_is_the_models_own_number(tmp_path):
             step(model, cache, prompt(30))
         assert len(cache.session.layers) == 2
         assert (refused.value.layer_idx, refused.value.token) == (3, 9)
+
+
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda model: kvswap.calibrate(model, [prompt(60)], rank=8),
+        lambda model: kvswap.fit_budgets(model, [prompt(60)], budget_tokens=40, group_size=4),
+    ],
+)
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_what_is_fitted_to_sample_text_is_fitted_to_numbers(fit, what):
+    model = make_model("gemma2")
+    with poisoned(model, 3, what, 9), pytest.raises(InvalidKeysError) as refused:
+        fit(model)
+    assert (refused.value.what, refused.value.layer_idx, refused.value.token) == (what, 3, 9)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from kvswap.cache.sequence import SequenceBatch, Undo
-from kvswap.core.errors import InvalidKeysError
 from kvswap.kernels.attention import AttentionParams, RunningMerge
-from kvswap.kernels.finite import first_not_finite
+from kvswap.kernels.finite import check_finite
 from kvswap.kernels.slots import SlotAttention, Tokens
 
 if TYPE_CHECKING:
@@ -216,13 +215,14 @@ class LayerCache:
         """Raise `InvalidKeysError` for what is not finite, before any of it is kept."""
         past = int(batch.columns[self.layer_idx])
         for row, given in enumerate(rows):
-            columns = given.places
-            for what, tokens in (("keys", given.keys), ("values", given.values)):
-                at = first_not_finite(tokens)
-                if at is None:
-                    continue
-                column = at if columns is None else int(columns[at])
-                raise InvalidKeysError(what, layer_idx=self.layer_idx, token=past + column, row=row)
+            check_finite(
+                given.keys,
+                given.values,
+                layer_idx=self.layer_idx,
+                first=past,
+                row=row,
+                places=given.places,
+            )
 
     def append(self, batch: SequenceBatch, rows: list[RowInput]) -> None:
         """Keep the new tokens of every row."""
@@ -277,10 +277,7 @@ class LayerCache:
     ) -> None:
         """Raise `InvalidKeysError` for tokens that came one by one, the first ``held`` before."""
         first = int(batch.columns[self.layer_idx]) - held
-        for what, tokens in (("keys", keys), ("values", values)):
-            at = first_not_finite(tokens)
-            if at is not None:
-                raise InvalidKeysError(what, layer_idx=self.layer_idx, token=first + at, row=row)
+        check_finite(keys, values, layer_idx=self.layer_idx, first=first, row=row)
 
     def _flush(self, batch: SequenceBatch, row: int, keys: Tensor, values: Tensor) -> None:
         session, size = self._session, batch.layout.group_size

@@ -29,7 +29,7 @@ from kvswap.core.geometry import RecordLayout
 from kvswap.core.units import ceil_div
 from kvswap.hf.geometry import ModelShape, fingerprint, read_shape
 from kvswap.predict.budgets import LayerBudgets
-from kvswap.tune.calibrate import check_window
+from kvswap.tune.calibrate import check_keys, check_window
 
 _QUERIES = 32  # the last tokens of a window, which have most to choose from
 _BLOCK_QUERIES = 8  # whose attention weights are in memory at once
@@ -80,6 +80,8 @@ def fit_budgets(
     ConfigError
         If the budget does not hold the pinned tokens, no window has groups to choose from, or
         the model cannot read one.
+    InvalidKeysError
+        If the model makes keys or values that are NaN or infinite.
     UnsupportedModelError
         If the model's cache cannot be served, or its attention does not give its weights.
     """
@@ -211,12 +213,14 @@ def _attention(model: PreTrainedModel, shape: ModelShape, window: Tensor) -> Ite
     cache = DynamicCache(config=model.config)
     if past:
         model(input_ids=ids[:, :past], past_key_values=cache, logits_to_keep=1)
+        check_keys(cache, shape)
     for first in range(past, ids.shape[1], _BLOCK_QUERIES):
         block = ids[:, first : first + _BLOCK_QUERIES]
         with _giving_weights(model):
             given = model(
                 input_ids=block, past_key_values=cache, logits_to_keep=1, output_attentions=True
             ).attentions
+        check_keys(cache, shape, first=first)
         weights = _of_disk_layers(given, shape)
         for place in range(block.shape[1]):
             yield [each[0, :, place, : first + place + 1].float().mean(0) for each in weights]

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvswap.core.errors import ConfigError
 from kvswap.hf.geometry import ModelShape, fingerprint, read_shape
+from kvswap.kernels.finite import check_finite
 from kvswap.predict.projection import Projection, fit_projection
 
 
@@ -43,6 +44,8 @@ def calibrate(
     ConfigError
         If there are fewer tokens than the rank, the rank is more than a key is long, or a
         window is none that the model can read.
+    InvalidKeysError
+        If the model makes keys or values that are NaN or infinite.
     UnsupportedModelError
         If the model's cache cannot be served.
 
@@ -61,6 +64,7 @@ def calibrate(
         check_window(window, shape)
         cache = DynamicCache(config=model.config)
         model(input_ids=window.to(model.device), past_key_values=cache, logits_to_keep=1)
+        check_keys(cache, shape)
         for covariance, layer_idx in zip(covariances, shape.disk_layers, strict=True):
             keys = cache.layers[layer_idx].keys[0].transpose(0, 1).flatten(1).float().cpu()
             covariance.addmm_(keys.t(), keys)
@@ -81,3 +85,11 @@ def check_window(window: Tensor, shape: ModelShape) -> None:
             f"windows must be at most the model's {shape.max_positions} positions long, got"
             f" {window.shape[1]}"
         )
+
+
+def check_keys(cache: DynamicCache, shape: ModelShape, *, first: int = 0) -> None:
+    """Raise `InvalidKeysError` for what a model made of a window, from token ``first`` on."""
+    for layer_idx in shape.disk_layers:
+        layer = cache.layers[layer_idx]
+        keys, values = layer.keys[0, :, first:], layer.values[0, :, first:]
+        check_finite(keys, values, layer_idx=layer_idx, first=first)

@@ -19,6 +19,7 @@ from kvswap.cache.layer import RowInput
 from kvswap.core.geometry import KVGeometry
 from kvswap.hf.cache import KVSwapCache
 from kvswap.kernels.attention import AttentionParams
+from kvswap.kernels.finite import check_finite
 from kvswap.kernels.records import DTYPES
 
 
@@ -161,6 +162,11 @@ def refile(
         Sequences, all with this context, each with its own records.
     ends : bool
         The prefill ends with it; else more of it may follow.
+
+    Raises
+    ------
+    InvalidKeysError
+        If keys or values are NaN or infinite; it names the model's layer.
     """
     session = cache.session
     batch = session.new_batch(batch_size)
@@ -172,11 +178,13 @@ def refile(
         if queries is not None:
             given.append(queries[layer_idx].to(session.device))
         params = AttentionParams(scaling=keys.shape[2] ** -0.5)
+        named = cache.forwards.disk[layer_idx]
         for at, (own_keys, own_values, *seen) in session.heads.split(layer_idx, given):
             chunks = (
                 each.split(session.config.prefill_chunk, 1) for each in (own_keys, own_values)
             )
             for chunk, of_values in zip(*chunks, strict=True):
+                check_finite(chunk, of_values, layer_idx=named, first=int(batch.columns[at]))
                 rows = [RowInput(chunk, chunk, of_values, None)] * batch_size
                 session.layers[at].append(batch, rows)
                 batch.note_columns(at, None, chunk.shape[1])

@@ -15,6 +15,7 @@ from kvswap.bench.prefill import StoredPrefill
 from kvswap.core.config import Progress
 from kvswap.core.errors import UnsupportedModelError
 from kvswap.hf.geometry import read_shape
+from kvswap.kernels.finite import check_finite
 
 __all__ = ["QueryNotes", "capture", "check_model", "kept_positions", "noting"]
 
@@ -52,6 +53,8 @@ def capture(
 
     Raises
     ------
+    InvalidKeysError
+        If the model makes keys or values that are NaN or infinite.
     UnsupportedModelError
         If some layer keeps anything but all keys and values, or hides its queries.
     """
@@ -68,6 +71,7 @@ def capture(
                 use_cache=True,
                 logits_to_keep=1,
             )
+            _check_last(cache, chunk.shape[1])
             if on_progress is not None:
                 on_progress("document", cache.get_seq_length(), total)
     return StoredPrefill(
@@ -77,6 +81,14 @@ def capture(
         queries=notes.queries(type(model).__name__),
         query_positions=positions,
     )
+
+
+def _check_last(cache: DynamicCache, count: int) -> None:
+    """Raise `InvalidKeysError` where one of the last tokens is NaN or infinite."""
+    first = cache.get_seq_length() - count
+    for layer_idx, layer in enumerate(cache.layers):
+        keys, values = layer.keys[0, :, first:], layer.values[0, :, first:]
+        check_finite(keys, values, layer_idx=layer_idx, first=first)
 
 
 def check_model(model: PreTrainedModel) -> None:
