@@ -102,6 +102,16 @@ def test_whole_texts_are_scored_in_windows(make, stock, max_length):
         assert found < 0
 
 
+def test_whole_texts_longer_than_the_model_are_scored_in_windows(tmp_path):
+    lm = KVSwapLM(str(save_model(tmp_path, max_position_embeddings=64)), "64MiB", tmp_path)
+    (found,) = lm.loglikelihood_rolling(asked((CONTEXT,)))
+    parts = [
+        (("", ""), [lm.prefix_token_id], lm.tok_encode(CONTEXT)[:64]),
+        (("", ""), lm.tok_encode(CONTEXT)[63:64], lm.tok_encode(CONTEXT)[64:128]),
+    ]
+    assert found < sum(score for score, _ in lm._loglikelihood_tokens(parts)) < 0
+
+
 def test_generation_with_room_for_everything_is_the_stock_one(make, stock):
     model, tokenizer = stock
     inputs = tokenizer(CONTEXT, return_tensors="pt")

@@ -188,8 +188,8 @@ class KVSwapLM(TemplateLM):
         """Return log-likelihood and greediness of continuations; each context is read once."""
         by_context: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for place, (_, context, continuation) in enumerate(requests):
-            kept = max(1, self.max_length + 1 - len(continuation))
-            by_context.setdefault(tuple(context[-kept:]), []).append((place, continuation))
+            kept, scored = self._fitting(context, continuation)
+            by_context.setdefault(tuple(kept), []).append((place, scored))
         found: dict[int, tuple[float, bool]] = {}
         for ids, asked in by_context.items():
             room = max(len(continuation) for _, continuation in asked)
@@ -200,6 +200,15 @@ class KVSwapLM(TemplateLM):
                     if surplus:
                         cache.crop(-surplus)
         return [found[place] for place in range(len(requests))]
+
+    def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """Leave out of both together, from the left, what the model has no positions for.
+
+        The last token is scored and never read: so they may be one more than those.
+        """
+        whole = (context + continuation)[-(self.max_length + 1) :]
+        scored = min(len(continuation), self.max_length)
+        return whole[:-scored], whole[-scored:]
 
     @torch.no_grad()
     def _score(self, cache: KVSwapCache, last: int, continuation: list[int]) -> tuple[float, bool]:
@@ -244,9 +253,12 @@ class KVSwapLM(TemplateLM):
 
     @contextmanager
     def _reading(self, ids: Sequence[int], room_tokens: int) -> Iterator[KVSwapCache]:
-        """Give a cache that holds all tokens but the last, after which everything selects."""
+        """Give a cache that holds all tokens but the last, after which everything selects.
+
+        So many tokens may follow those that it holds.
+        """
         full_bytes = self._token_bytes * len(ids)
-        config = self._config(full_bytes=full_bytes, max_context=len(ids) + room_tokens)
+        config = self._config(full_bytes=full_bytes, max_context=len(ids) - 1 + room_tokens)
         with attach(self.model, config) as cache:
             if len(ids) > 1:
                 cache.prefill(self._tensor(ids[:-1]))
