@@ -126,6 +126,15 @@ def test_each_dataset_has_its_score(tmp_path, language, dataset, answers, output
     assert task.score(question, output) == pytest.approx(score)
 
 
+def test_what_a_file_asks_is_asked_as_it_stands(tmp_path, language):
+    code = "class A:\n    def b(self):\n        return {'c':  1}\n"
+    line = {"dataset": "repobench-p", "context": code, "input": code, "answers": ["x"]}
+    task = open_task("longbench", write(tmp_path / "lines.jsonl", [line]))
+    document = task.make(language, 400)
+    assert document.text == code
+    assert document.questions[0].prompt == f"\n\n{code}"
+
+
 def test_records_missing_wrong_and_too_many_cost(tmp_path, language):
     task = open_task("text2json", write(tmp_path / "lines.jsonl", TEXT2JSON))
     question = task.make(language, 4000).questions[0]

@@ -89,6 +89,6 @@ class LongBench(Task):
         return max(self._metric(output, answer, self._classes) for answer in question.answers)
 
     def _question(self, line: dict[str, Any], language: Language) -> TaskQuestion:
-        prompt = self._form.format(input=line.get("input") or "").replace("  ", " ")
+        prompt = self._form.format(input=line.get("input") or "")
         asked = Asked(f"\n\n{prompt}", line["answers"][0])
         return replace(ask(language, asked, line["answers"]), max_tokens=self._most)
