@@ -135,6 +135,15 @@ def test_what_a_file_asks_is_asked_as_it_stands(tmp_path, language):
     assert document.questions[0].prompt == f"\n\n{code}"
 
 
+def test_records_may_be_written_indented(tmp_path, language):
+    task = open_task("text2json", write(tmp_path / "lines.jsonl", TEXT2JSON))
+    question = task.make(language, 4000).questions[0]
+    for indent in (None, 2, 4):
+        said = f"```json\n{json.dumps(RECORDS, indent=indent)}"
+        assert language.count(said) <= question.max_tokens
+        assert task.score(question, said) == 1
+
+
 def test_records_missing_wrong_and_too_many_cost(tmp_path, language):
     task = open_task("text2json", write(tmp_path / "lines.jsonl", TEXT2JSON))
     question = task.make(language, 4000).questions[0]

@@ -43,9 +43,11 @@ class Text2Json(Task):
         text = shorten(context, language, num_tokens)
         questions = []
         for line in lines[:num_questions]:
-            gold = json.dumps(line["records"], ensure_ascii=False)
+            records = json.dumps(line["records"], ensure_ascii=False)
+            # Indented, as models write it: an answer has room for that.
+            gold = json.dumps(line["records"], ensure_ascii=False, indent=4)
             prompt = f"\n\n{line['question']}\nAnswer with a JSON list of objects alone:\n"
-            questions.append(ask(language, Asked(prompt, gold), [gold]))
+            questions.append(ask(language, Asked(prompt, gold), [records]))
         return self.document(language, (text,), questions, seed)
 
     def score(self, question: TaskQuestion, output: str) -> float:
