@@ -3,7 +3,8 @@
 After Text2JSON (https://arxiv.org/abs/2604.08426): an answer needs many independent facts, which
 shows errors that one needle hides. Each question names an entity and its properties, all told one
 by one, anywhere in the document. Scored by intersection over union of the pairs of property and
-value: what is missing costs, and so does what is wrong.
+value: what is missing costs, and so does a wrong value of a property that was asked for; what
+is said of others is passed over.
 """
 
 from __future__ import annotations

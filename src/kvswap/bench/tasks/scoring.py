@@ -26,7 +26,8 @@ def share_said(answers: Collection[str], output: str) -> float:
 def pairs_said(expected: Iterable[tuple[str, str]], output: str) -> set[tuple[str, str]]:
     """Return each expected property with the words said after it, as many as its value has.
 
-    An output may name a property several times; each time counts, unless nothing follows.
+    An output may name a property several times; each time counts, unless nothing follows. What it
+    says of others is passed over.
     """
     spoken = words_of(output)
     said = set()
