@@ -137,22 +137,46 @@ def test_documents_are_as_many_as_their_questions_need():
     assert list(again.documents("vt")) == documents
 
 
-def test_a_file_is_asked_about_once(tmp_path):
-    lines = [
-        {"dataset": "qasper", "context": f"Text {i}. " * 9, "input": "?", "answers": ["x"]}
-        for i in range(3)
-    ]
-    plan = Plan(
-        tasks=["longbench"],
-        language=Words(),
-        language_name="words",
-        context_tokens=700,
-        samples=50,
-        seed=1,
-        data={"longbench": write(tmp_path / "lines.jsonl", lines)},
-    )
-    documents = list(plan.documents("longbench"))
-    assert len({document.text for document in documents}) == len(documents) == 3
+def documents_of_a_file(task, path, lines, **asked):
+    settings = {"context_tokens": 300, "samples": 50, "seed": 1, **asked}
+    data = {task: write(path / "lines.jsonl", lines)}
+    plan = Plan(tasks=[task], language=Words(), language_name="words", data=data, **settings)
+    return list(plan.documents(task))
+
+
+SEVEN_OF_ONE = [
+    {"context": context, "dataset": "qasper", "input": f"{number}?", "question": f"{number}?"}
+    | {"answers": ["x"], "records": [{"a": number}]}
+    for number, context in enumerate(["A text."] * 7 + ["Another."] * 2 + ["A third."])
+]
+
+
+@pytest.mark.parametrize(
+    ("task", "lines"),
+    [("qa_1", FILES["qa_1"][:43]), ("longbench", SEVEN_OF_ONE), ("text2json", SEVEN_OF_ONE)],
+)
+def test_each_question_of_a_file_is_asked_once(tmp_path, task, lines):
+    documents = documents_of_a_file(task, tmp_path, lines, questions=3)
+    asked = [question.prompt for document in documents for question in document.questions]
+    assert len(set(asked)) == len(asked) == len(lines)
+    assert all(1 <= len(document.questions) <= 3 for document in documents)
+    some = documents_of_a_file(task, tmp_path, lines, questions=3, samples=8)
+    assert [question.prompt for each in some for question in each.questions] == asked[:8]
+    assert documents_of_a_file(task, tmp_path, lines, questions=3) == documents
+
+
+def test_every_context_of_a_file_is_asked_about_before_one_is_again(tmp_path):
+    documents = documents_of_a_file("longbench", tmp_path, SEVEN_OF_ONE, questions=3)
+    assert len({document.text for document in documents[:3]}) == 3
+    assert [len(document.questions) for document in documents[3:]] == [3, 1]
+
+
+def test_generated_documents_are_those_of_their_seeds():
+    settings = {"language": Words(), "language_name": "words", "context_tokens": 1500}
+    for name in ("vt", "extraction"):
+        plan = Plan(tasks=[name], samples=6, questions=3, seed=2, **settings)
+        made = [plan.task(name).make(Words(), 1500, num_questions=3, seed=s) for s in (2000, 2001)]
+        assert list(plan.documents(name)) == made
 
 
 def test_language_is_words_where_each_is_a_token():

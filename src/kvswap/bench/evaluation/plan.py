@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,6 @@ RULER_GENERATED = (
 RULER_FROM_FILES = ("qa_1", "qa_2")
 GROUPS = ("ruler", "all")
 """Names that stand for several tasks: of those from files, the ones that a file is given for."""
-
-_SEEDS = 1000  # from one seed to the next, for its documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,27 +90,21 @@ class Plan:
         ConfigError
             If a document cannot be made so short, naming the task.
         """
-        left, seen = self.samples, set[int]()
-        for number in count():
+        left = self.samples
+        documents = self.task(name).documents(
+            self.language, self.context_tokens, num_questions=self.questions, seed=self.seed
+        )
+        while left > 0:
             try:
-                document = self.task(name).make(
-                    self.language,
-                    self.context_tokens,
-                    num_questions=self.questions,
-                    seed=self.seed * _SEEDS + number,
-                )
+                document = next(documents, None)
             except ConfigError as error:
                 raise ConfigError(
                     f"task {name} at {self.context_tokens} tokens: {error}"
                 ) from error
-            digest = hash(document.text)
-            if digest in seen:  # a file's contexts have all been asked about
+            if document is None:  # a file's questions have all been asked
                 return
-            seen.add(digest)
             yield replace(document, questions=document.questions[:left])
             left -= len(document.questions)
-            if left <= 0:
-                return
 
     def check(self) -> None:
         """Make each task's first document, so that what cannot be made is said at once."""

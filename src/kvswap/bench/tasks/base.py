@@ -6,8 +6,9 @@ A document is read once; its questions, twenty and more, are asked right after i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -17,6 +18,9 @@ from kvswap.core.registry import Registry
 
 SLACK_TOKENS = 16
 """Tokens that an answer may have beyond the gold one."""
+
+SEEDS = 1000
+"""From one seed of a run to the next, for its documents."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +114,28 @@ class Task(ABC):
         ConfigError
             If what the questions need does not fit into the document or the vocabulary.
         """
+
+    def documents(
+        self, language: Language, num_tokens: int, *, num_questions: int = 20, seed: int = 0
+    ) -> Iterator[TaskDocument]:
+        """Make one document after the other: without end, or each question of a file once.
+
+        Parameters
+        ----------
+        language, num_tokens
+            See `make`.
+        num_questions : int
+            Of each document; of a file's last ones there may be fewer.
+        seed : int
+            Of the run.
+
+        Raises
+        ------
+        ConfigError
+            See `make`.
+        """
+        for number in count(seed * SEEDS):
+            yield self.make(language, num_tokens, num_questions=num_questions, seed=number)
 
     @abstractmethod
     def score(self, question: TaskQuestion, output: str) -> float:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from kvswap.bench.tasks.base import Task, TaskDocument, TaskQuestion, ask, register_task
-from kvswap.bench.tasks.excerpts import group_by_context, shorten
+from kvswap.bench.tasks.base import TaskQuestion, ask, register_task
+from kvswap.bench.tasks.excerpts import ExcerptTask
 from kvswap.bench.tasks.languages import Asked, Language
 from kvswap.bench.tasks.lines import is_text, is_texts, read_lines
 from kvswap.bench.tasks.metrics import METRICS
@@ -50,18 +50,17 @@ DATASETS = {
 
 
 @register_task("longbench")
-class LongBench(Task):
-    """Lines of one data set; those of the same context are asked about one document.
+class LongBench(ExcerptTask):
+    """Lines of one data set.
 
     Parameters
     ----------
     path : path
     """
 
-    needs_file: ClassVar[bool] = True
-
     def __init__(self, path: Path) -> None:
         lines = read_lines(path, {"dataset": is_text, "context": is_text, "answers": is_texts})
+        super().__init__(lines)
         names = sorted({line["dataset"] for line in lines})
         for name in names:
             if name not in DATASETS:
@@ -70,25 +69,16 @@ class LongBench(Task):
             raise ConfigError(f"{path} must hold one dataset, got {', '.join(names)}")
         metric, self._most, self._form = DATASETS[names[0]]
         self._metric = METRICS[metric]
-        self._contexts = group_by_context(lines)
         self._classes = tuple(dict.fromkeys(c for x in lines for c in x.get("all_classes") or ()))
         if metric == "classes" and not self._classes:
             raise ConfigError(f"{path} must have the field 'all_classes', got none")
 
-    def make(
-        self, language: Language, num_tokens: int, *, num_questions: int = 20, seed: int = 0
-    ) -> TaskDocument:
-        """Make a document of the context whose number is `seed`, around again after the last."""
-        context, lines = self._contexts[seed % len(self._contexts)]
-        text = shorten(context, language, num_tokens)
-        questions = [self._question(line, language) for line in lines[:num_questions]]
-        return self.document(language, (text,), questions, seed)
+    def question(self, line: dict[str, Any], language: Language) -> TaskQuestion:
+        """Ask in the data set's form."""
+        prompt = self._form.format(input=line.get("input") or "")
+        asked = Asked(f"\n\n{prompt}", line["answers"][0])
+        return replace(ask(language, asked, line["answers"]), max_tokens=self._most)
 
     def score(self, question: TaskQuestion, output: str) -> float:
         """Best of the data set's score over the answers."""
         return max(self._metric(output, answer, self._classes) for answer in question.answers)
-
-    def _question(self, line: dict[str, Any], language: Language) -> TaskQuestion:
-        prompt = self._form.format(input=line.get("input") or "")
-        asked = Asked(f"\n\n{prompt}", line["answers"][0])
-        return replace(ask(language, asked, line["answers"]), max_tokens=self._most)

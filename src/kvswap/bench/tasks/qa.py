@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from numpy.random import Generator
 
-from kvswap.bench.tasks.base import Task, TaskDocument, TaskQuestion, ask, register_task
+from kvswap.bench.tasks.base import SEEDS, Task, TaskDocument, TaskQuestion, ask, register_task
 from kvswap.bench.tasks.languages import Asked, Language
 from kvswap.bench.tasks.lines import is_text, is_texts, read_lines
 from kvswap.bench.tasks.scoring import says
@@ -43,6 +44,29 @@ class QATask(Task):
         """Make a document; see `Task.make`."""
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(self._lines)).tolist()
+        return self._document(language, num_tokens, order, num_questions, rng, seed)
+
+    def documents(
+        self, language: Language, num_tokens: int, *, num_questions: int = 20, seed: int = 0
+    ) -> Iterator[TaskDocument]:
+        """Make documents of all questions, in an order drawn once; see `Task.documents`."""
+        rng = np.random.default_rng(seed * SEEDS)
+        order = rng.permutation(len(self._lines)).tolist()
+        for number, start in enumerate(range(0, len(order), num_questions), seed * SEEDS):
+            turned = order[start:] + order[:start]
+            asked = min(num_questions, len(order) - start)
+            yield self._document(language, num_tokens, turned, asked, rng, number)
+
+    def _document(
+        self,
+        language: Language,
+        num_tokens: int,
+        order: list[int],
+        num_questions: int,
+        rng: Generator,
+        seed: int,
+    ) -> TaskDocument:
+        """Ask the first lines of an order, among paragraphs of the rest."""
         chosen = [self._lines[i] for i in order[:num_questions]]
         needed = dict.fromkeys(text for line in chosen for text in line["paragraphs"])
         planted = [list(needed)[i] for i in rng.permutation(len(needed))]

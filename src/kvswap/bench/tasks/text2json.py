@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from kvswap.bench.tasks.base import Task, TaskDocument, TaskQuestion, ask, register_task
-from kvswap.bench.tasks.excerpts import group_by_context, shorten
+from kvswap.bench.tasks.base import TaskQuestion, ask, register_task
+from kvswap.bench.tasks.excerpts import ExcerptTask
 from kvswap.bench.tasks.languages import Asked, Language
 from kvswap.bench.tasks.lines import is_records, is_text, read_lines
 
@@ -21,7 +21,7 @@ Records = dict[str, dict[str, Any]]
 
 
 @register_task("text2json")
-class Text2Json(Task):
+class Text2Json(ExcerptTask):
     """Records of a text, asked for as a JSON list.
 
     Parameters
@@ -29,26 +29,16 @@ class Text2Json(Task):
     path : path
     """
 
-    needs_file: ClassVar[bool] = True
-
     def __init__(self, path: Path) -> None:
         fields = {"context": is_text, "question": is_text, "records": is_records}
-        self._contexts = group_by_context(read_lines(path, fields))
+        super().__init__(read_lines(path, fields))
 
-    def make(
-        self, language: Language, num_tokens: int, *, num_questions: int = 20, seed: int = 0
-    ) -> TaskDocument:
-        """Make a document of the context whose number is `seed`, around again after the last."""
-        context, lines = self._contexts[seed % len(self._contexts)]
-        text = shorten(context, language, num_tokens)
-        questions = []
-        for line in lines[:num_questions]:
-            records = json.dumps(line["records"], ensure_ascii=False)
-            # Indented, as models write it: an answer has room for that.
-            gold = json.dumps(line["records"], ensure_ascii=False, indent=4)
-            prompt = f"\n\n{line['question']}\nAnswer with a JSON list of objects alone:\n"
-            questions.append(ask(language, Asked(prompt, gold), [records]))
-        return self.document(language, (text,), questions, seed)
+    def question(self, line: dict[str, Any], language: Language) -> TaskQuestion:
+        """Ask for a list; its gold is indented as models write it, so that there is room for it."""
+        records = json.dumps(line["records"], ensure_ascii=False)
+        gold = json.dumps(line["records"], ensure_ascii=False, indent=4)
+        prompt = f"\n\n{line['question']}\nAnswer with a JSON list of objects alone:\n"
+        return ask(language, Asked(prompt, gold), [records])
 
     def score(self, question: TaskQuestion, output: str) -> float:
         """Intersection over union of records, each counted by its share of fields that agree."""
