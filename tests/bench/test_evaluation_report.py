@@ -106,11 +106,30 @@ def test_a_report_of_a_file_is_that_of_the_run(results):
 
 def test_intervals_are_those_of_the_mean_of_many():
     values = np.random.default_rng(1).normal(3, 2, 400)
-    low, high = interval(resampled_means(values))
+    low, high = interval(resampled_means(values[:, None]))
     half = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
-    assert interval(resampled_means([2.0] * 7)) == (2.0, 2.0)
+    assert interval(resampled_means([[2.0] * 7])) == (2.0, 2.0)
+    assert interval(resampled_means([values.tolist()])) == (low, high)  # of one document
+
+
+def test_questions_of_a_document_are_no_samples_of_their_own():
+    documents = np.random.default_rng(1).normal(3, 2, 30)
+    alike = [[value] * 20 for value in documents.tolist()]
+    assert interval(resampled_means(alike)) == pytest.approx(
+        interval(resampled_means(documents[:, None]))
+    )
+    longer = [[10.0] * 3, [0.0]]
+    assert set(resampled_means(longer).tolist()) == {0.0, 7.5, 10.0}
+
+
+def test_a_task_s_interval_is_over_its_documents(results):
+    for document in range(2):
+        for question in range(2):
+            results.add(sample("full", question, 1.0, document=document))
+            results.add(sample("disk", question, float(document), document=document))
+    assert summarise(results).methods[1].tasks["a"].interval == (0.0, 100.0)
 
 
 def test_groups_stand_for_their_tasks(tmp_path):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _CAPTION = (
     "Scores of 100; in brackets the points below full attention on the same questions, with the"
-    " middle 95 % when questions are resampled."
+    " middle 95 % when documents are resampled, each with its questions."
 )
 _LOSES = (
     "* loses information: what it evicts of a document is gone for good. It is given the same"

@@ -1,4 +1,8 @@
-"""Paired intervals of a mean by the bootstrap, with a fixed seed."""
+"""Paired intervals of a mean by the bootstrap over documents, with a fixed seed.
+
+Questions about one document share what was read of it: they are no samples of their own. So
+documents are drawn, each with all its questions.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,25 @@ RESAMPLES = 2000
 _TAIL = 2.5  # percent left out at each end
 
 
-def resampled_means(differences: Sequence[float]) -> np.ndarray:
-    """Return the means of resampled paired differences [RESAMPLES], float64."""
-    values = np.asarray(differences, dtype=np.float64)
+def resampled_means(by_document: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return the means over questions of resampled documents.
+
+    Parameters
+    ----------
+    by_document : sequence of sequence of float
+        Paired differences, one for each question, by document. Of a single document its questions
+        are drawn: what other documents would give is not known then.
+
+    Returns
+    -------
+    ndarray [RESAMPLES], float64
+    """
+    drawn = by_document if len(by_document) > 1 else [[value] for value in by_document[0]]
+    sums = np.array([sum(values) for values in drawn], dtype=np.float64)
+    counts = np.array([len(values) for values in drawn])
     rng = np.random.default_rng(0)
-    picked = (rng.integers(len(values), size=len(values)) for _ in range(RESAMPLES))
-    return np.array([values[at].mean() for at in picked])
+    picked = rng.integers(len(drawn), size=(RESAMPLES, len(drawn)))
+    return np.asarray(sums[picked].sum(1) / counts[picked].sum(1))
 
 
 def interval(means: np.ndarray) -> tuple[float, float]:

@@ -28,7 +28,7 @@ class Score:
         Percentage points that full attention is better on the same questions; None where that
         has not answered all of them.
     interval : tuple of float, or None
-        The middle 95 % of that difference, resampled over questions.
+        The middle 95 % of that difference when documents are resampled with their questions.
     """
 
     mean: float
@@ -163,10 +163,14 @@ def _score(
     mean, count = fmean(sample.score for sample in samples), len(samples)
     if any(sample.place not in full for sample in samples):
         return Score(mean=mean, samples=count), None
-    below = [100 * (full[sample.place] - sample.score) for sample in samples]
-    means = resampled_means(below)
+    below: dict[int, list[float]] = {}
+    for sample in samples:
+        points = 100 * (full[sample.place] - sample.score)
+        below.setdefault(sample.document, []).append(points)
+    means = resampled_means(list(below.values()))
+    points_below = fmean(points for each in below.values() for points in each)
     return (
-        Score(mean=mean, samples=count, points_below_full=fmean(below), interval=interval(means)),
+        Score(mean=mean, samples=count, points_below_full=points_below, interval=interval(means)),
         means,
     )
 
