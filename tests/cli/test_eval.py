@@ -11,6 +11,7 @@ from kvswap.bench.evaluation import run as evaluation
 from kvswap.bench.evaluation.plan import GROUPS
 from kvswap.bench.eviction import method_names
 from kvswap.bench.tasks import task_names
+from kvswap.cli.evaluating import name_of
 from kvswap.predict import index_names
 from tests.cli.processes import words
 
@@ -28,6 +29,9 @@ METHOD_TYPES = {
     "recall": float,
     "recall_by_layer": list,
 }
+
+
+NAMED = "lowrank, budget_tokens=64, recall_every=2 at 900KiB"
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def test_json_has_these_keys_and_every_answer_is_in_the_file(kvswap, options, kv
     assert set(found) == {"settings", "methods", "output"}
     full, disk = found["methods"]
     assert {key: type(value) for key, value in disk.items()} == METHOD_TYPES
-    assert (full["method"], disk["method"]) == ("full", "lowrank")
+    assert (full["method"], disk["method"]) == ("full", NAMED)
     assert full["recall"] is None
     assert full["kv_memory_bytes"] == full["full_kv_bytes"]
     assert sum(disk["memory_parts"].values()) == disk["kv_memory_bytes"] <= 900 * 2**10
@@ -73,7 +77,7 @@ def test_json_has_these_keys_and_every_answer_is_in_the_file(kvswap, options, kv
     samples = [line for line in lines_of(options["--output"]) if line["line"] == "sample"]
     assert [(s["method"], s["question"]) for s in samples] == [
         *(("full", 0), ("full", 1)),
-        *(("lowrank", 0), ("lowrank", 1)),
+        *((NAMED, 0), (NAMED, 1)),
     ]
     assert not any(kv_dir.iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "kv"}
@@ -109,9 +113,52 @@ def test_without_a_name_the_file_is_named_after_what_is_asked(kvswap, options, t
     assert {path.name for path in tmp_path.glob("*.jsonl")} == set(names)
 
 
+def test_budgets_and_settings_stand_in_one_file_and_one_table(kvswap, options, tmp_path):
+    unnamed = options | {"--output": None}
+    more = ("--no-full", "--set", "group_size=8")
+    outputs = {
+        eval_json(kvswap, unnamed, "--no-full")["output"],
+        eval_json(kvswap, unnamed | {"--kv-memory": "1/ 1"}, "--no-full")["output"],
+        eval_json(kvswap, unnamed, *more)["output"],
+    }
+    (output,) = outputs
+    found = eval_json(kvswap, unnamed, *more, "--set", "head_groups=1")  # as by default
+    assert [method["method"] for method in found["methods"]] == [
+        "lowrank at 900KiB",
+        "lowrank at 1/1",
+        "lowrank, group_size=8 at 900KiB",
+    ]
+    assert found["output"] == output
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"selector": "topk", "recall_every": 0}, "lowrank"),
+        ({"selector": "topp:0.9", "reduce": "mass"}, "lowrank topp:0.9, reduce=mass"),
+        ({"rank": 8, "budget_tokens": [8, 16]}, "lowrank, budget_tokens=[8,16], rank=8"),
+        ({"rank": None, "worth_reading": 0}, "lowrank, worth_reading=0"),
+    ],
+)
+def test_methods_are_named_by_what_is_not_as_by_default(settings, name):
+    assert name_of({"index": "lowrank", **settings}) == name
+
+
+def test_what_was_answered_under_another_name_is_not_asked_again(kvswap, options, monkeypatch):
+    eval_json(kvswap, options, "--no-full")
+    path = options["--output"]
+    path.write_text(path.read_text().replace('"lowrank at 900KiB"', '"lowrank"'))
+    monkeypatch.setattr(evaluation.Evaluation, "_ask_all", None)
+    found = eval_json(kvswap, options | {"--kv-memory": "921600"}, "--no-full")
+    assert [method["method"] for method in found["methods"]] == ["lowrank"]
+
+
 def test_several_indexes_answer_side_by_side(kvswap, options):
     found = eval_json(kvswap, options, "--no-full", "--index", "lowrank:8", "--index", "lowrank:16")
-    assert [method["method"] for method in found["methods"]] == ["lowrank:8", "lowrank:16"]
+    assert [method["method"] for method in found["methods"]] == [
+        "lowrank:8 at 900KiB",
+        "lowrank:16 at 900KiB",
+    ]
     assert found["methods"][0]["all_tasks"]["points_below_full"] is None
 
 
@@ -129,12 +176,14 @@ def test_baselines_are_marked_as_losing_information(kvswap, options, monkeypatch
     found = eval_json(kvswap, asked, *more)
     disk, *baselines = found["methods"]
     assert not disk["loses_information"]
-    assert [method["method"] for method in baselines] == ["snapkv", "snapkv:tuned"]
+    assert [method["method"] for method in baselines] == [
+        "snapkv at 1/1",
+        "snapkv:tuned at 1/1",
+    ]
     assert all(method["loses_information"] for method in baselines)
     assert [method["settings"]["setting"] for method in baselines] == ["published", "tuned"]
     result = kvswap("eval", *words(asked), *more)  # from the file
-    assert "snapkv:tuned*" in result.out
-    assert "lowrank*" not in result.out
+    assert result.out.count("1/1*") == 4  # in two tables
     assert "* loses information: " in result.out
 
 

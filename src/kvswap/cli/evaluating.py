@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -71,6 +72,8 @@ def evaluate(request: EvalRequest) -> tuple[Report, Path]:
     output = request.output or Path(f"kvswap-eval-{fingerprint_of(settings)[:12]}.jsonl")
     work = output.with_name(f"{output.name}.prefills")
     with Results(output, settings) as results, StageBars(_TITLES) as bars:
+        for method in methods:
+            method.name = results.name_of(method.describe()) or method.name
         run = Evaluation(
             Asking(model, tokenizer),
             plan,
@@ -123,11 +126,26 @@ def make_methods(request: EvalRequest) -> list[Method]:
     shared = given | {"selector": request.selector, "recall_every": request.recall}
     methods: list[Method] = [FullAttention()] if request.full else []
     for index in request.index:
-        name = index if request.selector == "topk" else f"{index} {request.selector}"
         settings = shared | {"index": index}
-        methods.append(KVSwap(name=name, budget=budget, directories=directories, settings=settings))
-    methods += [Evicted(name=name, budget=budget) for name in request.baseline]
+        methods.append(
+            KVSwap(name=index, budget=budget, directories=directories, settings=settings)
+        )
+        methods[-1].name = f"{name_of(settings)} at {_joined(request.kv_memory)}"
+    for name in request.baseline:
+        methods.append(Evicted(name=name, budget=budget))
+        methods[-1].name = f"{name} at {_joined(request.kv_memory)}"
     return methods
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """Return an index with what else is not as by default: ``lowrank:64 topp:0.9, reduce=mass``."""
+    usual = {f.name: f.default for f in fields(CacheConfig)}
+    other = {name: value for name, value in settings.items() if value != usual[name]}
+    parts = [str(settings["index"])]
+    if "selector" in other:
+        parts[0] += f" {other['selector']}"
+    told = sorted(other.keys() - {"index", "selector"})
+    return ", ".join([*parts, *(f"{name}={_joined(str(other[name]))}" for name in told)])
 
 
 def read_settings(given: dict[str, str]) -> dict[str, Any]:
@@ -150,6 +168,10 @@ def read_settings(given: dict[str, str]) -> dict[str, Any]:
         except ValueError:
             settings[name] = text
     return settings
+
+
+def _joined(text: str) -> str:
+    return "".join(text.split())
 
 
 def _names(tasks: str) -> list[str]:

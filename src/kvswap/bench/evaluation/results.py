@@ -130,6 +130,12 @@ class Results:
             digest = fingerprint_of(self.settings)
             self._write("settings", format=FORMAT, fingerprint=digest, settings=self.settings)
 
+    def name_of(self, description: Mapping[str, Any]) -> str | None:
+        """Return by which name a method that is set so has answered, or None."""
+        described = json.loads(json.dumps(description))
+        answered = (name for *_, name in self.samples)
+        return next((name for name in answered if self.methods[name] == described), None)
+
     def begin(self, method: str, description: Mapping[str, Any]) -> None:
         """Note how a method is set.
 
