@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import kvswap
 from kvswap.core.errors import DeviceIOError, StoreError, StoreFullError
 from kvswap.core.extension import warn_once
 from kvswap.placement import sequential
+from kvswap.storage import device as device_module
 from kvswap.storage import drives as drives_module
+from kvswap.storage.device import DeviceFile
 from tests.backends import Gone, SteppedBackend
 from tests.caches import FEWEST_SLOTS, SMALL, greedy, step
 from tests.families import make_model, prompt
@@ -111,6 +114,30 @@ def test_a_drive_may_go_while_a_prompt_is_stored(countdown, faults, tmp_path):
     found = tokens(tmp_path, SMALL, replicas=2, before=lambda: faults[2].arm(countdown))
     assert found == expected
     assert faults[2].num_failed
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_drive_may_go_while_room_is_made(replicas, faults, tmp_path, monkeypatch):
+    """Its file system is gone: no call to it does anything any more."""
+    asked: list[str] = []
+
+    def gone(file: DeviceFile, *_: int) -> None:
+        if "drive-2" in file.path:
+            asked.append(file.path)
+            monkeypatch.setattr(device_module.os, "ftruncate", no_call)
+            no_call()
+
+    def no_call(*_: int) -> None:
+        raise OSError(errno.EIO, "gone")
+
+    expected = tokens(tmp_path / "whole", SMALL, replicas=replicas)
+    monkeypatch.setattr(DeviceFile, "_grow", gone)
+    if replicas == 1:
+        with pytest.raises(DeviceIOError, match="drive-2"):
+            tokens(tmp_path, SMALL)
+        return
+    assert tokens(tmp_path, SMALL, replicas=2) == expected
+    assert len(asked) == 1
 
 
 def test_with_three_copies_two_drives_may_go(faults, tmp_path):

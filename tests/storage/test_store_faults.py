@@ -272,16 +272,21 @@ def test_without_allocation_the_file_is_sparse_and_a_full_disk_shows_when_writte
         assert np.array_equal(read_back(store, range(100)), records)
 
 
+@pytest.mark.parametrize("failing_call", ["fallocate", "ftruncate"], ids=["once", "for good"])
 def test_a_device_that_fails_to_allocate_is_not_taken_for_a_full_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_call: str
 ) -> None:
     def broken(*_: int) -> None:
         raise OSError(errno.EIO, "gone")
 
-    monkeypatch.setattr(device, "fallocate", broken)
-    with make_store(tmp_path) as store, pytest.raises(DeviceIOError) as caught:
-        store.reserve(4096)
-    assert caught.value.errno == errno.EIO
+    with make_store(tmp_path) as store:
+        monkeypatch.setattr(device, "fallocate", broken)
+        if failing_call == "ftruncate":
+            monkeypatch.setattr(device.os, "ftruncate", broken)
+        with pytest.raises(DeviceIOError) as caught:
+            store.reserve(4096)
+        assert caught.value.errno == errno.EIO
+        assert store.device_of(caught.value) == 0
 
 
 @pytest.mark.parametrize("missing", ["fallocate64", "sync_file_range"])

@@ -190,6 +190,8 @@ class DeviceFile:
         ------
         StoreFullError
             If the limit or the file system has no room; the file is as before.
+        DeviceIOError
+            If the device or the file system fails.
         """
         end = self._file_end(end_bytes)
         if end <= self.size_bytes:
@@ -202,11 +204,12 @@ class DeviceFile:
                 self.size_bytes = end
                 return
             self._check(growth)
-            try:
-                self._grow(growth)
-            except OSError as error:
-                os.ftruncate(self.fd, self.size_bytes)  # a failed call may have grown it in part
-                raise store_error(error, self.path, nbytes=growth, target=self.fd) from error
+            with typed_errors(self.path, nbytes=growth, target=self.fd):
+                try:
+                    self._grow(growth)
+                except OSError:
+                    os.ftruncate(self.fd, self.size_bytes)  # it may have grown in part
+                    raise
             self.size_bytes = end
 
     def settle(self, offset_bytes: int, nbytes: int, *, is_written: bool) -> None:

@@ -72,11 +72,13 @@ def stuck(path: str, offset_bytes: int, nbytes: int) -> DeviceIOError:
 
 
 @contextmanager
-def typed_errors(path: str | Path, *, nbytes: int = 0) -> Iterator[None]:
-    """Turn any `OSError` inside into an error of ours that names the path."""
+def typed_errors(
+    path: str | Path, *, nbytes: int = 0, target: int | str | Path | None = None
+) -> Iterator[None]:
+    """Turn any `OSError` inside into an error of ours that names the path; see `store_error`."""
     try:
         yield
     except StoreError:
         raise
     except OSError as error:
-        raise store_error(error, path, nbytes=nbytes) from error
+        raise store_error(error, path, nbytes=nbytes, target=target) from error
