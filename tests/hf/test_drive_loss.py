@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from kvswap.core.extension import warn_once
 from kvswap.placement import sequential
 from kvswap.storage import device as device_module
 from kvswap.storage import drives as drives_module
+from kvswap.storage import faults as faults_module
 from kvswap.storage.device import DeviceFile
 from tests.backends import Gone, SteppedBackend
 from tests.caches import FEWEST_SLOTS, SMALL, greedy, step
@@ -138,6 +140,32 @@ def test_a_drive_may_go_while_room_is_made(replicas, faults, tmp_path, monkeypat
         return
     assert tokens(tmp_path, SMALL, replicas=2) == expected
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_drive_that_does_not_say_what_is_free_is_gone_and_not_full(
+    replicas, faults, tmp_path, monkeypatch
+):
+    expected = tokens(tmp_path / "whole", SMALL, replicas=replicas)
+    room, answers = DeviceFile._room, itertools.count()
+
+    def of_a_dying_drive(file: DeviceFile, **already: int) -> tuple[int, str]:
+        with monkeypatch.context() as patch:
+            if "drive-2" in file.path and next(answers) > 0:
+                patch.setattr(faults_module.os, "statvfs", no_call)
+            return room(file, **already)
+
+    def no_call(_: int) -> None:
+        raise OSError(errno.EIO, "gone")
+
+    monkeypatch.setattr(DeviceFile, "_room", of_a_dying_drive)
+    if replicas == 1:
+        with pytest.raises(DeviceIOError, match="drive-2"):
+            tokens(tmp_path, SMALL)
+        return
+    with pytest.warns(RuntimeWarning, match="a drive failed.*drive-2"):
+        assert tokens(tmp_path, SMALL, replicas=2) == expected
+    assert next(answers) == 2, "it is not asked again"
 
 
 def test_with_three_copies_two_drives_may_go(faults, tmp_path):

@@ -95,6 +95,10 @@ class GroupIO:
     def __init__(self, store: BlockStore, placement: Placement, router: Router) -> None:
         self.store, self._placement, self._router = store, placement, router
 
+    def check_room(self, groups: np.ndarray) -> None:
+        """Raise what `reserve` would of groups that are yet to be allocated; reserve nothing."""
+        self._without_lost(lambda: self.store.check_room(*self._placement.end_bytes_with(groups)))
+
     def reserve(self, groups: np.ndarray) -> None:
         """Make room for groups in all layers, wherever they have copies.
 
@@ -103,13 +107,7 @@ class GroupIO:
         StoreFullError, DeviceIOError
             If there is none.
         """
-        while True:
-            try:
-                return self.store.reserve(*self._placement.end_bytes(groups))
-            except DeviceIOError as error:
-                if self._placement.num_copies == 1:
-                    raise
-                self._lose(error)  # which then asks for no room
+        self._without_lost(lambda: self.store.reserve(*self._placement.end_bytes(groups)))
 
     def read(
         self,
@@ -152,6 +150,16 @@ class GroupIO:
         home, *others = (places.extents(copy) for copy in range(copies))
         ticket = self.store.write(ids, home, records, copies=others)
         return GroupTicket(ticket, self._placement, layer_idx, groups, enough)
+
+    def _without_lost(self, room: Callable[[], None]) -> None:
+        """Ask for room again as long as drives fail, which are then asked for none."""
+        while True:
+            try:
+                return room()
+            except DeviceIOError as error:
+                if self._placement.num_copies == 1:
+                    raise
+                self._lose(error)
 
     def _places(
         self, layer_idx: int, groups: np.ndarray, avoided: set[int], error: StoreError | None

@@ -267,7 +267,7 @@ class CacheSession:
         ------
         ConfigError
             If the context would pass what was planned for.
-        StoreFullError
+        StoreFullError, DeviceIOError
             If a prefill would not find room on the disk; nothing of it has been stored then.
         """
         self.check_open()
@@ -277,7 +277,7 @@ class CacheSession:
         if is_prefill and q_len > 1:
             coming = max(self.prefill_total, batch.seq_len + q_len)
             ids = self.sequences.groups_to_come(batch, coming)
-            self.store.check_room(*self.placement.end_bytes_with(ids))
+            self.records.groups_io.check_room(ids)
         self._is_within = True
         self.is_selecting = not is_prefill
         if is_prefill:

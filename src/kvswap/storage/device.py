@@ -161,7 +161,13 @@ class DeviceFile:
         self.lost = self.lost or str(error)  # the error itself would keep all that its frames know
 
     def room_bytes(self) -> int:
-        """Return how many bytes could be reserved beyond what is reserved already."""
+        """Return how many bytes could be reserved beyond what is reserved already.
+
+        Raises
+        ------
+        DeviceIOError
+            If the file system does not answer; so do `check_room` and `reserve`.
+        """
         return max(0, self._room()[0])
 
     def check_room(self, end_bytes: int, *, on_disk: int = 0, in_all: int = 0) -> int:
@@ -258,7 +264,8 @@ class DeviceFile:
         return self.header.header_bytes + align_up(end_bytes, self.header.block_size_bytes)
 
     def _room(self, *, on_disk: int = 0, in_all: int = 0) -> tuple[int, str]:
-        free = free_bytes(self.fd) - on_disk, FREE_SPACE
+        with typed_errors(self.path):
+            free = free_bytes(self.fd) - on_disk, FREE_SPACE
         if self.disk_limit is None:
             return free
         taken = self.size_bytes + sum(file.size_bytes for file in self.beside) + in_all

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvswap.core.errors import CorruptStoreError, DeviceIOError, StoreError, StoreFullError
@@ -17,11 +17,14 @@ FREE_SPACE = "free space of the file system"
 
 
 def free_bytes(target: int | str | Path) -> int:
-    """Return the free space that a user may take, of a path's or descriptor's file system."""
-    try:
-        state = os.statvfs(target)
-    except OSError:
-        return 0
+    """Return the free space that a user may take, of a path's or descriptor's file system.
+
+    Raises
+    ------
+    OSError
+        If the file system does not answer.
+    """
+    state = os.statvfs(target)
     return state.f_bavail * state.f_frsize
 
 
@@ -47,7 +50,10 @@ def store_error(
         What to ask for the free space. Default: the path.
     """
     if error.errno in FULL:
-        have = 0 if error.errno == errno.EDQUOT else free_bytes(path if target is None else target)
+        have = 0
+        if error.errno != errno.EDQUOT:
+            with suppress(OSError):  # then all that is known is that it was too little
+                have = free_bytes(path if target is None else target)
         limit = "largest file" if error.errno == errno.EFBIG else FREE_SPACE
         return StoreFullError(path, need_bytes=nbytes, have_bytes=have, limit=limit)
     number = errno.EIO if error.errno is None else error.errno

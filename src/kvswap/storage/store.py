@@ -265,7 +265,7 @@ class BlockStore:
         return self._files[device].room_bytes()
 
     def check_room(self, *ends: int) -> None:
-        """Raise `StoreFullError` where `reserve` would now, but reserve nothing."""
+        """Raise what `reserve` would now, but reserve nothing."""
         self._check_open()
         self._drives.check_room(ends)
 
@@ -274,8 +274,8 @@ class BlockStore:
 
         Raises
         ------
-        StoreFullError
-            If there is no room, naming the drive; what is stored stays.
+        StoreFullError, DeviceIOError
+            If there is no room, or a drive fails, naming the drive; what is stored stays.
         """
         self._check_open()
         self._drives.reserve(ends)
