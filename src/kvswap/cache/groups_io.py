@@ -121,13 +121,17 @@ class GroupIO:
         """Submit a read of one layer's records, see `BlockStore.read` and `read_halves`."""
         read = self.store.read_halves if values_alone else self.store.read
         ids = self._placement.record_ids(layer_idx, groups)
-        avoided: set[int] = set()
+        copies = self._placement.locate(layer_idx, groups)
+        is_bad = np.zeros((len(groups), self.store.num_devices), bool)
 
         def begin(error: StoreError | None) -> Ticket:
-            return read(ids, self._places(layer_idx, groups, avoided, error), out, rows)
+            return read(ids, self._places(copies, is_bad, error), out, rows)
 
         def elsewhere(error: StoreError) -> Ticket:
-            avoided.update(self._lose(error))
+            self._lose(error)
+            for each in (error, *error.others):
+                concerned = np.isin(ids, each.record_ids)
+                is_bad[concerned | ~concerned.any(), self.store.device_of(each)] = True
             return begin(error)
 
         remedy = elsewhere if self._placement.num_copies > 1 else None
@@ -161,18 +165,34 @@ class GroupIO:
                     raise
                 self._lose(error)
 
-    def _places(
-        self, layer_idx: int, groups: np.ndarray, avoided: set[int], error: StoreError | None
-    ) -> Extents:
-        """Choose copies, none on a drive that is lost or avoided; raise where none is left."""
-        copies = self._placement.locate(layer_idx, groups)
+    def _places(self, copies: Copies, is_bad: np.ndarray, error: StoreError | None) -> Extents:
+        """Choose copies, none that is lost or bad; raise where none is left."""
         if self._placement.num_copies == 1:
             return copies.extents()
-        lost = self.store.lost
-        extents, is_there = self._router.route(copies, without={*lost, *avoided})
+        extents, is_there = self._router.route(self._at_hand(copies, is_bad))
         if not is_there.all():
-            raise error or StoreError(lost[int(copies.devices[~is_there][0, 0])])
+            raise error or StoreError(self.store.lost[int(copies.devices[~is_there][0, 0])])
         return extents
+
+    def _at_hand(self, copies: Copies, is_bad: np.ndarray) -> Copies:
+        """Leave out copies that are lost or bad, and others of a drive that gave a bad one.
+
+        The latter only where another is left: on a drive that gave one bad record more may be so,
+        and each that is found costs a read of all.
+
+        Parameters
+        ----------
+        copies : Copies
+        is_bad : ndarray [n, num_devices], bool
+        """
+        devices, lost = copies.devices, list(self.store.lost)
+        if not lost and not is_bad.any():
+            return copies
+        bad = np.take_along_axis(is_bad, devices.astype(np.int64), axis=1)
+        is_gone = (devices < 0) | np.isin(devices, lost) | bad
+        is_doubtful = np.isin(devices, np.flatnonzero(is_bad.any(0)))
+        has_better = (~is_gone & ~is_doubtful).any(1, keepdims=True)
+        return copies.without(is_gone | (is_doubtful & has_better))
 
     def _check_taken(self, copies: Copies, error: StoreError | None = None) -> None:
         """Raise where some groups have all their copies on drives that are lost."""
@@ -181,24 +201,21 @@ class GroupIO:
         if is_gone.any():
             raise error or StoreError(lost[int(copies.devices[is_gone][0, 0])])
 
-    def _lose(self, error: StoreError) -> set[int]:
-        """Return the drives that an error is about; those that failed are lost from here on.
+    def _lose(self, error: StoreError) -> None:
+        """Ask nothing more of the drives that an error says have failed.
 
         Raises
         ------
         StoreError
             The error itself, where it is none of a drive's.
         """
-        drives: set[int] = set()
         for each in (error, *error.others):
             device = self.store.device_of(each)
             if device is None or not isinstance(each, (DeviceIOError, CorruptStoreError)):
                 raise each
-            drives.add(device)
             if isinstance(each, DeviceIOError):
                 if device not in self.store.lost:
                     warn_once(f"a drive failed, and what it held is read from elsewhere: {each}")
                 self.store.lose(device, each)
             else:
                 warn_once(f"a record is read from another copy: {each}")
-        return drives

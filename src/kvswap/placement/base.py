@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -40,18 +39,22 @@ class Copies(NamedTuple):
         """Return those of some rows."""
         return Copies(self.devices[rows], self.offsets[rows])
 
+    def without(self, is_gone: np.ndarray) -> Copies:
+        """Return what is left without some; a group that has none is on device -1."""
+        return Copies(*left_without(self.devices, self.offsets, is_gone))
+
 
 def left_without(
-    drives: np.ndarray, places: np.ndarray, gone: Collection[int]
+    drives: np.ndarray, places: np.ndarray, is_gone: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the copies that are left when some drives are gone, -1 behind them.
+    """Return the copies that are left when some are gone, -1 behind them.
 
     Parameters
     ----------
     drives, places : ndarray [n, num_copies], integer
-    gone : collection of int
+    is_gone : ndarray [n, num_copies], bool
     """
-    drives = np.where(np.isin(drives, list(gone)), drives.dtype.type(-1), drives)
+    drives = np.where(is_gone, drives.dtype.type(-1), drives)
     order = np.argsort(drives < 0, axis=1, kind="stable")
     places = np.where(drives < 0, places.dtype.type(-1), places)
     return np.take_along_axis(drives, order, axis=1), np.take_along_axis(places, order, axis=1)

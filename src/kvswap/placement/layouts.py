@@ -100,7 +100,7 @@ class Layout:
 
     def without(self, drive: int) -> Layout:
         """Return what is left when a drive is gone: groups that lay there alone have no place."""
-        return Layout(*left_without(self.drives, self.places, [drive]))
+        return Layout(*left_without(self.drives, self.places, self.drives == drive))
 
 
 @dataclass(frozen=True, slots=True)

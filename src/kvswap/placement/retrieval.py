@@ -12,14 +12,13 @@ groups at their homes take less, they are read there.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from math import inf
 from typing import NamedTuple
 
 import numpy as np
 
 from kvswap.core.extension import native
-from kvswap.placement.base import Copies, left_without
+from kvswap.placement.base import Copies
 from kvswap.placement.drives import Drives
 from kvswap.placement.layouts import Layout
 from kvswap.placement.simulate import read_seconds
@@ -68,14 +67,12 @@ class Router:
         self._native.choose(np.ascontiguousarray(on), np.ascontiguousarray(places), picked)
         return picked
 
-    def route(self, copies: Copies, *, without: Collection[int] = ()) -> tuple[Extents, np.ndarray]:
-        """Choose among copies as a placement gives them.
+    def route(self, copies: Copies) -> tuple[Extents, np.ndarray]:
+        """Choose among copies as a placement gives them, or what is left of them.
 
         Parameters
         ----------
         copies : Copies
-        without : collection of int
-            Drives that are not to be read from.
 
         Returns
         -------
@@ -85,8 +82,6 @@ class Router:
             Whether a group has a copy.
         """
         devices, offsets = copies
-        if without:
-            devices, offsets = left_without(devices, offsets, without)
         is_there = devices[:, 0] >= 0
         picked = np.zeros(len(devices), np.int64)
         if devices.shape[1] > 1:
