@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from kvswap.cache.groups_io import GroupIO
 from kvswap.cache.steps import COUNT_BYTES, StepMemory
 from kvswap.cache.worker import Job, RestingWorker
-from kvswap.core.errors import StoreError
+from kvswap.core.errors import StoreError, StoreFullError
 from kvswap.core.extension import warn_once
 from kvswap.placement.base import Copies
 from kvswap.placement.drives import Drives
@@ -26,7 +27,6 @@ from kvswap.placement.fitted import FittedPlacement
 from kvswap.placement.layouts import Layout
 from kvswap.storage.base import Extents
 from kvswap.storage.buffers import aligned_empty
-from kvswap.storage.store import BlockStore
 
 _CHUNK_BYTES = 2**20  # copied between two steps, at most
 _REST = 9.0  # so many times as long as it worked does the thread rest: steps need its processor
@@ -41,7 +41,7 @@ class Arranger:
 
     Parameters
     ----------
-    store : BlockStore
+    groups_io : GroupIO
     placement : FittedPlacement
     drives : Drives
     stored_groups : callable
@@ -61,14 +61,15 @@ class Arranger:
 
     Notes
     -----
-    `note` and `tick` are called by the thread that decodes; only there does anything move. An error
-    of the thread ends what it was at, and is told of once: nothing that is stored is touched. Where
-    a drive was lost all stays where it is. The thread works a tenth of the time, at most.
+    `note` and `tick` are called by the thread that decodes; only there does anything move. What is
+    wrong with a drive leaves the layer that is being copied where it is, a full one all that come
+    after it too; it is told of once, and nothing that is stored is touched. Where a drive was lost
+    all stays where it is. The thread works a tenth of the time, at most.
     """
 
     def __init__(
         self,
-        store: BlockStore,
+        groups_io: GroupIO,
         placement: FittedPlacement,
         drives: Drives,
         stored_groups: Callable[[int], np.ndarray],
@@ -79,7 +80,8 @@ class Arranger:
     ) -> None:
         self._on_clusters = on_clusters
         self._is_promised = is_promised
-        self._store, self._placement, self._drives = store, placement, drives
+        self._groups_io, self._store = groups_io, groups_io.store
+        self._placement, self._drives = placement, drives
         self._stored_groups, self.memory = stored_groups, memory
         rows = max(1, _CHUNK_BYTES // drives.record_bytes)
         self._buffer = aligned_empty((rows, drives.record_bytes))
@@ -129,19 +131,22 @@ class Arranger:
     def _go_on(self) -> None:
         """Give the thread what comes after that which it is at, once it has done that."""
         try:
-            job = self._work.send(self._worker.take() if self._worker.has_job else None)
+            job = self._next_job()
             if job is not None:
                 self._worker.give(job)
-        except StoreError as error:
-            warn_once(f"groups stay where they are: {error}")
-            self._work = self._rounds()
-            self._placement.tidy()  # nothing is copied any more
         except BaseException:  # nothing may be taken for copied that was not
             self._work = self._rounds()
             raise
 
+    def _next_job(self) -> Job | None:
+        try:
+            found = self._worker.take() if self._worker.has_job else None
+        except StoreError as error:
+            return self._work.throw(error)
+        return self._work.send(found)
+
     def _rounds(self) -> Generator[Job | None, Any, None]:
-        """Yield what the thread is to do next; what it gave comes back."""
+        """Yield what the thread is to do next; what it gave comes back, or its error is thrown."""
         yield None
         while True:
             if self._store.lost or self.memory.seen < self._looked_at + self.memory.most_steps:
@@ -149,10 +154,23 @@ class Arranger:
                 continue
             self._looked_at = self.memory.seen
             self._placement.tidy()  # a round that was interrupted has left room behind
-            for layer_idx in range(self.memory.num_layers):
-                yield from self._arrange(layer_idx)
+            try:
+                for layer_idx in range(self.memory.num_layers):
+                    if not self._store.lost:
+                        yield from self._arrange_if_sound(layer_idx)
+                self.rounds += 1
+            except StoreFullError as error:
+                warn_once(f"groups stay where they are: {error}")
             self._placement.tidy()
-            self.rounds += 1
+
+    def _arrange_if_sound(self, layer_idx: int) -> Generator[Job | None, Any, None]:
+        """Lay one layer's groups out anew; leave them alone where that fails."""
+        try:
+            yield from self._arrange(layer_idx)
+        except StoreFullError:
+            raise
+        except StoreError as error:
+            warn_once(f"groups stay where they are: {error}")
 
     def _arrange(self, layer_idx: int) -> Generator[Job | None, Any, None]:
         """Lay one layer's groups out anew, if that is worth it."""
@@ -173,7 +191,6 @@ class Arranger:
         self._store.check_room(*(end + more for end, more in zip(ends, coming, strict=True)))
         self._store.reserve(*ends)
         copies = placement.begin(layer_idx, layout, number)
-        ids = placement.record_ids(layer_idx, groups)
         for copy in range(placement.num_copies):
             order = copies.in_order(copy)
             for first in range(0, len(order), len(self._buffer)):
@@ -181,13 +198,17 @@ class Arranger:
                 part = part[placement.is_unchanged(groups[part])]
                 if not len(part):
                     continue
-                source, target = now.of(part).extents(), copies.of(part).extents(copy)
-                yield partial(self._copy, ids[part], source, target)
+                source, target = now.of(part), copies.of(part).extents(copy)
+                yield partial(self._copy, layer_idx, groups[part], source, target)
+                if self._store.lost:
+                    return
         placement.adopt(layer_idx, groups, copies, number)
 
-    def _copy(self, ids: np.ndarray, source: Extents, target: Extents) -> None:
-        rows = self._buffer[: len(ids)]
-        self._store.read(ids, source, rows, np.arange(len(ids))).wait()
+    def _copy(self, layer_idx: int, groups: np.ndarray, source: Copies, target: Extents) -> None:
+        rows = self._buffer[: len(groups)]
+        read = partial(self._store.read, out=rows, rows=np.arange(len(groups)))
+        self._groups_io.read_copies(layer_idx, groups, source, read).wait()
+        ids = self._placement.record_ids(layer_idx, groups)
         self._store.write_again(ids, target, rows).wait()
 
 

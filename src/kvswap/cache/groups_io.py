@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -89,7 +90,7 @@ class GroupIO:
     Notes
     -----
     A drive that fails is not asked again, as long as what it holds is elsewhere too. A record that
-    is not as it was written is read from another copy. Not thread-safe.
+    is not as it was written is read from another copy. Not thread-safe, but for `read_copies`.
     """
 
     def __init__(self, store: BlockStore, placement: Placement, router: Router) -> None:
@@ -119,13 +120,33 @@ class GroupIO:
         values_alone: bool = False,
     ) -> GroupTicket:
         """Submit a read of one layer's records, see `BlockStore.read` and `read_halves`."""
-        read = self.store.read_halves if values_alone else self.store.read
-        ids = self._placement.record_ids(layer_idx, groups)
         copies = self._placement.locate(layer_idx, groups)
+        read = self.store.read_halves if values_alone else self.store.read
+        return self.read_copies(layer_idx, groups, copies, partial(read, out=out, rows=rows))
+
+    def read_copies(
+        self,
+        layer_idx: int,
+        groups: np.ndarray,
+        copies: Copies,
+        read: Callable[[np.ndarray, Extents], Ticket],
+    ) -> GroupTicket:
+        """Submit a read of groups where they were found to lie; thread-safe.
+
+        Parameters
+        ----------
+        layer_idx : int
+        groups : ndarray [n], int64
+        copies : Copies
+            That `Placement.locate` gave of them.
+        read : callable
+            Given record ids and extents, submits a read of them.
+        """
+        ids = self._placement.record_ids(layer_idx, groups)
         is_bad = np.zeros((len(groups), self.store.num_devices), bool)
 
         def begin(error: StoreError | None) -> Ticket:
-            return read(ids, self._places(copies, is_bad, error), out, rows)
+            return read(ids, self._places(copies, is_bad, error))
 
         def elsewhere(error: StoreError) -> Ticket:
             self._lose(error)

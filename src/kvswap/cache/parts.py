@@ -131,7 +131,7 @@ def make_arranger(session: CacheSession, plan: CachePlan) -> Arranger | None:
     if not isinstance(session.placement, FittedPlacement) or not plan.rank:
         return None
     return Arranger(
-        session.store,
+        session.records.groups_io,
         session.placement,
         session.drives,
         session.sequences.stored_groups,
