@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,28 @@ def test_rounds_that_find_no_room_do_not_take_it_again_and_again(tmp_path, monke
         assert not fitted_layers(cache)
     assert len(ends) == 4
     assert len(set(ends)) == 1, "a failed round's room is taken by the next"
+
+
+def test_an_error_of_a_fit_ends_the_round_and_no_answer(tmp_path, monkeypatch):
+    expected, laid_out = tokens(tmp_path / "whole", FEW_SLOTS), arranger_module.better_layout
+    calls = itertools.count()
+
+    def without_memory(*of: Any) -> Layout | None:
+        if next(calls) == 2:
+            raise MemoryError("none left")
+        return laid_out(*of)
+
+    monkeypatch.setattr(arranger_module, "better_layout", without_memory)
+    model, ids = make_model("llama"), prompt(LENGTH)
+    config = config_on(drives_in(tmp_path, 1), FEW_SLOTS, layout="fitted")
+    with kvswap.attach(model, config) as cache:
+        with pytest.warns(RuntimeWarning, match=r"stay where they are: MemoryError\('none left'\)"):
+            first = go_on(model, cache, ids, 9)
+        assert fitted_layers(cache) == [0, 1]
+        assert cache.session.arranger.rounds == 0
+        rest = go_on(model, cache, torch.cat((ids, first), 1), 9)
+        assert fitted_layers(cache) == [0, 1, 2, 3]
+    assert [*first.tolist()[0], *rest.tolist()[0]] == expected
 
 
 def test_a_drive_may_go_while_groups_are_moved(tmp_path, monkeypatch):

@@ -63,8 +63,9 @@ class Arranger:
     -----
     `note` and `tick` are called by the thread that decodes; only there does anything move. What is
     wrong with a drive leaves the layer that is being copied where it is, a full one all that come
-    after it too; it is told of once, and nothing that is stored is touched. Where a drive was lost
-    all stays where it is. The thread works a tenth of the time, at most.
+    after it too, as any other error of the thread does; it is told of once, and nothing that is
+    stored is touched. Where a drive was lost all stays where it is. The thread works a tenth of the
+    time, at most.
     """
 
     def __init__(
@@ -143,6 +144,11 @@ class Arranger:
             found = self._worker.take() if self._worker.has_job else None
         except StoreError as error:
             return self._work.throw(error)
+        except Exception as error:  # noqa: BLE001 - told of: no answer depends on a layout
+            warn_once(f"groups stay where they are: {error!r}")
+            self._work = self._rounds()
+            self._placement.tidy()  # nothing is copied any more
+            return None
         return self._work.send(found)
 
     def _rounds(self) -> Generator[Job | None, Any, None]:
