@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import kvswap
 from kvswap.cache import arranger as arranger_module
 from kvswap.cache import steps
+from kvswap.cache.session import CacheSession
 from kvswap.core.errors import CorruptStoreError
 from kvswap.core.extension import warn_once
 from kvswap.placement import Clusters, Drives, Layout, LayoutTask, lay_out, sequential
@@ -119,6 +121,34 @@ def test_the_same_tokens_however_groups_lie(limits, tmp_path, often):
     ):
         assert tokens(tmp_path / str(number), limits, layout="fitted", **storage) == expected
     assert len(often) >= 4 * 3 * 2
+
+
+@pytest.mark.parametrize("backend", ["posix", "auto"])
+def test_what_is_copied_while_a_step_runs_is_not_counted_as_read_for_it(
+    backend, tmp_path, monkeypatch
+):
+    def end_forward(session: CacheSession, *of: Any) -> None:
+        if session.arranger is not None and session.arranger.is_under_way:
+            wait([session.arranger._worker._job])  # what it copies falls into the step
+        ended(session, *of)
+
+    ended = CacheSession.end_forward
+    monkeypatch.setenv("KVSWAP_IO", backend)
+    monkeypatch.setattr(arranger_module, "_REST", 0.0)
+    monkeypatch.setattr(arranger_module, "_CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(CacheSession, "end_forward", end_forward)
+    model, found, others = make_model("llama"), [], []
+    for layout in ("sequential", "fitted"):
+        drives = drives_in(tmp_path / layout, 1)
+        config = config_on(drives, FEW_SLOTS, layout=layout, read_gap_bytes=0)
+        with kvswap.attach(model, config) as cache:
+            greedy(model, cache, prompt(LENGTH), 26)
+            stats = cache.stats()
+            found.append((stats.decode_bytes_read, stats.bytes_read_per_token))
+            others.append(stats.io.bytes_read - stats.decode_bytes_read)
+            assert layout == "sequential" or fitted_layers(cache) == [0, 1, 2, 3]
+    assert found[0] == found[1]
+    assert others[1] > others[0]
 
 
 @pytest.mark.parametrize("is_write", [False, True])

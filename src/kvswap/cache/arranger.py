@@ -212,7 +212,8 @@ class Arranger:
 
     def _copy(self, layer_idx: int, groups: np.ndarray, source: Copies, target: Extents) -> None:
         rows = self._buffer[: len(groups)]
-        read = partial(self._store.read, out=rows, rows=np.arange(len(groups)))
+        into = np.arange(len(groups))
+        read = partial(self._store.read, out=rows, rows=into, is_background=True)
         self._groups_io.read_copies(layer_idx, groups, source, read).wait()
         ids = self._placement.record_ids(layer_idx, groups)
         self._store.write_again(ids, target, rows).wait()

@@ -289,7 +289,7 @@ class CacheSession:
             self.reuse.begin_step(step=self.prefetcher.tick())
             self.counters.decode_steps += 1
             self.counters.decode_tokens += q_len * batch.batch_size
-        self._decode_base = (self.store.stats.bytes_read, self.store.stats.reads)
+        self._decode_base = self.store.foreground_reads
         self._begin_s = time.perf_counter()
 
     def end_prefill(self, batch: SequenceBatch) -> None:
@@ -314,9 +314,9 @@ class CacheSession:
         """Count what the forward did; called after its last layer on disk."""
         self._is_within = False
         if self.is_selecting:
-            bytes_read, reads = self._decode_base
-            self.counters.decode_bytes_read += self.store.stats.bytes_read - bytes_read
-            self.counters.decode_reads += self.store.stats.reads - reads
+            bytes_read, reads = self._read_since(self._decode_base)
+            self.counters.decode_bytes_read += bytes_read
+            self.counters.decode_reads += reads
             return
         self.counters.prefill_tokens += q_len * batch.batch_size
         self.counters.prefill_s += time.perf_counter() - self._begin_s
@@ -327,11 +327,14 @@ class CacheSession:
     def apart_from_decode(self) -> Iterator[None]:
         """Keep the reads inside out of the decode counters; they stay in the engine's own."""
         self.step.wait()  # its own reads are not counted yet
-        before = (self.store.stats.bytes_read, self.store.stats.reads)
+        before = self.store.foreground_reads
         yield
-        bytes_read = self.store.stats.bytes_read - before[0]
-        reads = self.store.stats.reads - before[1]
+        bytes_read, reads = self._read_since(before)
         self._decode_base = (self._decode_base[0] + bytes_read, self._decode_base[1] + reads)
+
+    def _read_since(self, before: tuple[int, int]) -> tuple[int, int]:
+        bytes_read, reads = self.store.foreground_reads
+        return bytes_read - before[0], reads - before[1]
 
     def settle(self) -> None:
         """Finish reads that an interrupted forward left in flight, and forget what it read.

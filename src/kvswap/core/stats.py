@@ -76,7 +76,8 @@ class CacheStats:
     own_s : float
         Time inside the cache's hooks and attention, stalls included, in steps that select.
     decode_bytes_read, decode_reads : int
-        Bytes and requests of steps that select.
+        Bytes and requests of steps that select; groups copied to another place meanwhile are not
+        among them.
     prefill_s, index_fit_s : float
         Time in exact attention and storing, and in fitting the index.
     recall : list of float

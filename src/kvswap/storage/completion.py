@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 
@@ -25,11 +26,24 @@ class Meter:
 
     def __init__(self) -> None:
         self.stats = IOStats()
+        self._background = IOStats()
         self._lock = threading.Lock()
 
-    def count(self, nbytes: int, *, is_write: bool, requests: int = 1) -> None:
+    @property
+    def foreground_reads(self) -> tuple[int, int]:
+        """Bytes and requests read so far, but for those in the background."""
+        with self._lock:
+            every, behind = self.stats, self._background
+            return every.bytes_read - behind.bytes_read, every.reads - behind.reads
+
+    def count(
+        self, nbytes: int, *, is_write: bool, requests: int = 1, is_background: bool = False
+    ) -> None:
         """Count some transfers."""
         with self._lock:
+            if is_background and not is_write:
+                self._background.bytes_read += nbytes
+                self._background.reads += requests
             if is_write:
                 self.stats.bytes_written += nbytes
                 self.stats.writes += requests
@@ -74,6 +88,8 @@ class BatchDone:
         Whether all files bypass the page cache.
     written : ChecksumTable, optional
         Where those of records written go. Default: they are not remembered.
+    is_background : bool
+        Whether it is counted as that.
     owner : object
         Kept alive while anything is in flight, so that its end never runs on a worker that
         it would have to wait for.
@@ -87,9 +103,11 @@ class BatchDone:
         *,
         is_direct: bool,
         written: ChecksumTable | None = None,
+        is_background: bool = False,
         owner: object = None,
     ) -> None:
-        self._batch, self._files, self._meter = batch, files, meter
+        self._batch, self._files = batch, files
+        self._count = partial(meter.count, is_write=batch.is_write, is_background=is_background)
         self._written, self._owner = written, owner
         self._is_direct = is_direct
 
@@ -97,7 +115,7 @@ class BatchDone:
         """Count, settle and check transfer ``index``."""
         batch = self._batch
         _, _, nbytes, first, last = batch.transfers[index]
-        self._meter.count(nbytes, is_write=batch.is_write)
+        self._count(nbytes)
         if not self._is_direct:
             self._settle(index)
         if not batch.is_write:
@@ -127,7 +145,7 @@ class BatchDone:
                 is_written[first:last] = False
             checksums = np.frombuffer(ticket.checksums(), np.uint32)
             self._written.put(np.array(batch.ids)[is_written], checksums[is_written])
-        self._meter.count(nbytes, is_write=batch.is_write, requests=num_moved)
+        self._count(nbytes, requests=num_moved)
         return errors[min(errors)] if errors else None
 
     def _settle(self, index: int) -> None:

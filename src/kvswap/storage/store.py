@@ -221,6 +221,11 @@ class BlockStore:
         return self._meter.stats
 
     @property
+    def foreground_reads(self) -> tuple[int, int]:
+        """Bytes and requests read so far, but for those in the background; see `read`."""
+        return self._meter.foreground_reads
+
+    @property
     def num_devices(self) -> int:
         """Device files, one a drive."""
         return len(self._files)
@@ -304,7 +309,13 @@ class BlockStore:
     # -- records --------------------------------------------------------------------------
 
     def read(
-        self, record_ids: np.ndarray, extents: Extents, out: np.ndarray, rows: np.ndarray
+        self,
+        record_ids: np.ndarray,
+        extents: Extents,
+        out: np.ndarray,
+        rows: np.ndarray,
+        *,
+        is_background: bool = False,
     ) -> Ticket:
         """Begin to read records; each is checked before the ticket is done.
 
@@ -318,6 +329,8 @@ class BlockStore:
             From `aligned_empty`. The caller's again when the ticket is done.
         rows : ndarray [n], int64
             Record k goes to ``out[rows[k]]``; no row twice.
+        is_background : bool
+            Nobody waits for it: `foreground_reads` leaves it out.
 
         Returns
         -------
@@ -337,7 +350,9 @@ class BlockStore:
         batch = self._planner.at_once(demand)
         if not batch:  # nothing to move, or something is amiss
             batch = self._checked_read(demand, self._planner, self._checksums)
-        return FinishedTicket() if batch is None else self._submit([batch])
+        if batch is None:
+            return FinishedTicket()
+        return self._submit([batch], is_background=is_background)
 
     def keep_halves(self) -> None:
         """Remember checksums of second halves too, from now on, for `read_halves`.
@@ -543,12 +558,17 @@ class BlockStore:
             raise SessionClosedError("the store is closed")
         check_not_forked(self._owner)
 
-    def _submit(self, batches: Sequence[Batch], *, is_known: bool = False) -> Ticket:
-        ticket = self._drives.submit(batches, partial(self._completing, is_known=is_known))
+    def _submit(
+        self, batches: Sequence[Batch], *, is_known: bool = False, is_background: bool = False
+    ) -> Ticket:
+        completing = partial(self._completing, is_known=is_known, is_background=is_background)
+        ticket = self._drives.submit(batches, completing)
         self._in_flight.add(ticket)
         return ticket
 
-    def _completing(self, batch: Batch, has_workers: bool, *, is_known: bool) -> BatchDone:
+    def _completing(
+        self, batch: Batch, has_workers: bool, *, is_known: bool, is_background: bool
+    ) -> BatchDone:
         written = self._checksums if batch.is_write and not is_known else None
         return BatchDone(
             batch,
@@ -556,6 +576,7 @@ class BlockStore:
             self._meter,
             is_direct=self._drives.is_direct,
             written=written,
+            is_background=is_background,
             # Work that ends by itself may outlive the last use of the store.
             owner=self if has_workers else None,
         )
