@@ -13,6 +13,7 @@ from kvswap.core.device_profile import PROFILE_NAME
 from kvswap.storage.facts import device_facts
 from kvswap.tune.profile import profile_device
 from tests.cli.processes import start, wait_for_file_in
+from tests.storage.helpers import free_on
 
 SIZES = ("--context", 1024, "--kv-memory", "512KiB")
 
@@ -55,6 +56,22 @@ def test_without_speed_nothing_runs(kvswap, words, monkeypatch):
     assert "Disk: " in result.out
     lines = result.out.splitlines()
     assert all(len(line) <= 80 for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:directories .* on one drive")
+def test_a_drive_too_small_for_its_part_is_named(kvswap, words, kv_dir, tmp_path, monkeypatch):
+    second = tmp_path / "drive-1"
+    second.mkdir()
+    words = (*words, "--kv-dir", second, "--replicas", 2, *SIZES, "--no-speed")
+    plenty = kvswap(*words)
+    assert "free: fits" in " ".join(plenty.out.split())
+    free_on(monkeypatch, lambda path: 2**19 if "drive-1" in path else 2**40)
+    result = kvswap(*words)
+    assert result.code == 0
+    said = "".join(result.out.split())
+    assert f"doesnotfit,{second}needs" in said
+    assert "has512.00KiBleft" in said
+    assert not any([*kv_dir.iterdir(), *second.iterdir()])
 
 
 def test_json_is_all_that_is_foretold(kvswap, words, monkeypatch):

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from kvswap.core.config import StorageConfig
 from kvswap.core.geometry import KVGeometry, RecordLayout
 from kvswap.storage import BlockStore, Extents
+from kvswap.storage import device as device_module
 from kvswap.storage.buffers import aligned_empty
 
 
@@ -149,3 +151,16 @@ def cached_pages(fd: int, offset: int, nbytes: int) -> int:
     if failed:
         raise OSError(ctypes.get_errno(), "mincore failed")
     return sum(state & 1 for state in found)
+
+
+def free_on(monkeypatch: pytest.MonkeyPatch, of: Callable[[str], int]) -> None:
+    """Let each file's drive have so many bytes free, by its path."""
+    paths: dict[int, str] = {}
+    make = device_module.DeviceFile.__init__
+
+    def init(self: Any, fd: int, path: str, *rest: Any, **named: Any) -> None:
+        make(self, fd, path, *rest, **named)
+        paths[fd], self.disk = path, fd  # each on a disk of its own
+
+    monkeypatch.setattr(device_module.DeviceFile, "__init__", init)
+    monkeypatch.setattr(device_module, "free_bytes", lambda fd: of(paths[fd]))

@@ -6,7 +6,6 @@ import errno
 import os
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from kvswap.storage.drives import JoinedTicket
 from kvswap.storage.paced import PacedBackend
 from kvswap.storage.posix import PosixBackend
 from tests.backends import SteppedBackend
-from tests.storage.helpers import failing, make_records, make_store
+from tests.storage.helpers import failing, free_on, make_records, make_store
 
 SIZE, COUNT = 4096, 24
 pytestmark = pytest.mark.filterwarnings("ignore:directories .* on one drive")
@@ -274,19 +273,6 @@ def test_a_missing_drive_is_refused_before_anything_is_written(drives, tmp_path)
 
 
 # -- room -------------------------------------------------------------------------------------
-
-
-def free_on(monkeypatch: pytest.MonkeyPatch, of: Callable[[str], int]) -> None:
-    """Let each file's drive have so many bytes free, by its path."""
-    paths: dict[int, str] = {}
-    make = device_module.DeviceFile.__init__
-
-    def init(self: Any, fd: int, path: str, *rest: Any, **named: Any) -> None:
-        make(self, fd, path, *rest, **named)
-        paths[fd], self.disk = path, fd  # each on a disk of its own
-
-    monkeypatch.setattr(device_module.DeviceFile, "__init__", init)
-    monkeypatch.setattr(device_module, "free_bytes", lambda fd: of(paths[fd]))
 
 
 def test_a_drive_too_small_for_its_share_is_named(drives, monkeypatch):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import kvswap
-from kvswap.core.errors import BudgetError, ConfigError
+from kvswap.core.errors import BudgetError, ConfigError, StoreFullError
 from kvswap.tune import forecast as module
 from kvswap.tune import lengths
 from kvswap.tune.forecast import forecast
@@ -17,6 +18,8 @@ from kvswap.tune.rehearsal import Forward, Rehearsal
 from kvswap.tune.synthetic import refile, synthetic_context
 from tests.caches import config_for
 from tests.families import make_model
+from tests.hf.test_drives import config_on, drives_in
+from tests.storage.helpers import free_on
 
 LAYERS, CONTEXT, CHUNK = 6, 2048, 128
 
@@ -122,9 +125,12 @@ def test_without_speed_nothing_is_run(outline, tmp_path, linear):
     assert all(outlook.speed is None for outlook in found.outlooks)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_the_disk_takes_what_a_run_writes(outline, tmp_path, batch_size):
+@pytest.mark.filterwarnings("ignore:directories .* on one drive")
+@pytest.mark.parametrize(("batch_size", "replicas"), [(1, 1), (2, 1), (1, 2)])
+def test_the_disk_takes_what_a_run_writes(outline, tmp_path, batch_size, replicas):
     config = config_in(tmp_path, kv_memory="3MiB", max_batch=batch_size)
+    storage = config_on(drives_in(tmp_path, replicas), {}, replicas=replicas).storage
+    config = replace(config, storage=storage)
     found = forecast(outline, config, batch_size=batch_size, has_speed=False)
     assert found.full_kv_bytes == batch_size * CONTEXT * outline.shape.geometry.token_bytes
     model = make_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=8192)
@@ -139,6 +145,48 @@ def test_the_disk_takes_what_a_run_writes(outline, tmp_path, batch_size):
     assert written <= found.disk_bytes == room
     per_token = written / (tokens * batch_size)
     assert found.token_bytes_written == pytest.approx(per_token, rel=0.04)
+
+
+@pytest.mark.filterwarnings("ignore:directories .* on one drive")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"replicas": 2},
+        {"replicas": 2, "layout": "fitted"},
+        {"device_model": ["nvme", "emmc", "emmc"]},
+        {"disk_limit": "9MiB"},
+    ],
+)
+def test_what_a_run_would_find_no_room_for_does_not_fit(outline, tmp_path, monkeypatch, settings):
+    drives = drives_in(tmp_path, 3)
+    config = replace(
+        config_in(drives[0], kv_memory="3MiB"), storage=config_on(drives, {}, **settings).storage
+    )
+    model = make_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=8192)
+    with kvswap.attach(
+        model, replace(config, storage=replace(config.storage, disk_limit=None))
+    ) as cache:
+        cache.session.allocate(1)
+        ends = cache.session.placement.planned_ends
+    found = forecast(outline, config, has_speed=False)
+    assert found.disk_bytes == sum(ends)
+    assert (found.shortage is None) == ("disk_limit" not in settings)
+    for free in (ends[0], ends[0] - 1):
+        free_on(monkeypatch, lambda path, free=free: free if "drive-0" in path else 2**40)
+        said = forecast(outline, config, has_speed=False).shortage
+        with kvswap.attach(model, config) as cache:
+            if said is None:
+                cache.session.allocate(1)
+                continue
+            with pytest.raises(StoreFullError) as refused:
+                cache.session.allocate(1)
+        error = refused.value
+        assert error.filename.startswith(said.directory)
+        assert (said.need_bytes, said.have_bytes) == (error.need_bytes, error.have_bytes)
+        assert said.limit in str(error)
+    assert said is not None
+    assert not any(any(drive.iterdir()) for drive in drives)
 
 
 def test_it_is_ready_for_json(outline, tmp_path, linear):

@@ -16,6 +16,7 @@ from kvswap.cache.residence import Reads, Residence
 from kvswap.cache.reuse import ReuseBuffer, SlotExchange, make_reuse
 from kvswap.cache.selection import GroupSelection
 from kvswap.cache.steps import StepMemory
+from kvswap.core.config import StorageConfig
 from kvswap.placement import PLACEMENTS, Drives, FittedPlacement, Router, SequentialPlacement
 from kvswap.predict import INDEXES, KeyIndex
 from kvswap.storage.speeds import drive_models, drive_weights
@@ -26,12 +27,16 @@ if TYPE_CHECKING:
 
 def make_placement(session: CacheSession, plan: CachePlan) -> SequentialPlacement:
     """Return what says where groups lie, over drives by their speed."""
-    storage = session.config.storage
+    return place(session.config.storage, plan, _drive_weights(session))
+
+
+def place(storage: StorageConfig, plan: CachePlan, weights: Sequence[float]) -> SequentialPlacement:
+    """Return what says where a plan's groups lie, over drives of some speed."""
     return PLACEMENTS[storage.layout](
-        num_layers=session.geometry.num_layers,
+        num_layers=plan.layout.geometry.num_layers,
         num_groups=plan.num_groups,
-        record_bytes=session.layout.record_bytes,
-        weights=_drive_weights(session),
+        record_bytes=plan.layout.record_bytes,
+        weights=weights,
         replicas=storage.replicas,
     )
 

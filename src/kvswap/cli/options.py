@@ -91,6 +91,16 @@ def drives_option(*, default: str = "", required: bool = False) -> Callable[[F],
     )
 
 
+replicas_option = click.option(
+    "--replicas",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Drives that hold each part of the cache: one fewer may fail.",
+)
+"""Of a cache on several drives."""
+
+
 def size_options(command: F) -> F:
     """Give a command the options that say how large a cache is, and its dtype."""
     for option in (

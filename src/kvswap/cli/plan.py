@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from kvswap.cli.devices import find_devices
-from kvswap.cli.options import device_options, drives_option, size_options
+from kvswap.cli.options import device_options, drives_option, replicas_option, size_options
 from kvswap.core.config import REUSE
 
 
@@ -27,6 +27,8 @@ class PlanRequest:
         Bytes.
     kv_dirs : tuple of Path
         One a drive.
+    replicas : int
+        Drives that hold each group.
     dtype : str
     settings : dict
         Of the cache, those that were given.
@@ -43,6 +45,7 @@ class PlanRequest:
     batch: int
     kv_memory: int
     kv_dirs: tuple[Path, ...]
+    replicas: int
     dtype: str
     settings: dict[str, Any]
     device_model: str | None
@@ -56,6 +59,7 @@ class PlanRequest:
 @click.option("--model", required=True, metavar="DIR_OR_HUB_ID", help="Its config is enough.")
 @size_options
 @drives_option(required=True)
+@replicas_option
 @click.option("--index", metavar="NAME[:RANK][+CODE]", help="Key index, as lowrank:64+rot4.")
 @click.option("--record-codec", metavar="NAME", help="Form of records: raw, int8 or rot4.")
 @click.option("--group-size", type=click.IntRange(min=1), help="Tokens read as a unit.")
@@ -99,7 +103,9 @@ def plan(*, as_json: bool, no_speed: bool, **given: Any) -> None:
         config = source.load_config()
         dtype = source.find_dtype(config) if request.dtype == "auto" else request.dtype
         outline = ModelOutline.of(config, dtype=dtype)
-    storage = StorageConfig(directories=request.kv_dirs, device_model=paced)
+    storage = StorageConfig(
+        directories=request.kv_dirs, device_model=paced, replicas=request.replicas
+    )
     wanted = CacheConfig(
         kv_memory=request.kv_memory,
         storage=storage,

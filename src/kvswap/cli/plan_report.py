@@ -113,10 +113,10 @@ def _foreseen(speed: Speed) -> str:
 
 
 def _notes(found: Forecast) -> list[str]:
-    room = "fits" if found.disk_bytes <= found.free_bytes else "does not fit"
     contexts = _TERABYTE / found.written_bytes
     lines = [
-        f"Disk: {format_bytes(found.disk_bytes)}, of {format_bytes(found.free_bytes)} free: {room}."
+        f"Disk: {format_bytes(found.disk_bytes)}, of {format_bytes(found.free_bytes)} free:"
+        f" {_room(found)}."
         f" Written: {format_bytes(found.written_bytes)} for the context, then"
         f" {format_bytes(found.token_bytes_written)} a token: a terabyte of the drive's endurance"
         f" is {contexts:,.0f} such contexts."
@@ -139,6 +139,16 @@ def _notes(found: Forecast) -> list[str]:
                 " drawn out in a line."
             )
     return lines
+
+
+def _room(found: Forecast) -> str:
+    lacking = found.shortage
+    if lacking is None:
+        return "fits"
+    return (
+        f"does not fit, {lacking.directory} needs {format_bytes(lacking.need_bytes)} and has"
+        f" {format_bytes(lacking.have_bytes)} left ({lacking.limit})"
+    )
 
 
 def _time(seconds: float) -> str:

@@ -16,6 +16,7 @@ from kvswap.cli.options import (
     drives_option,
     read_size,
     read_text,
+    replicas_option,
 )
 
 
@@ -73,13 +74,7 @@ class Request:
     help="Memory for the cache, as 256MiB.  [required without --plan]",
 )
 @drives_option(default="required without --plan")
-@click.option(
-    "--replicas",
-    default=1,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Drives that hold each part of the cache: one fewer may fail.",
-)
+@replicas_option
 @click.option(
     "--plan",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

@@ -173,6 +173,8 @@ class StoreFullError(StoreError, OSError):
     ----------
     need_bytes, have_bytes : int
         What was asked for, and what there is.
+    limit : str
+        What leaves no more.
     """
 
     def __init__(self, path: str | Path, *, need_bytes: int, have_bytes: int, limit: str) -> None:
@@ -182,6 +184,7 @@ class StoreFullError(StoreError, OSError):
         super().__init__(errno.ENOSPC, message, str(path))
         self.need_bytes = need_bytes
         self.have_bytes = have_bytes
+        self.limit = limit
 
 
 class StoreLockedError(StoreError, OSError):

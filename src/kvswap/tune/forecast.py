@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from kvswap.cache.parts import place
 from kvswap.cache.plan import CachePlan, plan_cache
-from kvswap.core.config import REUSE, CacheConfig, Progress
+from kvswap.core.config import REUSE, CacheConfig, Progress, StorageConfig
 from kvswap.core.device_profile import DeviceProfile
-from kvswap.core.errors import BudgetError, ConfigError
+from kvswap.core.errors import BudgetError, ConfigError, StoreFullError
+from kvswap.core.geometry import RecordLayout
 from kvswap.core.units import ceil_div
 from kvswap.hf.attach import context_limit
-from kvswap.placement import SequentialPlacement
 from kvswap.storage.directory import check_directories
 from kvswap.storage.facts import device_facts
 from kvswap.storage.speeds import drive_weights
+from kvswap.storage.store import BlockStore
 from kvswap.tune.lengths import drawn_out, rehearsed_contexts
 from kvswap.tune.outline import ModelOutline
 from kvswap.tune.rehearsal import Forward, Rehearsal, rehearse
@@ -102,6 +104,25 @@ class Outlook:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shortage:
+    """A drive that has no room for its part of the store.
+
+    Attributes
+    ----------
+    directory : str
+    need_bytes, have_bytes : int
+        Of that part, and what is left for it.
+    limit : str
+        What leaves no more: the free space, or ``disk_limit``, which is for all drives together.
+    """
+
+    directory: str
+    need_bytes: int
+    have_bytes: int
+    limit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """What a run will take.
 
@@ -112,11 +133,13 @@ class Forecast:
     full_kv_bytes : int
         Of the whole cache in memory.
     disk_bytes, free_bytes : int
-        Room that the store takes, and what the file systems have.
+        Room that the store takes on all drives, copies included, and what the file systems have.
+    shortage : Shortage or None
+        The first drive that would be refused for want of room; None where all fits.
     written_bytes : int
-        For the whole context.
+        For the whole context, on all drives.
     token_bytes_written : float
-        For each token of it, and each that is generated.
+        For each token of it, and each that is generated, likewise.
     reuse : float
         What speed stands on; see `kvswap.core.config.REUSE`.
     kv_memory : int
@@ -131,6 +154,7 @@ class Forecast:
     full_kv_bytes: int
     disk_bytes: int
     free_bytes: int
+    shortage: Shortage | None
     written_bytes: int
     token_bytes_written: float
     reuse: float
@@ -152,6 +176,7 @@ class Forecast:
             "geometry": shape.geometry.to_dict(),
             "weight_bytes": self.outline.weight_bytes,
         }
+        named["shortage"] = None if self.shortage is None else asdict(self.shortage)
         return named | {"outlooks": [each.to_dict() for each in self.outlooks]}
 
 
@@ -193,7 +218,7 @@ def forecast(
     BudgetError
         If the budget is too small; it names the smallest that works.
     StoreError
-        If a rehearsal cannot write.
+        If a drive or a rehearsal cannot be written to.
     """
     if config.max_context is None:
         raise ConfigError("max_context must be given, got None")
@@ -211,21 +236,17 @@ def forecast(
     speeds: list[Speed | None] = [None] * len(plans)
     if has_speed:
         speeds = _Rehearsals(outline, config, reuse, profile, on_progress).of(plans, asked)
-    layout = asked.layout
-    placement = SequentialPlacement(
-        num_layers=layout.geometry.num_layers,
-        num_groups=asked.num_groups,
-        record_bytes=layout.record_bytes,
-        weights=drive_weights(config.storage, layout.record_bytes),
-    )
-    group_bytes = layout.geometry.num_layers * layout.record_bytes
+    layout, storage = asked.layout, config.storage
+    ends = place(storage, asked, drive_weights(storage, layout.record_bytes)).planned_ends
+    group_bytes = storage.replicas * layout.geometry.num_layers * layout.record_bytes
     return Forecast(
         outline=outline,
         context=asked.max_context,
         batch_size=batch_size,
         full_kv_bytes=batch_size * asked.max_context * outline.shape.geometry.token_bytes,
-        disk_bytes=sum(placement.planned_ends),
+        disk_bytes=sum(ends),
         free_bytes=_free_bytes(directories),
+        shortage=_shortage(storage, layout, ends),
         written_bytes=asked.num_groups * group_bytes,
         token_bytes_written=group_bytes / layout.group_size,
         reuse=reuse,
@@ -243,6 +264,21 @@ def _free_bytes(directories: Sequence[Path]) -> int:
     """Return what the file systems of some directories have, each counted once."""
     by_disk = {path.stat().st_dev: path for path in directories}
     return sum(device_facts(path).free_bytes for path in by_disk.values())
+
+
+def _shortage(storage: StorageConfig, layout: RecordLayout, ends: Sequence[int]) -> Shortage | None:
+    """Ask an empty store, of files without a name, for what a cache will ask its own for."""
+    try:
+        with BlockStore.create(replace(storage, keep=False, direct_io="off"), layout) as store:
+            store.check_room(*ends)
+    except StoreFullError as error:
+        return Shortage(
+            directory=str(Path(error.filename).parent),
+            need_bytes=error.need_bytes,
+            have_bytes=error.have_bytes,
+            limit=error.limit,
+        )
+    return None
 
 
 def _plan(
