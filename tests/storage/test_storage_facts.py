@@ -9,7 +9,8 @@ import pytest
 
 from kvswap.core.device_facts import DeviceFacts
 from kvswap.core.errors import ConfigError, DeviceIOError
-from kvswap.storage.facts import device_facts, file_system
+from kvswap.storage import facts as facts_module
+from kvswap.storage.facts import device_facts, drive_under, file_system
 
 
 @pytest.fixture
@@ -94,6 +95,26 @@ def test_the_model_of_a_mapped_device_is_its_only_drives(tmp_path, mounts, sysfs
     assert facts.block_size_bytes == os.statvfs(tmp_path).f_bsize
     (mapped / "slaves" / "another").symlink_to(card)
     assert device_facts(tmp_path, mounts=mounts, sysfs=sysfs).model == ""
+
+
+def test_partitions_and_what_is_mapped_to_them_are_on_one_drive(
+    tmp_path, mounts, sysfs, monkeypatch
+):
+    first, second = (make_device(tmp_path / name) for name in ("sda", "sdb"))
+    mapped = make_device(tmp_path / "dm-0")
+    over_both = make_device(tmp_path / "md0")
+    places = [first / "sda1", first / "sda2", second, mapped, over_both]
+    for number, place in enumerate(places):
+        place.mkdir(exist_ok=True)
+        (sysfs / f"8:{number}").symlink_to(place)
+    for lower, upper in ((places[1], mapped), (first, over_both), (second, over_both)):
+        (upper / "slaves").mkdir(exist_ok=True)
+        (upper / "slaves" / lower.name).symlink_to(lower)
+    found = []
+    for number in range(6):
+        monkeypatch.setattr(facts_module, "_numbers", lambda *_, n=number: [os.makedev(8, n)])
+        found.append(drive_under(tmp_path, mounts=mounts, sysfs=sysfs))
+    assert found == ["sda", "sda", "sdb", "sda", "md0", ""]
 
 
 def test_what_nobody_tells_is_unknown(tmp_path, sysfs):

@@ -23,6 +23,7 @@ from kvswap.core.errors import (
 from kvswap.core.extension import warn_once
 from kvswap.storage import BlockStore, Extents
 from kvswap.storage import device as device_module
+from kvswap.storage import directory as directory_module
 from kvswap.storage.buffers import aligned_empty
 from kvswap.storage.drives import JoinedTicket
 from kvswap.storage.paced import PacedBackend
@@ -261,6 +262,29 @@ def test_directories_on_one_drive_are_warned_of_once(drives):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make_store(drives).close()
+
+
+def on_partitions(real: Any, drives: list[Path]) -> Any:
+    """Let each directory be on a file system of its own."""
+
+    def stat(path: Path, **named: Any) -> os.stat_result:
+        found = list(real(path, **named))
+        if path in drives:
+            found[2] = 1000 + drives.index(path)
+        return os.stat_result(found)
+
+    return stat
+
+
+def test_partitions_of_one_drive_are_warned_of(drives, monkeypatch):
+    warn_once.cache_clear()
+    monkeypatch.setattr(Path, "stat", on_partitions(Path.stat, drives))
+    names = {drives[0]: "sda", drives[1]: "sdb", drives[2]: "sda"}
+    monkeypatch.setattr(directory_module, "drive_under", names.get)
+    with pytest.warns(RuntimeWarning) as told:
+        directory_module.check_directories(drives)
+    (said,) = map(str, (each.message for each in told))
+    assert said == f"directories {drives[0]}, {drives[2]} are on one drive, whose speed they share"
 
 
 def test_a_missing_drive_is_refused_before_anything_is_written(drives, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kvswap.core.errors import ConfigError, StoreLockedError
 from kvswap.core.extension import warn_once
+from kvswap.storage.facts import drive_under
 from kvswap.storage.faults import store_error, typed_errors
 from kvswap.storage.manifest import MANIFEST_NAME, device_name
 
@@ -43,7 +44,7 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
 def check_directories(directories: Sequence[str | os.PathLike[str]]) -> list[Path]:
     """Return the paths of directories that we may write to, each for a drive of its own.
 
-    Several on one drive share its speed and its room, which is warned of.
+    Several on one drive share its speed, and on one file system its room, which is warned of.
 
     Raises
     ------
@@ -59,15 +60,24 @@ def check_directories(directories: Sequence[str | os.PathLike[str]]) -> list[Pat
                     f"directories must differ, got {str(paths[first])!r} and"
                     f" {str(paths[second])!r}, which are the same"
                 )
-    by_drive: dict[int, list[str]] = {}
-    for path, state in zip(paths, states, strict=True):
-        by_drive.setdefault(state.st_dev, []).append(str(path))
+    if len(paths) > 1:
+        _warn_of_shared(paths)
+    return paths
+
+
+def _warn_of_shared(paths: Sequence[Path]) -> None:
+    """Say which directories are on one drive, be it on partitions of their own."""
+    by_disk: dict[int, list[Path]] = {}
+    for path in paths:
+        by_disk.setdefault(path.stat().st_dev, []).append(path)
+    by_drive: dict[str, list[Path]] = {}
+    for disk, on_disk in by_disk.items():
+        by_drive.setdefault(drive_under(on_disk[0]) or str(disk), []).extend(on_disk)
     for shared in by_drive.values():
         if len(shared) > 1:
-            warn_once(
-                f"directories {', '.join(shared)} are on one drive, whose speed and room they share"
-            )
-    return paths
+            what = "speed and room" if shared in by_disk.values() else "speed"
+            names = ", ".join(map(str, shared))
+            warn_once(f"directories {names} are on one drive, whose {what} they share")
 
 
 def open_unnamed(directory: Path) -> tuple[int, str]:

@@ -53,6 +53,27 @@ def device_facts(directory: Path, *, mounts: Path = MOUNTS, sysfs: Path = SYSFS)
     )
 
 
+def drive_under(directory: Path, *, mounts: Path = MOUNTS, sysfs: Path = SYSFS) -> str:
+    """Return the name of the whole drive that a directory is on; empty where it is not known.
+
+    Partitions of one drive are on one, and so are devices mapped to it alone.
+
+    Parameters
+    ----------
+    directory, mounts, sysfs : Path
+        As of `device_facts`.
+
+    Raises
+    ------
+    DeviceIOError
+        If the file system does not answer.
+    """
+    _, source = file_system(directory, mounts=mounts)
+    with typed_errors(directory):
+        device = _block_device(directory, source, sysfs)
+    return "" if device is None else [each.name for each in _downwards(device)][-1]
+
+
 def file_system(directory: Path, *, mounts: Path = MOUNTS) -> tuple[str, str]:
     """Return the type of a directory's file system and what is mounted; empty where not known."""
     resolved, best, found = directory.resolve(), Path("/"), ("", "")
@@ -103,17 +124,23 @@ def _whole(path: Path) -> Path:
     return found if (found / "queue").is_dir() else found.parent
 
 
-def _model(device: Path) -> str:
-    """Return what a drive calls itself; under a mapped device, its only drive's."""
+def _downwards(device: Path) -> Iterator[Path]:
+    """Yield a device, and what it is mapped to as long as that is one device alone."""
     for _ in range(_MOST_BELOW):
-        for name in ("model", "name"):  # the latter is that of a memory card
-            text = _text(device / "device" / name)
-            if text:
-                return text
+        yield device
         below = list((device / "slaves").iterdir()) if (device / "slaves").is_dir() else []
         if len(below) != 1:
-            break
+            return
         device = _whole(below[0])
+
+
+def _model(device: Path) -> str:
+    """Return what a drive calls itself; under a mapped device, its only drive's."""
+    for each in _downwards(device):
+        for name in ("model", "name"):  # the latter is that of a memory card
+            text = _text(each / "device" / name)
+            if text:
+                return text
     return ""
 
 
