@@ -14,6 +14,7 @@ from kvswap.bench.requests import ReadLog, least_seconds
 from kvswap.bench.synthetic import fill, random_model
 from kvswap.bench.traces import Trace, key_spectrum
 from kvswap.core.device_model import PRESETS
+from kvswap.core.errors import ConfigError
 from kvswap.core.geometry import KVGeometry
 from kvswap.predict import SELECTORS
 from kvswap.tune.replay import StatedReuseSelector
@@ -26,6 +27,7 @@ from kvswap.tune.synthetic import (
 )
 from tests.caches import SMALL, config_for
 
+TRACE_ARRAYS = ("groups", "predicted", "num_groups", "part", "spectrum", "drift")
 PINNED = np.array([0, 98, 99])
 
 
@@ -105,6 +107,24 @@ def test_a_trace_is_stretched_over_a_longer_context():
     trace = make_trace()
     placed = trace.place(np.array([3, 20, 90, -1]), 0, 0, 800)
     assert placed.tolist() == [3, 8 * 16 + 4, 790]
+
+
+@pytest.mark.parametrize(
+    ("changes", "law"),
+    [
+        ({"predicted": np.zeros((4, 2, 4), np.int16)}, "predicted must be of 4 steps and 3 layers"),
+        ({"part": np.zeros(3, np.int16)}, "part must be of 4 steps"),
+        ({"drift": np.zeros(5, np.float32)}, "drift must be of 4 steps and 3 layers"),
+        ({"num_groups": np.full((4, 3), 48, np.int32)}, "groups must be of the groups"),
+        ({"num_groups": np.full(4, 100, np.int32)}, "not enough values"),
+    ],
+)
+def test_a_trace_of_which_parts_are_another_models_is_refused(changes, law, tmp_path):
+    path = tmp_path / "trace.npz"
+    trace = make_trace()
+    np.savez(path, **{name: getattr(trace, name) for name in TRACE_ARRAYS} | changes)
+    with pytest.raises(ConfigError, match=f"source must be a trace, got .*{law}"):
+        replay_selector(random_model("toy", num_layers=3, seed=0), source=str(path))
 
 
 def test_stated_reuse_foresees_nothing_and_keeps_its_rate():

@@ -9,8 +9,10 @@ from kvswap.bench.coactivated import HiddenClusters
 from kvswap.cache import steps as steps_module
 from kvswap.cache.steps import StepMemory
 from kvswap.core.device_model import PRESETS
+from kvswap.core.errors import ConfigError, CorruptStoreError
 from kvswap.placement import Drives, Layout, Selections
 from kvswap.placement.fit import Recording, better_layout
+from kvswap.placement.replay import replay
 
 RECORD = 16384
 
@@ -47,11 +49,22 @@ def test_what_does_not_fit_is_not_remembered(few_steps):
     other = StepMemory(1, 1, 3)
     other.load_state(memory.state())
     assert other.seen == 0, "of another shape"
+    with pytest.raises(CorruptStoreError, match="layers of remembered steps: expected 2, found 1"):
+        StepMemory(2, 1, 2).load_state(memory.state())
 
 
 def test_a_step_of_a_batch_wants_what_any_row_selects():
     selections = Selections.of([np.array([1, 4]), np.array([4, 6]), np.array([2]), []], 8)
     assert [row.tolist() for row in selections.joined(2)] == [[1, 4, 6], [2]]
+
+
+def test_steps_of_other_groups_are_refused():
+    selections = Selections.of([np.array([3, 511])], 512)
+    with pytest.raises(ConfigError, match=r"groups must be in \[0, 511\), got 511"):
+        Recording.of(selections, 511)
+    layout = Layout(np.zeros((511, 1), np.int16), np.arange(511, dtype=np.int32)[:, None])
+    with pytest.raises(ConfigError, match=r"groups must be in \[0, 511\), got 511"):
+        replay(selections, layout, Drives.of([PRESETS["swarm"]], RECORD))
 
 
 def recording(selections: Selections, rows: int) -> Recording:

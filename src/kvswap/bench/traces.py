@@ -23,7 +23,12 @@ _RUN_GROUPS = 16  # runs stay whole where a trace is stretched over a longer con
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """Selections of a trained model.
+    """Selections of a trained model, which may be replayed on another (`TraceSelector`).
+
+    Raises
+    ------
+    ConfigError
+        If its arrays are not of the same steps and layers, or a position is of no group.
 
     Attributes
     ----------
@@ -49,6 +54,27 @@ class Trace:
     spectrum: np.ndarray
     drift: np.ndarray
     scores: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        steps, layers = self.num_groups.shape
+        for name, leading in {
+            "groups": (steps, layers),
+            "predicted": (steps, layers),
+            "part": (steps,),
+            "spectrum": (layers,),
+            "drift": (layers,),
+            "scores": (steps, layers),
+        }.items():
+            array = getattr(self, name)
+            if array is not None and array.shape[: len(leading)] != leading:
+                raise ConfigError(
+                    f"{name} must be of {steps} steps and {layers} layers, as num_groups, got shape"
+                    f" {list(array.shape)}"
+                )
+        for name in ("groups", "predicted"):
+            positions = getattr(self, name)
+            if ((positions < -1) | (positions >= self.num_groups[..., None])).any():
+                raise ConfigError(f"{name} must be of the groups that num_groups says there are")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:

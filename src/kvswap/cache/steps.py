@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvswap.core.errors import CorruptStoreError
 from kvswap.placement.fit import Recording
 from kvswap.placement.selections import Selections
 
@@ -91,6 +92,18 @@ class StepMemory:
         return {"groups": self._groups, "seen": self._seen}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Take back what `state` gave, as far as it is of the same shape."""
-        if state["groups"].shape == self._groups.shape:
-            self._groups[...], self._seen[...] = state["groups"], state["seen"]
+        """Take back what `state` gave; nothing where the batch or the budget is another now.
+
+        Raises
+        ------
+        CorruptStoreError
+            If it is of other layers.
+        """
+        groups, seen = state["groups"], state["seen"]
+        if {len(groups), len(seen)} != {self.num_layers}:
+            found = f"{len(groups)} and {len(seen)}"
+            raise CorruptStoreError(
+                "tables", "layers of remembered steps", expected=self.num_layers, found=found
+            )
+        if groups.shape == self._groups.shape:
+            self._groups[...], self._seen[...] = groups, seen

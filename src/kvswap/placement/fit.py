@@ -69,6 +69,8 @@ class Recording:
                 f"selections must be {self.rows} for each of {len(self.reads)} steps of reads, got"
                 f" {len(self.selections)}"
             )
+        self.selections.check(self.num_groups)
+        self.reads.check(self.num_groups)
 
     @classmethod
     def of(cls, selections: Selections, num_groups: int, **settings: Any) -> Recording:

@@ -20,7 +20,13 @@ def replay(selections: Selections, layout: Layout, drives: Drives) -> IoTimes:
         What each step reads: what memory holds left out (`Selections.missing`).
     layout : Layout
     drives : Drives
+
+    Raises
+    ------
+    ConfigError
+        If the selections are of groups that the layout does not have.
     """
+    selections.check(len(layout.drives))
     if layout.drives.shape[1] == 1:
         on = layout.drives[selections.groups, 0]
         places = layout.places[selections.groups, 0].astype(np.int64)

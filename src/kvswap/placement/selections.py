@@ -53,6 +53,11 @@ class Selections:
         """Return the groups of step after step."""
         return iter(np.split(self.groups, self.starts[1:-1])) if len(self) else iter(())
 
+    def check(self, num_groups: int) -> None:
+        """Raise `ConfigError` where they are of other groups: an id is not in [0, num_groups)."""
+        if len(self.groups):
+            as_selection(self.groups[[self.groups.argmin(), self.groups.argmax()]], num_groups)
+
     def part(self, first: int, last: int) -> Selections:
         """Return the steps from ``first`` up to, not with, ``last``."""
         starts = self.starts[first : last + 1]
