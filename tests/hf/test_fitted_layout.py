@@ -19,8 +19,16 @@ from kvswap.cache import steps
 from kvswap.cache.session import CacheSession
 from kvswap.core.errors import CorruptStoreError
 from kvswap.core.extension import warn_once
-from kvswap.placement import Clusters, Drives, Layout, LayoutTask, lay_out, sequential
-from kvswap.placement.fit import Recording
+from kvswap.placement import (
+    Clusters,
+    Drives,
+    Layout,
+    LayoutTask,
+    lay_out,
+    layout_names,
+    sequential,
+)
+from kvswap.placement.fit import Recording, clusters_of
 from kvswap.storage import drives as drives_module
 from kvswap.storage.base import Transfer
 from tests.backends import FailingOnce, Gone, SteppedBackend
@@ -121,6 +129,35 @@ def test_the_same_tokens_however_groups_lie(limits, tmp_path, often):
     ):
         assert tokens(tmp_path / str(number), limits, layout="fitted", **storage) == expected
     assert len(often) >= 4 * 3 * 2
+
+
+@pytest.fixture(scope="module")
+def in_token_order(tmp_path_factory):
+    return tokens(tmp_path_factory.mktemp("one drive"), FEW_SLOTS)
+
+
+@pytest.mark.parametrize(("num_drives", "replicas"), [(1, 1), (2, 2), (3, 1), (4, 2)])
+@pytest.mark.parametrize("name", layout_names())
+def test_the_same_tokens_under_every_layout(
+    name, num_drives, replicas, tmp_path, monkeypatch, often, in_token_order
+):
+    def anew(recording: Recording, drives: Drives, now: Layout) -> Layout:
+        often.append(len(now.drives))
+        task = LayoutTask(
+            clusters=clusters_of(recording.count(), recording.normalisation, 0.5),
+            order=np.random.default_rng(len(often)).permutation(recording.num_groups),
+            drives=drives,
+            selections=recording.reads,
+            replicas=replicas,
+            run=4,
+            seed=len(often),
+        )
+        return lay_out(name, task)
+
+    monkeypatch.setattr(arranger_module, "better_layout", anew)
+    storage = {"num_drives": num_drives, "replicas": replicas, "layout": "fitted"}
+    assert tokens(tmp_path, FEW_SLOTS, **storage) == in_token_order
+    assert len(often) >= 4 * 3
 
 
 @pytest.mark.parametrize("backend", ["posix", "auto"])

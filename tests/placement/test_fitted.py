@@ -173,6 +173,20 @@ def test_old_places_are_used_again_whichever_layers_move(movers, is_saved):
     assert most <= (4 if is_saved else 2) * once
 
 
+def test_where_a_layer_stays_in_token_order_layouts_take_twice_the_room_beside_it():
+    placement = make(2, 1)
+    groups = placement.allocate(64, after=-1)
+    drives = Drives.of([PRESETS["swarm"]] * 2, RECORD)
+    task = LayoutTask(clusters=Clusters.alone(64), order=groups[::-1], drives=drives)
+    once, most = furthest(placement), 0
+    for _ in range(6):
+        for layer in range(1, LAYERS):
+            move(placement, layer, groups, task)
+        placement.tidy()
+        most = max(most, furthest(placement))
+    assert most == 3 * once
+
+
 def test_saves_in_between_let_layouts_take_five_times_the_room_and_no_more():
     settings = {"num_layers": 3, "record_bytes": 2**17, "replicas": 1}
     placement = FittedPlacement(num_groups=512, weights=(1.0,), **settings)
