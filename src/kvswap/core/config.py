@@ -98,8 +98,9 @@ class StorageConfig:
         by the others where a drive fails; room and writes are as many times as much.
     layout : {"sequential", "fitted"}
         How groups lie: in the order of their tokens, or each layer's anew by what its steps have
-        selected together, once there have been enough and where it is then read sooner. Until old
-        places are free again a layer takes twice the room.
+        selected together, once there have been enough and where it is then read sooner. Layouts
+        take up to twice the groups' own room beside it, five times where the cache is saved again
+        and again in between; where there is none, groups stay where they are.
     """
 
     directories: Sequence[str | os.PathLike[str]]
