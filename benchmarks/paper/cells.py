@@ -164,7 +164,7 @@ class Cells:
             progress(f"  {contender.name} does not fit the memory")
             return {}
         rank = ranked(reader, bench, fitting, device, wanted=wanted)
-        progress(f"  {contender.name}, {rank.entry.tokens} tokens")
+        progress(f"  {contender.name}: {rank.entry.tokens} tokens")
         with bench.cache(rank.entry, device) as cache:
             seconds = beside.alternated(bench.step(cache), self._samples)
             return beside.finding(rank, seconds, report(cache, seconds["it"]))
