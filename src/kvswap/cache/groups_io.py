@@ -143,6 +143,8 @@ class GroupIO:
             Given record ids and extents, submits a read of them.
         """
         ids = self._placement.record_ids(layer_idx, groups)
+        if self._placement.num_copies == 1:
+            return GroupTicket(read(ids, copies.extents()), self._placement, layer_idx, groups)
         is_bad = np.zeros((len(groups), self.store.num_devices), bool)
 
         def begin(error: StoreError | None) -> Ticket:
@@ -155,8 +157,7 @@ class GroupIO:
                 is_bad[concerned | ~concerned.any(), self.store.device_of(each)] = True
             return begin(error)
 
-        remedy = elsewhere if self._placement.num_copies > 1 else None
-        return GroupTicket(begin(None), self._placement, layer_idx, groups, remedy)
+        return GroupTicket(begin(None), self._placement, layer_idx, groups, elsewhere)
 
     def write(self, layer_idx: int, groups: np.ndarray, records: np.ndarray) -> GroupTicket:
         """Submit a write of one layer's records to all copies, see `BlockStore.write`."""
@@ -188,8 +189,6 @@ class GroupIO:
 
     def _places(self, copies: Copies, is_bad: np.ndarray, error: StoreError | None) -> Extents:
         """Choose copies, none that is lost or bad; raise where none is left."""
-        if self._placement.num_copies == 1:
-            return copies.extents()
         extents, is_there = self._router.route(self._at_hand(copies, is_bad))
         if not is_there.all():
             raise error or StoreError(self.store.lost[int(copies.devices[~is_there][0, 0])])

@@ -15,7 +15,7 @@ from kvswap.bench.prefill import StoredPrefill
 from kvswap.core.config import Progress
 from kvswap.core.errors import UnsupportedModelError
 from kvswap.hf.geometry import read_shape
-from kvswap.kernels.finite import check_finite
+from kvswap.tune.calibrate import check_keys
 
 __all__ = ["QueryNotes", "capture", "check_model", "kept_positions", "noting"]
 
@@ -59,9 +59,9 @@ def capture(
         If some layer keeps anything but all keys and values, or hides its queries.
     """
     check_model(model)
-    total = ids.shape[1]
+    shape, total = read_shape(model), ids.shape[1]
     positions = kept_positions(total, every_tokens, last_tokens)
-    notes = QueryNotes(read_shape(model).num_layers, positions)
+    notes = QueryNotes(shape.num_layers, positions)
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), noting(model, notes):
         for chunk in ids.split(chunk_tokens, dim=1):
@@ -71,7 +71,7 @@ def capture(
                 use_cache=True,
                 logits_to_keep=1,
             )
-            _check_last(cache, chunk.shape[1])
+            check_keys(cache, shape, first=cache.get_seq_length() - chunk.shape[1])
             if on_progress is not None:
                 on_progress("document", cache.get_seq_length(), total)
     return StoredPrefill(
@@ -81,14 +81,6 @@ def capture(
         queries=notes.queries(type(model).__name__),
         query_positions=positions,
     )
-
-
-def _check_last(cache: DynamicCache, count: int) -> None:
-    """Raise `InvalidKeysError` where one of the last tokens is NaN or infinite."""
-    first = cache.get_seq_length() - count
-    for layer_idx, layer in enumerate(cache.layers):
-        keys, values = layer.keys[0, :, first:], layer.values[0, :, first:]
-        check_finite(keys, values, layer_idx=layer_idx, first=first)
 
 
 def check_model(model: PreTrainedModel) -> None:
