@@ -15,6 +15,7 @@ JSON_TYPES = {
     "text": str,
     "context_tokens": int,
     "new_tokens": int,
+    "kept_tokens": int,
     "full_kv_bytes": int,
     "kv_memory_bytes": int,
     "memory_parts": dict,

@@ -156,6 +156,22 @@ def test_a_cache_that_is_opened_and_only_closed_stays_as_it_is(tmp_path):
         assert cache.get_seq_length() == 45
 
 
+def test_notes_are_kept_with_it(tmp_path):
+    model, notes = make_model("llama"), {"text": "a book", "parts": [1, 2.5, None]}
+    kept_prompt(tmp_path, model, prompt(40))
+    with opened(tmp_path, model) as cache:
+        assert cache.notes == {}
+        cache.notes |= notes
+    with opened(tmp_path, model) as cache:
+        assert cache.notes == notes
+        cache.notes["model"] = model
+        with pytest.raises(ConfigError):
+            cache.save()
+        cache.notes = {}
+    with opened(tmp_path, model) as cache:
+        assert cache.notes == {}
+
+
 def test_nothing_stored_is_nothing_kept(tmp_path):
     model = make_model("llama")
     with kvswap.attach(model, config_for(tmp_path, keep=True)) as cache:

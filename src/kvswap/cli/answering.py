@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvswap.bench.questions import full_kv_bytes
+from kvswap.cli.kept_text import ROOM_TOKENS, KeptText, open_kept
 from kvswap.cli.models import ModelSource
 from kvswap.cli.progress import StageBars, waiting
 from kvswap.cli.quiet import quieten_transformers
@@ -24,11 +25,14 @@ from kvswap.core.stats import LayerRecall
 from kvswap.core.tuned_plan import TunedPlan
 from kvswap.hf.attach import attach, planned_config
 from kvswap.hf.cache import KVSwapCache
+from kvswap.hf.geometry import read_shape
 
 if TYPE_CHECKING:
     from kvswap.cli.run import Request
 
 _TITLES = {"prefill": "Reading", "index": "Indexing"}
+
+_PROBES = ("A", "?")  # what prompts about a text have in common, these two have
 
 Emit = Callable[[str], None]
 
@@ -42,6 +46,8 @@ class RunResult:
     text : str
     context_tokens, new_tokens : int
         Tokens of the prompt, document included, and generated ones.
+    kept_tokens : int
+        Of the prompt's, those that an earlier run had read (``--keep``).
     full_kv_bytes : int
         Keys and values of all these tokens, were all in memory.
     kv_memory_bytes : int
@@ -61,6 +67,7 @@ class RunResult:
     text: str
     context_tokens: int
     new_tokens: int
+    kept_tokens: int
     full_kv_bytes: int
     kv_memory_bytes: int
     memory_parts: dict[str, int]
@@ -89,23 +96,31 @@ def answer(request: Request, emit: Emit | None) -> RunResult:
     tokenizer = source.load_tokenizer()
     ids = encode_prompt(tokenizer, request.document, request.prompt)
     check_positions(source.load_config(), ids.shape[1], request.max_new_tokens)
+    text = None
+    if request.keep:
+        probes = [encode_prompt(tokenizer, request.document, probe) for probe in _PROBES]
+        text = KeptText.of(request, ids, probes)
     with waiting("Loading the model", is_shown=source.is_directory):
         model = source.load_model()
     with ExitStack() as stack:
         bars = StageBars(_TITLES)
-        cache = stack.enter_context(attach(model, _config(request, model, ids.shape[1], bars)))
+        cache = stack.enter_context(_cache(request, model, ids, text, bars))
+        kept_tokens = cache.seq_len
         with bars:
-            read_s = _read(cache, ids)
+            read_s = _read(cache, ids, ids.shape[1] - 1 if text is None else text.held_tokens)
         begin = time.perf_counter()
         stream = TextStream(tokenizer, emit) if emit is not None else None
         new = _generate(model, cache, ids, request, stream)
         generate_s = time.perf_counter() - begin
         parts, stats = cache.memory_report(), cache.stats()
+        if text is not None:
+            cache.crop(min(0, text.held_tokens - cache.seq_len))  # what is kept is the text alone
         total, _, _ = parts.pop("total"), parts.pop("budget"), parts.pop("on_device", None)
         return RunResult(
             text=decode(tokenizer, new),
             context_tokens=ids.shape[1],
             new_tokens=len(new),
+            kept_tokens=kept_tokens,
             full_kv_bytes=full_kv_bytes(model, ids.shape[1] + len(new)),
             kv_memory_bytes=total,
             memory_parts=parts,
@@ -156,12 +171,28 @@ def check_positions(config: Any, prompt_tokens: int, max_new_tokens: int) -> Non
         )
 
 
+def _cache(
+    request: Request, model: PreTrainedModel, ids: Tensor, text: KeptText | None, bars: StageBars
+) -> KVSwapCache:
+    """Return the cache that was kept of the text, or a new one."""
+    needed = ids.shape[1] + request.max_new_tokens
+    if text is None:
+        return attach(model, _config(request, model, needed, bars))
+    cache = open_kept(request, model, text, room_tokens=needed, on_progress=bars)
+    if cache is None:
+        positions = read_shape(model).max_positions or needed + ROOM_TOKENS
+        room_tokens = min(needed + ROOM_TOKENS, positions)
+        cache = attach(model, _config(request, model, room_tokens, bars))
+        cache.notes = text.notes()
+    return cache
+
+
 def _config(
-    request: Request, model: PreTrainedModel, prompt_tokens: int, bars: StageBars
+    request: Request, model: PreTrainedModel, max_context: int, bars: StageBars
 ) -> CacheConfig:
     """Return what was asked for, over the settings of a plan if one was named."""
     fixed: dict[str, Any] = {
-        "max_context": prompt_tokens + request.max_new_tokens,
+        "max_context": max_context,
         "max_batch": 1,
         "recall_every": request.recall,
         "recall_floor": 0.0,  # the report says it
@@ -174,16 +205,24 @@ def _config(
         plan = TunedPlan.load(request.plan)
         directories = directories or (Path(plan.directory),)
     fixed["storage"] = StorageConfig(
-        directories=directories, disk_limit=request.disk_limit, replicas=request.replicas
+        directories=directories,
+        keep=request.keep,
+        disk_limit=request.disk_limit,
+        replicas=request.replicas,
+        layout=request.layout,
     )
     return CacheConfig(**fixed) if request.plan is None else planned_config(model, plan, **fixed)
 
 
-def _read(cache: KVSwapCache, ids: Tensor) -> float:
-    """Store all but the last token, whose forward generates the first; return the time."""
+def _read(cache: KVSwapCache, ids: Tensor, until: int) -> float:
+    """Store so many tokens, but for those that are there; return the time.
+
+    At least the last one is left, whose forward generates the first new one.
+    """
     begin = time.perf_counter()
-    if ids.shape[1] > 1:
-        cache.prefill(ids[:, :-1])
+    if cache.seq_len < until:
+        cache.prefill(ids[:, cache.seq_len : until])
+    if until:
         cache.end_prefill()
     return time.perf_counter() - begin
 

@@ -23,9 +23,10 @@ _CAPTION = (
 
 def summary_line(result: RunResult) -> str:
     """Return what a run took, in one line."""
+    kept = f" ({result.kept_tokens:,} kept)" if result.kept_tokens else ""
     return ", ".join(
         (
-            f"{result.context_tokens:,} tokens of context",
+            f"{result.context_tokens:,} tokens of context{kept}",
             f"{format_bytes(result.kv_memory_bytes)} KV memory"
             f" (full: {format_bytes(result.full_kv_bytes)})",
             f"{result.tokens_per_s:.1f} tokens/s",

@@ -18,6 +18,7 @@ from kvswap.cli.options import (
     read_text,
     replicas_option,
 )
+from kvswap.core.config import LAYOUTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,10 @@ class Request:
     document, prompt : str
     replicas : int
         Drives that hold each group.
+    layout : str
+        How groups lie on them, as in `StorageConfig`.
+    keep : bool
+        Whether what was read of the text stays there, for the next run.
     kv_memory, disk_limit : int or None
         Bytes; no limit on the disk where that is None.
     kv_dirs : tuple of Path
@@ -55,6 +60,8 @@ class Request:
     kv_dirs: tuple[Path, ...]
     plan: Path | None
     replicas: int
+    layout: str
+    keep: bool
     disk_limit: int | None
     max_new_tokens: int
     temperature: float
@@ -75,6 +82,18 @@ class Request:
 )
 @drives_option(default="required without --plan")
 @replicas_option
+@click.option(
+    "--layout",
+    default=LAYOUTS[0],
+    show_default=True,
+    type=click.Choice(LAYOUTS),
+    help="How the cache lies on drives: fitted is by what is read together.",
+)
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="Keep the text's cache in --kv-dir: asked about again, it is not read again.",
+)
 @click.option(
     "--plan",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -109,8 +128,11 @@ def run(*, file: str, as_json: bool, **rest: Any) -> None:
     """Ask a model about a long text, its KV cache on disk.
 
     The text and the prompt are one user message where the tokenizer has a chat template. The
-    answer goes to stdout as it comes, everything else to stderr. Nothing is left on disk.
+    answer goes to stdout as it comes, everything else to stderr. Nothing is left on disk but with
+    --keep, which leaves what was read of the text, for the same command with another prompt.
     """
+    if rest["keep"] and not rest["kv_dirs"]:
+        raise click.UsageError("--keep needs a --kv-dir.", click.get_current_context())
     for name, option in (("kv_memory", "--kv-memory"), ("kv_dirs", "--kv-dir")):
         if not rest[name] and rest["plan"] is None:
             raise click.UsageError(

@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from kvswap.cache.sequence import SequenceBatch
 from kvswap.cache.session import CacheSession
-from kvswap.core.config import CacheConfig
+from kvswap.core.config import CacheConfig, Progress
 from kvswap.core.errors import ConfigError, SessionClosedError, UnsupportedModelError
 from kvswap.core.stats import CacheStats
 from kvswap.hf import persist
@@ -37,6 +37,12 @@ class KVSwapCache(Cache):
     layers : sequence of cache layers or None
         From `stock_layers`: transformers' own, and None for each layer that goes to disk.
 
+    Attributes
+    ----------
+    notes : dict
+        What the caller wants to find again, as plain JSON values: `save` keeps it, `open` gives
+        it back.
+
     Notes
     -----
     Not thread-safe. A context manager: leaving it detaches and closes.
@@ -48,6 +54,7 @@ class KVSwapCache(Cache):
         self._forwards = Forwards(session, layers)
         super().__init__(layers=self._forwards.layers)
         self._session, self._config = session, config
+        self.notes: dict[str, Any] = {}
         self._fingerprint: str | None = None
         self._is_closed = False
         self._is_fork = False
@@ -232,6 +239,7 @@ class KVSwapCache(Cache):
                 self._forwards.batch,
                 fingerprint=self._fingerprint,
                 is_prefill=self._forwards.is_prefill,
+                notes=self.notes,
             )
 
     @classmethod
@@ -241,6 +249,8 @@ class KVSwapCache(Cache):
         *,
         kv_memory: int | str | None = None,
         device: str = "cpu",
+        recall_every: int | None = None,
+        on_progress: Progress | None = None,
     ) -> KVSwapCache:
         """Open a kept store; `kvswap.attach` then ties it to its model.
 
@@ -253,6 +263,9 @@ class KVSwapCache(Cache):
         device : str
             Where the model lies that it will be attached to, as torch names it. With another
             one it works too, copying back and forth.
+        recall_every : int, optional
+        on_progress : callable, optional
+            As in `CacheConfig`. Default: recall as it was measured before, and nothing called.
 
         Raises
         ------
@@ -264,7 +277,14 @@ class KVSwapCache(Cache):
             If it is in use.
         """
         directories = [directory] if isinstance(directory, (str, os.PathLike)) else directory
-        return persist.open_cache(cls, directories, kv_memory, device)
+        return persist.open_cache(
+            cls,
+            directories,
+            device,
+            kv_memory=kv_memory,
+            recall_every=recall_every,
+            on_progress=on_progress,
+        )
 
     def close(self) -> None:
         """Save a kept store, detach from the model and close; safe to call again."""

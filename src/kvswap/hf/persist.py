@@ -26,7 +26,12 @@ _BATCH = "batch."
 
 
 def save(
-    session: CacheSession, batch: SequenceBatch, *, fingerprint: str, is_prefill: bool
+    session: CacheSession,
+    batch: SequenceBatch,
+    *,
+    fingerprint: str,
+    is_prefill: bool,
+    notes: dict[str, Any],
 ) -> None:
     """Write the tables of one cache; see `KVSwapCache.save`."""
     if not session.config.storage.keep:
@@ -43,6 +48,7 @@ def save(
         "fitted_tokens": session.fitter.fitted_tokens,
         "is_calibrated": session.fitter.is_calibrated,
         "is_prefill": is_prefill,
+        "notes": notes,
     }
     session.store.save(
         {name: np.ascontiguousarray(table) for name, table in tables.items()},
@@ -57,14 +63,15 @@ def save(
 def open_cache(
     cls: type[KVSwapCache],
     directories: Sequence[str | os.PathLike[str]],
-    kv_memory: int | str | None,
     device: str,
+    **given: Any,
 ) -> KVSwapCache:
-    """Open a kept store; see `KVSwapCache.open`."""
+    """Open a kept store, fields of its config that are not None changed; see `KVSwapCache.open`."""
+    changes = {name: value for name, value in given.items() if value is not None}
     store = BlockStore.open(directories)
     try:
         accelerator = accelerator_of(torch.device(device))
-        return _build(cls, store, [os.fspath(each) for each in directories], kv_memory, accelerator)
+        return _build(cls, store, [os.fspath(each) for each in directories], changes, accelerator)
     except BaseException:
         store.close()
         raise
@@ -74,7 +81,7 @@ def _build(
     cls: type[KVSwapCache],
     store: BlockStore,
     directories: Sequence[str],
-    kv_memory: int | str | None,
+    changes: dict[str, Any],
     accelerator: Accelerator | None,
 ) -> KVSwapCache:
     manifest = store.manifest
@@ -83,7 +90,7 @@ def _build(
     try:
         config = CacheConfig.from_dict(manifest.config)
         on_device = accelerator is not None
-        config = _config(config, meta, directories, kv_memory, on_device=on_device)
+        config = _config(config, meta, directories, changes, on_device=on_device)
         geometry = KVGeometry(**meta["geometry"])
         session = CacheSession(
             geometry, config, max_context=meta["max_context"], accelerator=accelerator, store=store
@@ -108,11 +115,13 @@ def _build(
         session.fitter.is_calibrated = bool(meta["is_calibrated"])
         store.tables = {}  # copied: to keep them would take their memory twice
         is_prefill = bool(meta["is_prefill"])
+        notes = dict(meta.get("notes", {}))  # stores of before have none
     except KeyError as error:
         raise CorruptStoreError(
             directories[0], "saved state", expected=error, found="none"
         ) from error
     cache = cls(session, config, [None] * geometry.num_layers)
+    cache.notes = notes
     cache.resume(batch, fingerprint=manifest.fingerprint, is_prefill=is_prefill)
     return cache
 
@@ -121,16 +130,15 @@ def _config(
     config: CacheConfig,
     meta: dict[str, Any],
     directories: Sequence[str],
-    kv_memory: int | str | None,
+    changes: dict[str, Any],
     *,
     on_device: bool,
 ) -> CacheConfig:
     """Return the saved config with what must not change fixed, and what may, changed."""
     storage = replace(config.storage, directories=directories)
     # A calibrated projection is in the saved index; its file may be gone.
-    config = replace(config, storage=storage, projection=None)
-    if kv_memory is not None:
-        config = replace(config, kv_memory=kv_memory)
+    config = replace(config, storage=storage, projection=None, **changes)
+    if "kv_memory" in changes:
         plan = plan_cache(
             KVGeometry(**meta["geometry"]),
             config,

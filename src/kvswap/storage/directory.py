@@ -110,7 +110,7 @@ def open_unnamed(directory: Path) -> tuple[int, str]:
     return fd, shown
 
 
-def _holds_store(parent: Path) -> bool:
+def holds_store(parent: Path) -> bool:
     """Whether there is a kept store, or one drive of it."""
     return (parent / STORE_NAME / MANIFEST_NAME).exists()
 
@@ -148,7 +148,7 @@ class KeptDirectory:
             path.mkdir(mode=0o700, exist_ok=True)
         kept = cls(path)
         try:
-            if _holds_store(parent):
+            if holds_store(parent):
                 raise ConfigError(
                     f"directories must hold no other store, got {str(parent)!r}, which already"
                     " holds a kept store; open it with KVSwapCache.open or choose another"
@@ -172,7 +172,7 @@ class KeptDirectory:
             If there is none.
         """
         path = parent / STORE_NAME
-        if not _holds_store(parent):
+        if not holds_store(parent):
             raise ConfigError(f"directory must hold a kept store, got {str(parent)!r}")
         return cls(path)
 
@@ -205,7 +205,7 @@ class KeptDirectory:
 
 def create_kept(parents: Sequence[Path], stack: ExitStack) -> list[KeptDirectory]:
     """Make and lock one in each directory, or in none; released by the stack."""
-    for parent in filter(_holds_store, parents):
+    for parent in filter(holds_store, parents):
         KeptDirectory.create(parent).release()  # refused, before anything is made in the others
     return _held(map(KeptDirectory.create, parents), stack)
 
