@@ -40,6 +40,7 @@ OPTIONS = {
 
 SIZES = {
     "demo": ("--context", "--kv-memory", "--questions"),
+    "eval": ("--samples",),
     "plan": ("--context", "--kv-memory"),
     "profile": ("--seconds", "--size"),
     "tune": ("--minutes",),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROOM_TOKENS = 4096
 """For later questions and answers, beyond the first one's."""
 
-_UNREAD = "remove what is there, or name another directory"
+_WAY_OUT = "remove what is there, or name another directory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +139,12 @@ def open_kept(
 def _check(notes: dict[str, Any], text: KeptText, directories: Sequence[Path]) -> None:
     place = directories[0] / STORE_NAME
     if notes.get("text") != text.digest:
-        raise ConfigError(f"--file must be the text whose cache is kept in {place}: {_UNREAD}")
+        raise ConfigError(f"--file must be the text whose cache is kept in {place}: {_WAY_OUT}")
     made_with = notes["settings"]
     for option, value in text.settings.items():
         if made_with.get(option) != value:
             raise ConfigError(
-                f"{option} must be what the cache in {place} was made with: {_UNREAD}"
+                f"{option} must be what the cache in {place} was made with: {_WAY_OUT}"
             )
 
 
