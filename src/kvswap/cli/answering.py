@@ -114,7 +114,7 @@ def answer(request: Request, emit: Emit | None) -> RunResult:
         generate_s = time.perf_counter() - begin
         parts, stats = cache.memory_report(), cache.stats()
         if text is not None:
-            cache.crop(min(0, text.held_tokens - cache.seq_len))  # what is kept is the text alone
+            text.cut_back(cache)  # what is kept is the text alone
         total, _, _ = parts.pop("total"), parts.pop("budget"), parts.pop("on_device", None)
         return RunResult(
             text=decode(tokenizer, new),

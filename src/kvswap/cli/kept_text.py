@@ -83,6 +83,10 @@ class KeptText:
         """Return what is kept beside the cache, ready for JSON."""
         return {"text": self.digest, "tokens": self.num_tokens, "settings": self.settings}
 
+    def cut_back(self, cache: KVSwapCache) -> None:
+        """Take off a cache what lies beyond the text, as far as the prompt begins with it."""
+        cache.crop(min(0, self.held_tokens - cache.seq_len))
+
 
 def open_kept(
     request: Request,
@@ -128,7 +132,7 @@ def open_kept(
                 f" cache was made for, got {room_tokens}"
             )
         attach(model, cache)
-        cache.crop(min(0, text.held_tokens - cache.seq_len))
+        text.cut_back(cache)
     except BaseException:
         cache.session.close()  # nothing is saved
         cache.close()
